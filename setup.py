@@ -1,0 +1,35 @@
+"""Packaging of solo_d2. `make install` installs the pinned versions of .ci/*.lock instead."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="solo_d2",
+    version="0.1.0",
+    description="The SOLO family of instance segmentation models for Detectron2",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["solo_d2", "solo_d2.*"]),
+    python_requires=">=3.10",
+    # Detectron2 is required too, but cannot be named here: it has no release of its own on PyPI.
+    # `python -m solo_d2.env` says how to install it, README.md says it at length.
+    install_requires=[
+        "torch>=2.4",  # the models; 2.4 has torch.amp and weights-only loading as used here
+        "torchvision>=0.19",  # deformable convolution, NMS, MobileNetV2; the pair of torch 2.4
+        "numpy>=1.23",  # masks and images outside the models
+        "pillow>=9.4",  # reading images; Detectron2's resize works on them
+        "opencv-python-headless>=4.6",  # video, contours, drawing; headless: no libGL needed
+        "pycocotools>=2.0.6",  # COCO's masks (RLE) and metrics
+        "fvcore>=0.1.5.post20221221",  # focal loss, parameter counts; Detectron2 has it anyway
+        "tqdm>=4.29",  # progress of predict; Detectron2 has it anyway
+    ],
+    extras_require={
+        "fast-eval": ["faster-coco-eval>=1.6"],  # the same COCO metrics, several times quicker
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+    ],
+)
