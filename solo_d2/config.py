@@ -1,0 +1,127 @@
+"""Configuration keys that solo_d2 adds to Detectron2's defaults."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_solo_d2_config(cfg: CN) -> None:
+    """Add every key of solo_d2 to ``cfg``, in place. Call it before ``cfg.merge_from_file``."""
+    _add_data(cfg)
+    _add_training(cfg)
+    _add_backbones(cfg)
+    _add_solo(cfg)
+    _add_solov2(cfg)
+
+
+def _add_data(cfg: CN) -> None:
+    # Your own COCO-format data. When TRAIN_JSON or VAL_JSON is set, the sets are registered as
+    # "<NAME>_train" / "<NAME>_val" and replace DATASETS.TRAIN / DATASETS.TEST. A relative path that
+    # does not exist is looked up under $DETECTRON2_DATASETS as well.
+    cfg.DATASETS.CUSTOM = CN()
+    cfg.DATASETS.CUSTOM.NAME = "custom"
+    cfg.DATASETS.CUSTOM.TRAIN_JSON = ""
+    cfg.DATASETS.CUSTOM.TRAIN_IMAGES = ""
+    cfg.DATASETS.CUSTOM.VAL_JSON = ""
+    cfg.DATASETS.CUSTOM.VAL_IMAGES = ""
+
+    # The embedded data set: "shapes_train" and "shapes_val", drawn on first use.
+    cfg.DATASETS.SHAPES = CN()
+    cfg.DATASETS.SHAPES.TRAIN_IMAGES = 1000
+    cfg.DATASETS.SHAPES.VAL_IMAGES = 100
+    # Height and width in pixels.
+    cfg.DATASETS.SHAPES.IMAGE_SIZE = (192, 192)
+    cfg.DATASETS.SHAPES.SEED = 0
+
+
+def _add_training(cfg: CN) -> None:
+    # Batch size that BASE_LR, WARMUP_ITERS, STEPS, MAX_ITER belong to. When it is not 0 and differs
+    # from IMS_PER_BATCH, BASE_LR is multiplied by IMS_PER_BATCH / LR_REFERENCE_BATCH (the linear
+    # rule, arXiv 1706.02677); the schedule is left alone.
+    cfg.SOLVER.LR_REFERENCE_BATCH = 0
+    # Stop at the first loss that is inf or NaN and write nonfinite_loss.json to OUTPUT_DIR.
+    cfg.SOLVER.STOP_ON_NONFINITE_LOSS = True
+    # Keep model_best.pth by this evaluation metric; "" keeps none.
+    cfg.TEST.BEST_METRIC = "segm/AP"
+    # After each evaluation, draw this many test images with ground truth and prediction; 0 draws none.
+    cfg.TEST.VIS_IMAGES = 8
+    # Predictions below this score are not drawn.
+    cfg.TEST.VIS_SCORE_THRESH = 0.3
+
+
+def _add_backbones(cfg: CN) -> None:
+    # Keep batch norms of the backbone in eval mode while training: their affine parameters train,
+    # their statistics do not (the recipe of mmdetection; for small batches).
+    cfg.MODEL.BACKBONE.FREEZE_BN_STATS = False
+
+    # torchvision's MobileNetV2 as a bottom-up backbone: res2..res5 at strides 4..32.
+    cfg.MODEL.MOBILENETV2 = CN()
+    cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.MOBILENETV2.WIDTH_MULT = 1.0
+    # "FrozenBN" or "BN".
+    cfg.MODEL.MOBILENETV2.NORM = "FrozenBN"
+
+
+def _add_solo(cfg: CN) -> None:
+    # What SOLO, Decoupled SOLO and SOLOv2 share. The defaults are SOLOv2's.
+    cfg.MODEL.SOLO = CN()
+    # -1: as many as the training set's metadata has.
+    cfg.MODEL.SOLO.NUM_CLASSES = -1
+    # One entry per level in the next four: the feature, the stride it is resized to, the number of
+    # grid cells along each axis, and the range (both ends inclusive) of sqrt(box area) in pixels.
+    cfg.MODEL.SOLO.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.SOLO.STRIDES = [8, 8, 16, 32, 32]
+    cfg.MODEL.SOLO.NUM_GRIDS = [40, 36, 24, 16, 12]
+    cfg.MODEL.SOLO.SCALE_RANGES = [[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]]
+    # Side of the centre region in fractions of the box side ("sigma" or epsilon in the papers).
+    cfg.MODEL.SOLO.CENTER_SIGMA = 0.2
+    # Convolutions per tower, their width and normalisation ("GN": 32 groups).
+    cfg.MODEL.SOLO.NUM_CONVS = 4
+    cfg.MODEL.SOLO.CONV_DIM = 512
+    cfg.MODEL.SOLO.NORM = "GN"
+    # Deformable convolutions of the towers: "none", "last" or "all"; MODULATED selects v2.
+    cfg.MODEL.SOLO.DEFORM = "none"
+    cfg.MODEL.SOLO.DEFORM_MODULATED = False
+    # Append x and y coordinates to the input of the mask (or kernel) tower.
+    cfg.MODEL.SOLO.COORD_CONV = True
+    # Probability that the category branch gives to each class before training.
+    cfg.MODEL.SOLO.PRIOR_PROB = 0.01
+
+    cfg.MODEL.SOLO.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.SOLO.FOCAL_LOSS_GAMMA = 2.0
+    cfg.MODEL.SOLO.CATEGORY_LOSS_WEIGHT = 1.0
+    cfg.MODEL.SOLO.MASK_LOSS_WEIGHT = 3.0
+    # At most this many (instance, cell) pairs per image enter the mask loss, drawn at random; 0: all.
+    cfg.MODEL.SOLO.MAX_POSITIVES = 0
+    # Treat box widths as x2 - x1 - 1, as mmdetection v1 did; needed only to repeat its targets.
+    cfg.MODEL.SOLO.INCLUSIVE_BOXES = False
+    # Pad masks to the batch before reducing them (exact). False reduces the unpadded mask as
+    # AdelaiDet does, which shifts targets when a side is not a multiple of the mask stride.
+    cfg.MODEL.SOLO.PAD_BEFORE_REDUCTION = True
+
+    cfg.MODEL.SOLO.SCORE_THRESH_TEST = 0.1
+    cfg.MODEL.SOLO.MASK_THRESH_TEST = 0.5
+    # Candidates by category score before any mask is made; 0: all above SCORE_THRESH_TEST.
+    cfg.MODEL.SOLO.MAX_CANDIDATES_TEST = 0
+    # Masks that enter the NMS.
+    cfg.MODEL.SOLO.TOPK_CANDIDATES_TEST = 500
+    # "matrix" (Matrix NMS) or "mask" (greedy, per class, by mask IoU).
+    cfg.MODEL.SOLO.NMS_TYPE = "matrix"
+    # Matrix NMS: "gaussian" or "linear", the factor in exp(-sigma * iou ** 2), and the smallest
+    # score that survives the decay.
+    cfg.MODEL.SOLO.NMS_KERNEL = "gaussian"
+    cfg.MODEL.SOLO.NMS_SIGMA = 2.0
+    cfg.MODEL.SOLO.UPDATE_THRESH_TEST = 0.05
+    # Greedy NMS: a mask that overlaps a better one of its class by more than this is dropped.
+    cfg.MODEL.SOLO.NMS_THRESH_TEST = 0.5
+
+
+def _add_solov2(cfg: CN) -> None:
+    cfg.MODEL.SOLOV2 = CN()
+    # Channels of the mask feature; a dynamic kernel has MASK_DIM * KERNEL_SIZE ** 2 weights.
+    cfg.MODEL.SOLOV2.MASK_DIM = 256
+    # Side of the dynamic kernel: 1, or 3 for the paper's ablation.
+    cfg.MODEL.SOLOV2.KERNEL_SIZE = 1
+    # Inputs and inner width of the mask feature branch; the last input gets the coordinates.
+    cfg.MODEL.SOLOV2.MASK_IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.SOLOV2.MASK_CONV_DIM = 128
+    # Deformable convolutions throughout the mask feature branch.
+    cfg.MODEL.SOLOV2.MASK_DEFORM = False

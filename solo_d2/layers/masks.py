@@ -1,0 +1,179 @@
+"""Operations on stacks of masks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Upper bound of one temporary tensor where masks are handled in chunks.
+CHUNK_BYTES = 64 * 1024**2
+
+
+def chunk_length(numel: int, itemsize: int = 4) -> int:
+    """How many items of ``numel`` elements fit into CHUNK_BYTES; at least 1."""
+    return max(1, CHUNK_BYTES // max(1, numel * itemsize))
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """Smallest box around each mask, right and bottom exclusive; zeros for an empty mask.
+
+    As ``BitMasks.get_bounding_boxes``, without its loop over masks.
+
+    Args:
+        masks: (N, H, W) bool.
+
+    Returns:
+        (N, 4) float32, x1, y1, x2, y2 in pixels.
+    """
+    rows, columns = masks.any(dim=2), masks.any(dim=1)
+
+    def extent(hit: Tensor) -> tuple[Tensor, Tensor]:
+        index = torch.arange(1, hit.shape[1] + 1, device=hit.device)
+        last = (hit * index).amax(dim=1)
+        first = hit.shape[1] - (hit * index.flip(0)).amax(dim=1)
+        return torch.where(last > 0, first, 0), last
+
+    if masks.numel() == 0:
+        return torch.zeros((len(masks), 4), device=masks.device)
+    (x1, x2), (y1, y2) = extent(columns), extent(rows)
+    return torch.stack([x1, y1, x2, y2], dim=1).float()
+
+
+def mass_centers(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre of mass of each mask in pixel indices, and its area.
+
+    Args:
+        masks: (N, H, W) bool.
+
+    Returns:
+        (N, 2) float32, mean column and mean row (no half pixel added; 0 for an empty mask), and
+        (N,) int64 areas.
+    """
+    n, h, w = masks.shape
+    # a count along one axis first, so that the sums stay exact and no map of indices is made
+    in_column = masks.sum(dim=1)
+    in_row = masks.sum(dim=2)
+    area = in_row.sum(dim=1)
+    sum_x = (in_column * torch.arange(w, device=masks.device)).sum(dim=1)
+    sum_y = (in_row * torch.arange(h, device=masks.device)).sum(dim=1)
+    centers = torch.stack([sum_x, sum_y], dim=1).float() / area.clamp(min=1)[:, None].float()
+    return centers, area
+
+
+def reduce_masks(masks: Tensor, stride: int) -> Tensor:
+    """Shrink masks by an even factor: bilinear resize, then "at least one half".
+
+    The sample point of a block lies in the middle of its four central pixels, so the result is 1
+    where at least two of these are set. Equals the 8-bit OpenCV resize of the published code
+    wherever that divides exactly.
+
+    Args:
+        masks: (N, H, W) bool; H and W are multiples of ``stride``.
+        stride: an even number.
+
+    Returns:
+        (N, H / stride, W / stride) bool.
+    """
+    a, b = stride // 2 - 1, stride // 2
+    central = [masks[:, i::stride, j::stride] for i in (a, b) for j in (a, b)]
+    count = central[0].to(torch.uint8)
+    for pixels in central[1:]:
+        count = count + pixels
+    return count >= 2
+
+
+def reduce_unpadded_masks(
+    masks: Tensor, stride: int, image_size: tuple[int, int], padded_size: tuple[int, int]
+) -> Tensor:
+    """Shrink masks as AdelaiDet does: from the unpadded image to a rounded size.
+
+    When a side of the image is no multiple of ``stride``, this scales by a factor slightly off
+    ``stride``; kept to repeat its targets (see ``reduce_masks`` for the exact way).
+
+    Args:
+        masks: (N, H, W) bool, of at least ``image_size``.
+        stride: the factor.
+        image_size: height and width before padding.
+        padded_size: height and width of the batch.
+
+    Returns:
+        (N, padded H / stride, padded W / stride) bool.
+    """
+    h, w = image_size
+    size = (int(h / stride + 0.5), int(w / stride + 0.5))
+    out = masks.new_zeros((len(masks), padded_size[0] // stride, padded_size[1] // stride))
+    if len(masks) == 0 or 0 in size:
+        return out
+    small = F.interpolate(masks[None, :, :h, :w].double(), size=size, mode="bilinear")[0]
+    # OpenCV rounds to the nearest 8-bit integer from fixed-point weights of 11 bits
+    rounded_up = small >= 0.5 - 2**-12
+    rows, columns = min(size[0], out.shape[1]), min(size[1], out.shape[2])
+    out[:, :rows, :columns] = rounded_up[:, :rows, :columns]
+    return out
+
+
+def upsample_to_binary(
+    soft_masks: Tensor,
+    *,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    threshold: float,
+) -> Tensor:
+    """Bring soft masks to the output size and threshold them, in bounded memory.
+
+    Bilinear to ``padded_size``, crop to ``image_size``, bilinear to ``output_size``, compare. Each
+    output pixel is a weighted mean of a few soft values, so it can exceed ``threshold`` only near
+    a soft value that does: the work is limited to the box around those, and to chunks of masks.
+
+    Args:
+        soft_masks: (N, h, w) in [0, 1].
+        padded_size: height and width of the network's input.
+        image_size: the same without padding.
+        output_size: height and width of the result.
+        threshold: a pixel is set where the soft value exceeds this.
+
+    Returns:
+        (N, *output_size) bool.
+    """
+    n, h, w = soft_masks.shape
+    device = soft_masks.device
+    out = torch.zeros((n, *output_size), dtype=torch.bool, device=device)
+    rows_of = _resize_matrix(h, padded_size[0], image_size[0], output_size[0], device)
+    columns_of = _resize_matrix(w, padded_size[1], image_size[1], output_size[1], device)
+    boxes = tight_boxes(soft_masks > threshold).long()
+    # On the CPU one mask at a time does the least work; on a GPU large chunks do.
+    length = 1 if device.type == "cpu" else chunk_length(output_size[0] * output_size[1])
+    for start in range(0, n, length):
+        chunk = slice(start, start + length)
+        x1, y1 = boxes[chunk, :2].amin(dim=0).tolist()
+        x2, y2 = boxes[chunk, 2:].amax(dim=0).tolist()
+        if x1 == x2 or y1 == y2:
+            continue
+        y_in, y_out = _reach(rows_of, y1, y2)
+        x_in, x_out = _reach(columns_of, x1, x2)
+        with torch.autocast(device.type, enabled=False):
+            soft = rows_of[y_in, y_out].T @ soft_masks[chunk, y_in, x_in].float()
+            soft = soft @ columns_of[x_in, x_out]
+        out[chunk, y_out, x_out] = soft > threshold
+    return out
+
+
+def _resize_matrix(
+    size: int, padded: int, image: int, output: int, device: torch.device
+) -> Tensor:
+    """(size, output) weights of the two resizes along one axis: the operation on the identity."""
+    identity = torch.eye(size, device=device)[None]
+    upsampled = F.interpolate(identity, size=padded, mode="linear")[..., :image]
+    return F.interpolate(upsampled, size=output, mode="linear")[0]
+
+
+def _reach(weights: Tensor, start: int, stop: int) -> tuple[slice, slice]:
+    """Outputs that depend on the inputs ``start:stop``, and all inputs that these depend on.
+
+    An output mixes at most three neighbouring inputs, so two more on either side are enough.
+    """
+    inputs = slice(max(0, start - 2), min(len(weights), stop + 2))
+    hit = (weights[start:stop] > 0).any(dim=0).nonzero()
+    if len(hit) == 0:  # wholly in the padding
+        return inputs, slice(0, 0)
+    return inputs, slice(int(hit[0]), int(hit[-1]) + 1)

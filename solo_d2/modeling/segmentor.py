@@ -1,0 +1,157 @@
+"""The route that every box-free architecture here takes from a batch to its instances."""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from detectron2.layers import move_device_like
+from detectron2.modeling import Backbone, build_backbone
+from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
+from torch import Tensor, nn
+
+from solo_d2.postprocessing import postprocess
+
+
+class GroundTruth(NamedTuple):
+    """Annotations of one image, on the model's device; N = 0 is ordinary."""
+
+    boxes: Tensor  # (N, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive
+    classes: Tensor  # (N,) int64
+    masks: Tensor  # (N, H, W) bool, padded with zeros to the batch
+    image_size: tuple[int, int]  # height and width before padding
+
+
+class InstanceSegmentor(nn.Module):
+    """Base class: normalises and batches images, runs the backbone, post-processes.
+
+    A subclass implements ``losses`` and ``inference``.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        freeze_bn_stats: bool = False,
+        mask_threshold: float = 0.5,
+    ):
+        """
+        Args:
+            backbone: any Detectron2 backbone.
+            pixel_mean, pixel_std: per channel, in the order of the input images.
+            freeze_bn_stats: keep the backbone's batch norms in eval mode while training; their
+                affine parameters are still trained.
+            mask_threshold: a pixel belongs to an instance where its soft mask exceeds this.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.freeze_bn_stats = freeze_bn_stats
+        self.mask_threshold = mask_threshold
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict:
+        return {
+            "backbone": build_backbone(cfg),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "freeze_bn_stats": cfg.MODEL.BACKBONE.FREEZE_BN_STATS,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def train(self, mode: bool = True) -> "InstanceSegmentor":
+        super().train(mode)
+        if self.freeze_bn_stats:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: as Detectron2's ``DatasetMapper`` makes them: "image" (C, H, W), for
+                training "instances", for inference "height" and "width" of the output.
+
+        Returns:
+            Training: named losses. Inference: a list of {"instances": Instances} at output size
+            with ``pred_masks``, ``pred_boxes``, ``scores``, ``pred_classes``.
+        """
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        if self.training:
+            return self.losses(images, features, self.prepare_ground_truth(batched_inputs, images))
+        results = self.inference(images, features)
+        padded_size = tuple(images.tensor.shape[-2:])
+        processed = []
+        for instances, inputs in zip(results, batched_inputs):
+            height = inputs.get("height", instances.image_size[0])
+            width = inputs.get("width", instances.image_size[1])
+            instances = postprocess(
+                instances,
+                height,
+                width,
+                padded_size=padded_size,
+                mask_threshold=self.mask_threshold,
+            )
+            processed.append({"instances": instances})
+        return processed
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalise, then pad with zeros at the right and bottom."""
+        images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(
+            images,
+            self.backbone.size_divisibility,
+            padding_constraints=self.backbone.padding_constraints,
+        )
+
+    def prepare_ground_truth(
+        self, batched_inputs: list[dict], images: ImageList
+    ) -> list[GroundTruth]:
+        """Annotations on the device, polygons rasterised, masks padded to the batch.
+
+        Raises:
+            ValueError: an input has no "instances".
+        """
+        height, width = images.tensor.shape[-2:]
+        ground_truth = []
+        for inputs, (h, w) in zip(batched_inputs, images.image_sizes):
+            if "instances" not in inputs:
+                raise ValueError(
+                    f"training needs 'instances'; image {inputs.get('file_name', '?')} has none"
+                )
+            instances: Instances = inputs["instances"]
+            masks = torch.zeros((len(instances), height, width), dtype=torch.bool)
+            # an image without annotations has no gt_masks field at all
+            if len(instances):
+                bitmasks = instances.gt_masks
+                if isinstance(bitmasks, PolygonMasks):
+                    bitmasks = BitMasks.from_polygon_masks(bitmasks, h, w)
+                masks = masks.to(bitmasks.tensor.device)
+                masks[:, :h, :w] = bitmasks.tensor
+                boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
+            else:
+                boxes, classes = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.long)
+            ground_truth.append(
+                GroundTruth(
+                    boxes.to(self.device), classes.to(self.device), masks.to(self.device), (h, w)
+                )
+            )
+        return ground_truth
+
+    @abstractmethod
+    def losses(
+        self, images: ImageList, features: dict[str, Tensor], ground_truth: list[GroundTruth]
+    ) -> dict[str, Tensor]:
+        """Named losses of a batch; finite and connected to every parameter for any input."""
+
+    @abstractmethod
+    def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
+        """Instances per image in the network's frame, with soft ``pred_masks`` (N, h, w)."""

@@ -1,0 +1,209 @@
+"""SOLOv2: Dynamic and Fast Instance Segmentation (arXiv 2003.10152)."""
+
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from solo_d2.layers.coord import append_coordinates
+
+from .base import (
+    CategoryHead,
+    SOLOFamily,
+    build_tower,
+    conv_norm_relu,
+    output_conv,
+    resize,
+    single_channels,
+)
+
+
+class SOLOv2Outputs(NamedTuple):
+    """Raw outputs for N images; lists have one entry per level."""
+
+    category_logits: list[Tensor]  # (N, C, S, S)
+    kernels: list[Tensor]  # (N, D, S, S), D = E * kernel_size ** 2
+    mask_feature: Tensor  # (N, E, H / 4, W / 4), not negative
+
+
+@META_ARCH_REGISTRY.register()
+class SOLOv2(SOLOFamily):
+    """A cell's mask is a dynamic convolution: its predicted kernel over the mask feature."""
+
+    @configurable
+    def __init__(self, *, mask_branch: nn.Module, kernel_size: int = 1, **kwargs):
+        """
+        Args:
+            mask_branch: makes the mask feature from the backbone's features.
+            kernel_size: side of the dynamic kernels.
+            kwargs: see ``SOLOFamily``.
+        """
+        super().__init__(**kwargs)
+        self.mask_branch = mask_branch
+        self.kernel_size = kernel_size
+
+    @classmethod
+    def from_config(cls, cfg) -> dict[str, Any]:
+        options = super().from_config(cfg)
+        solov2 = cfg.MODEL.SOLOV2
+        shapes = options["backbone"].output_shape()
+        head = SOLOv2Head(
+            kernel_dim=solov2.MASK_DIM * solov2.KERNEL_SIZE**2,
+            coord_conv=cfg.MODEL.SOLO.COORD_CONV,
+            **CategoryHead.options(cfg, shapes, options["num_classes"]),
+        )
+        mask_branch = MaskFeatureBranch(
+            [shapes[name] for name in solov2.MASK_IN_FEATURES],
+            in_features=solov2.MASK_IN_FEATURES,
+            conv_dim=solov2.MASK_CONV_DIM,
+            out_dim=solov2.MASK_DIM,
+            norm=cfg.MODEL.SOLO.NORM,
+            deformable=solov2.MASK_DEFORM,
+            modulated=cfg.MODEL.SOLO.DEFORM_MODULATED,
+        )
+        return {
+            **options,
+            "head": head,
+            "mask_branch": mask_branch,
+            "mask_stride": mask_branch.stride,
+            "kernel_size": solov2.KERNEL_SIZE,
+        }
+
+    def predict(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOv2Outputs:
+        category_logits, kernels = self.head(levels)
+        return SOLOv2Outputs(category_logits, kernels, self.mask_branch(features))
+
+    def soft_masks(
+        self,
+        outputs: SOLOv2Outputs,
+        image: int,
+        level: int,
+        cells: Tensor,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        feature = outputs.mask_feature[image]
+        kernels = outputs.kernels[level][image].flatten(1)[:, cells].T
+        logits = dynamic_conv(feature, kernels, self.kernel_size).float()
+        return resize(logits.sigmoid()[None], size or logits.shape[-2:])[0]
+
+
+class SOLOv2Head(CategoryHead):
+    """Category and kernel towers on S x S grids (figure 2 of the paper)."""
+
+    def __init__(self, *, kernel_dim: int, coord_conv: bool = True, **kwargs):
+        """
+        Args:
+            kernel_dim: D, weights of one dynamic kernel.
+            coord_conv: give coordinates to the kernel tower.
+            kwargs: see ``CategoryHead``.
+        """
+        super().__init__(**kwargs)
+        self.in_channels = kwargs["in_channels"]
+        self.coord_conv = coord_conv
+        self.kernel_tower = build_tower(
+            self.in_channels + 2 * int(coord_conv), **self.tower_options
+        )
+        self.kernel_pred = output_conv(kwargs["conv_dim"], kernel_dim)
+
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """
+        Args:
+            levels: (N, in_channels, h, w) per level.
+
+        Returns:
+            Per level category logits (N, C, S, S) and kernels (N, D, S, S).
+        """
+        category_logits, kernels = [], []
+        for feature, grid in zip(levels, self.num_grids):
+            if self.coord_conv:
+                # before the resize, as published: the grid's coordinates stay inside (-1, 1)
+                feature = append_coordinates(feature)
+            cells = resize(feature, (grid, grid))
+            kernels.append(self.kernel_pred(self.kernel_tower(cells)))
+            category = self.category_tower(cells[:, : self.in_channels])
+            category_logits.append(self.category_pred(category))
+        return category_logits, kernels
+
+
+class MaskFeatureBranch(nn.Module):
+    """The unified mask feature at the finest stride (SOLOv2, section 3.2, figure 3)."""
+
+    def __init__(
+        self,
+        input_shapes: list[ShapeSpec],
+        *,
+        in_features: list[str],
+        conv_dim: int,
+        out_dim: int,
+        norm: str,
+        deformable: bool = False,
+        modulated: bool = False,
+    ):
+        """
+        Args:
+            input_shapes: finest first, each stride twice the one before.
+            in_features: their names.
+            conv_dim: inner width.
+            out_dim: E, channels of the mask feature.
+            norm: after each conv.
+            deformable, modulated: use DCN (v2) for all convs, the final 1x1 included.
+        """
+        super().__init__()
+        strides = [shape.stride for shape in input_shapes]
+        if strides != [strides[0] * 2**i for i in range(len(strides))]:
+            raise ValueError(
+                f"MODEL.SOLOV2.MASK_IN_FEATURES needs strides that double, not {strides}"
+            )
+        self.in_features = in_features
+        self.stride = strides[0]
+        channels = single_channels(dict(zip(in_features, input_shapes)), in_features)
+        options = {"norm": norm, "deformable": deformable, "modulated": modulated}
+        self.levels = nn.ModuleList()
+        for i in range(len(in_features)):
+            with_coordinates = 2 if i == len(in_features) - 1 else 0
+            widths = [channels + with_coordinates] + [conv_dim] * max(i, 1)
+            convs = [conv_norm_relu(a, b, **options) for a, b in zip(widths, widths[1:])]
+            self.levels.append(nn.ModuleList(convs))
+        self.output = conv_norm_relu(conv_dim, out_dim, kernel_size=1, **options)
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """
+        Args:
+            features: of the backbone.
+
+        Returns:
+            (N, E, H, W) at the finest stride, not negative.
+        """
+        total: Tensor | None = None
+        for i, (name, convs) in enumerate(zip(self.in_features, self.levels)):
+            x = features[name]
+            if i == len(self.levels) - 1:
+                x = append_coordinates(x)  # the paper: only at the deepest level
+            for conv in convs:
+                x = conv(x)
+                if i > 0:
+                    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+            # out of place: ReLU needs its output for the backward pass
+            total = x if total is None else total + x
+        return self.output(total)
+
+
+def dynamic_conv(feature: Tensor, kernels: Tensor, kernel_size: int = 1) -> Tensor:
+    """Convolve one feature map with predicted kernels (SOLOv2, section 3.1), without bias.
+
+    Args:
+        feature: (E, H, W).
+        kernels: (n, E * kernel_size ** 2), n may be 0.
+        kernel_size: odd.
+
+    Returns:
+        (n, H, W) logits.
+    """
+    _, h, w = feature.shape
+    if kernel_size > 1:
+        feature = F.unfold(feature[None], kernel_size, padding=kernel_size // 2)[0]
+    return (kernels @ feature.flatten(1)).view(-1, h, w)

@@ -1,0 +1,98 @@
+"""Which grid cell is responsible for which instance (SOLO, section 3.1 and 3.3.1)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class CellTargets(NamedTuple):
+    """Targets of one image.
+
+    ``categories`` has one entry per cell of all levels (level by level, row-major): the class, or
+    ``num_classes`` for background. The other three list the P positive (instance, cell) pairs,
+    ordered by level, then instance, then cell; ``cell`` is row-major within its level.
+    """
+
+    categories: Tensor
+    level: Tensor
+    cell: Tensor
+    instance: Tensor
+
+
+def assign_cells(
+    boxes: Tensor,
+    classes: Tensor,
+    centers: Tensor,
+    areas: Tensor,
+    extent: tuple[int, int],
+    *,
+    num_classes: int,
+    num_grids: Sequence[int],
+    scale_ranges: Sequence[Sequence[float]],
+    sigma: float,
+    inclusive_boxes: bool = False,
+) -> CellTargets:
+    """Assign instances to grid cells.
+
+    A level takes the instances whose sqrt(box area) lies in its range. The cells of the centre
+    region, a box of ``sigma`` times the instance's size around its mass centre, become positive,
+    but no cell further than one from the centre's own (in all published code, not in the papers).
+    Where two instances claim a cell the later one gives the category; both pairs are listed.
+
+    Args:
+        boxes: (N, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive.
+        classes: (N,) int64 in [0, num_classes).
+        centers: (N, 2) mass centre (x, y) of each mask in pixel indices.
+        areas: (N,) pixels of each mask; an instance with none is skipped.
+        extent: height and width in pixels that the grid spans: of the padded batch.
+        num_grids: cells along each axis, per level.
+        scale_ranges: (low, high), both inclusive, per level.
+        sigma: side of the centre region in box sides.
+        inclusive_boxes: take x2 - x1 - 1 as the width (the convention of mmdetection v1).
+    """
+    device = boxes.device
+    levels = len(num_grids)
+    grids = torch.tensor(num_grids, device=device)
+    ranges = torch.tensor(scale_ranges, dtype=torch.float32, device=device)
+
+    # x first, then y, in the last axis of everything below
+    sizes = (boxes[:, 2:] - boxes[:, :2]).float() - float(inclusive_boxes)
+    scale = sizes.clamp(min=0).prod(dim=1).sqrt()
+    in_level = (scale >= ranges[:, :1]) & (scale <= ranges[:, 1:]) & (areas > 0)
+
+    def cell_of(coordinate: Tensor) -> Tensor:
+        """(N, 2) pixels -> (L, N, 2) cell index; the float32 floor division is the original's."""
+        relative = coordinate / torch.tensor(extent[::-1], dtype=torch.float32, device=device)
+        cell_size = (1.0 / grids.double()).float().view(levels, 1, 1)
+        return torch.div(relative, cell_size, rounding_mode="floor").long()
+
+    half = 0.5 * sigma * sizes
+    center, low, high = cell_of(centers), cell_of(centers - half), cell_of(centers + half)
+    low = torch.maximum(low.clamp(min=0), center - 1)
+    high = torch.minimum(torch.minimum(high, grids.view(levels, 1, 1) - 1), center + 1)
+
+    # the 3x3 cells around each centre: (L, N, 3) columns and rows
+    around = center[..., None] + torch.arange(-1, 2, device=device)
+    inside = (around >= low[..., None]) & (around <= high[..., None])
+    positive = in_level[..., None, None] & inside[:, :, 1, :, None] & inside[:, :, 0, None, :]
+    level, instance, i, j = positive.nonzero(as_tuple=True)
+    row, column = around[level, instance, 1, i], around[level, instance, 0, j]
+    cell = row * grids[level] + column
+
+    # the last instance that claims a cell, -1 for none; appended class -1 -> background
+    offsets = level_offsets(num_grids)
+    owner = torch.full((offsets[-1],), -1, dtype=torch.long, device=device)
+    flat = cell + torch.tensor(offsets, device=device)[level]
+    owner.scatter_reduce_(0, flat, instance, reduce="amax")
+    categories = torch.cat([classes.long(), classes.new_tensor([num_classes]).long()])[owner]
+    return CellTargets(categories, level, cell, instance)
+
+
+def level_offsets(num_grids: Sequence[int]) -> list[int]:
+    """Index of each level's first cell among the cells of all levels, and their total."""
+    offsets = [0]
+    for grid in num_grids:
+        offsets.append(offsets[-1] + grid * grid)
+    return offsets
