@@ -35,7 +35,7 @@ $(INSTALLED): .ci/bootstrap.lock .ci/requirements.lock .ci/detectron2.lock setup
 	$(PIP) install -q --no-deps --require-hashes --only-binary=:all: --python-version 3.10 \
 	    --upgrade --target "$$site" -r .ci/detectron2.lock && \
 	rm -f "$$site"/detectron2/_C.*.so  # built for another PyTorch: it could only fail
-	$(PIP) install -q --no-deps --no-build-isolation -e .
+	PYTHONWARNINGS=ignore $(PIP) install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 # --resume: an interrupted demo continues from its last checkpoint.

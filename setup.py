@@ -28,8 +28,4 @@ setup(
     extras_require={
         "fast-eval": ["faster-coco-eval>=1.6"],  # the same COCO metrics, several times quicker
     },
-    classifiers=[
-        "License :: OSI Approved :: Apache Software License",
-        "Programming Language :: Python :: 3",
-    ],
 )
