@@ -156,7 +156,7 @@ def _class_names(classes: Sequence[int], metadata: Any) -> list[str]:
 
 
 def _color(category: int, index: int) -> tuple[float, float, float]:
-    """A hue per class, so that panels and video frames agree, with lightness set by the instance."""
+    """A hue per class, the same in every picture; the instance sets the lightness."""
     hue = (0.12 + category * 0.618034) % 1.0  # golden ratio: any few classes are far apart
     return colorsys.hls_to_rgb(hue, (0.5, 0.65, 0.38)[index % 3], 0.9)
 
