@@ -19,6 +19,8 @@ from detectron2.utils.visualizer import GenericMask, Visualizer
 _MARGIN = 4
 _CAPTION = 18
 _MAX_ASPECT = 2.0
+# Panels are drawn larger and then shrunk, for labels that leave small objects visible.
+_OVERSAMPLING = 1.5
 
 
 def draw_instances(
@@ -69,7 +71,7 @@ def comparison_grid(
     for record, prediction in zip(records, predictions, strict=True):
         image = read_image(record["file_name"], format="RGB")
         instances = prediction["instances"] if isinstance(prediction, Mapping) else prediction
-        scale = min(height / image.shape[0], _MAX_ASPECT * height / image.shape[1])
+        scale = _OVERSAMPLING * _panel_scale(image, height)
         annotations = record.get("annotations", [])
         panels = [
             image,
@@ -161,10 +163,14 @@ def _color(category: int, index: int) -> tuple[float, float, float]:
     return colorsys.hls_to_rgb(hue, (0.5, 0.65, 0.38)[index % 3], 0.9)
 
 
+def _panel_scale(image: np.ndarray, height: int) -> float:
+    return min(height / image.shape[0], _MAX_ASPECT * height / image.shape[1])
+
+
 def _fit(panel: np.ndarray, image: np.ndarray, height: int) -> np.ndarray:
     """Scale a panel to the size that its image has in a cell; no side is less than 1 pixel."""
     h, w = image.shape[:2]
-    scale = min(height / h, _MAX_ASPECT * height / w)
+    scale = _panel_scale(image, height)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
     interpolation = cv2.INTER_AREA if panel.shape[0] > size[1] else cv2.INTER_LINEAR
     return cv2.resize(panel, size, interpolation=interpolation)

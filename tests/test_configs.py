@@ -1,0 +1,80 @@
+"""Every config merges and builds, and the published ones have the published sizes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+from solo_d2 import add_solo_d2_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+YAMLS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+LEAVES = [name for name in YAMLS if not Path(name).name.startswith("Base-")]
+
+
+def load(name):
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / name))
+    return cfg
+
+
+def build(cfg, num_classes):
+    """On the meta device: no memory, no initial values, and no data set needs to exist."""
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    cfg.MODEL.SOLO.NUM_CLASSES = num_classes
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+@pytest.mark.parametrize("name", YAMLS)
+def test_config_has_known_keys_only(name):
+    cfg = load(name)
+    assert cfg.VERSION == 2
+    cfg.freeze()
+
+
+def test_unknown_key_fails_and_is_named(tmp_path):
+    path = tmp_path / "typo.yaml"
+    path.write_text("MODEL:\n  SOLO:\n    NUM_CLASES: 3\nVERSION: 2\n")
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    with pytest.raises(KeyError, match=r"MODEL\.SOLO\.NUM_CLASES"):
+        cfg.merge_from_file(str(path))
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_config_builds(name):
+    cfg = load(name)
+    model = build(cfg, num_classes=3)
+    assert type(model).__name__ == cfg.MODEL.META_ARCHITECTURE
+    assert sum(p.requires_grad for p in model.parameters()) > 0
+
+
+# Numbers in the published checkpoints, in millions (../shared/reference/solov2.md, section 11).
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("SOLOv2_R50_1x", 46.65),
+        ("SOLOv2_R50_3x", 46.65),
+        ("SOLOv2_R50_3x_official", 46.65),
+        ("SOLOv2_Light_448_R50_3x", 31.39),
+        ("SOLOv2_Light_448_R18_3x", 18.28),
+        ("SOLOv2_Light_512_DCN_R50_3x", 33.24),
+        ("SOLOv2_R101_DCN_3x", 68.83),
+    ],
+)
+def test_published_variant_has_the_published_size(name, millions):
+    state = build(load(f"SOLOv2/{name}.yaml"), num_classes=80).state_dict()
+    numbers = sum(v.numel() for k, v in state.items() if not k.endswith("num_batches_tracked"))
+    assert round(numbers / 1e6, 2) == pytest.approx(millions, abs=0.011)
+
+
+def test_every_solov2_config_is_in_the_table():
+    table = (CONFIGS / "SOLOv2" / "README.md").read_text(encoding="utf-8")
+    for name in LEAVES:
+        if name.startswith("SOLOv2/"):
+            assert f"({Path(name).name})" in table, name
