@@ -99,16 +99,32 @@ def reduce_unpadded_masks(
         (N, padded H / stride, padded W / stride) bool.
     """
     h, w = image_size
-    size = (int(h / stride + 0.5), int(w / stride + 0.5))
+    rows, columns = int(h / stride + 0.5), int(w / stride + 0.5)
     out = masks.new_zeros((len(masks), padded_size[0] // stride, padded_size[1] // stride))
-    if len(masks) == 0 or 0 in size:
-        return out
-    small = F.interpolate(masks[None, :, :h, :w].double(), size=size, mode="bilinear")[0]
-    # OpenCV rounds to the nearest 8-bit integer from fixed-point weights of 11 bits
-    rounded_up = small >= 0.5 - 2**-12
-    rows, columns = min(size[0], out.shape[1]), min(size[1], out.shape[2])
-    out[:, :rows, :columns] = rounded_up[:, :rows, :columns]
+    y0, y1, wy0, wy1 = _opencv_taps(h, rows, masks.device)
+    x0, x1, wx0, wx1 = _opencv_taps(w, columns, masks.device)
+    masks = masks[:, :h, :w].int()
+    # OpenCV's 8-bit arithmetic drops bits between the two passes, which moves the threshold
+    along_x = (masks[:, :, x0] * wx0 + masks[:, :, x1] * wx1) >> 4
+    upper = (along_x[:, y0] * wy0[:, None]) >> 16
+    lower = (along_x[:, y1] * wy1[:, None]) >> 16
+    small = ((upper + lower + 2) >> 2) > 0
+    rows, columns = min(rows, out.shape[1]), min(columns, out.shape[2])
+    out[:, :rows, :columns] = small[:, :rows, :columns]
     return out
+
+
+def _opencv_taps(
+    source: int, target: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both neighbours of each target pixel and their weights in units of 1 / 2048."""
+    position = (torch.arange(target, device=device).double() + 0.5) * (source / max(target, 1))
+    position = position.float() - 0.5
+    first = position.floor().clamp(0, source - 1)
+    fraction = torch.where(first == source - 1, 0, (position - first).clamp(min=0))
+    first = first.long()
+    second = (first + 1).clamp(max=source - 1)
+    return first, second, ((1 - fraction) * 2048).round().int(), (fraction * 2048).round().int()
 
 
 def upsample_to_binary(

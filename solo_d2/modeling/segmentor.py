@@ -9,6 +9,7 @@ from detectron2.modeling import Backbone, build_backbone
 from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
 
+from solo_d2.layers.frozen_bn import fold_frozen_batch_norms
 from solo_d2.postprocessing import postprocess
 
 
@@ -54,7 +55,7 @@ class InstanceSegmentor(nn.Module):
     @classmethod
     def from_config(cls, cfg) -> dict:
         return {
-            "backbone": build_backbone(cfg),
+            "backbone": fold_frozen_batch_norms(build_backbone(cfg)),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "freeze_bn_stats": cfg.MODEL.BACKBONE.FREEZE_BN_STATS,
@@ -106,11 +107,15 @@ class InstanceSegmentor(nn.Module):
         """Normalise, then pad with zeros at the right and bottom."""
         images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(
+        batch = ImageList.from_tensors(
             images,
             self.backbone.size_divisibility,
             padding_constraints=self.backbone.padding_constraints,
         )
+        if self.device.type == "cpu":
+            # the layout runs through the network and saves oneDNN a third of its time there
+            batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
+        return batch
 
     def prepare_ground_truth(
         self, batched_inputs: list[dict], images: ImageList

@@ -20,7 +20,7 @@ from solo_d2.layers.nms import point_nms
 
 from ..num_classes import resolve_num_classes
 from ..segmentor import GroundTruth, InstanceSegmentor
-from .inference import detect, suppress
+from .inference import Detections, detect, suppress
 from .targets import CellTargets, assign_cells, level_offsets
 
 
@@ -171,24 +171,34 @@ class SOLOFamily(InstanceSegmentor):
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         height, width = images.tensor.shape[-2:]
         outputs = self.predict(self.resize_levels(features, (height, width)), features)
-        scores = _join_levels([point_nms(x.float().sigmoid()) for x in outputs.category_logits])
+        scores = self.category_scores(outputs)
         mask_size = (height // self.mask_stride, width // self.mask_stride)
         results = []
         for i, image_size in enumerate(images.image_sizes):
-            found = detect(
-                scores[i],
-                lambda level, cells: self.soft_masks(outputs, i, level, cells, mask_size),
-                mask_size,
-                level_offsets=self.level_offsets,
-                strides=self.strides,
-                mask_threshold=self.mask_threshold,
-                **self.detection,
-            )
+            found = self.detect(outputs, scores[i], i, mask_size)
             found = suppress(found, mask_threshold=self.mask_threshold, **self.suppression)
             result = Instances(image_size)
             result.scores, result.pred_classes, result.pred_masks = found
             results.append(result)
         return results
+
+    def category_scores(self, outputs: GridOutputs) -> Tensor:
+        """(N, cells of all levels, C) scores after point NMS."""
+        return _join_levels([point_nms(x.float().sigmoid()) for x in outputs.category_logits])
+
+    def detect(
+        self, outputs: GridOutputs, scores: Tensor, image: int, mask_size: tuple[int, int]
+    ) -> Detections:
+        """The best candidates of one image, before suppression; see ``inference.detect``."""
+        return detect(
+            scores,
+            lambda level, cells: self.soft_masks(outputs, image, level, cells, mask_size),
+            mask_size,
+            level_offsets=self.level_offsets,
+            strides=self.strides,
+            mask_threshold=self.mask_threshold,
+            **self.detection,
+        )
 
     def resize_levels(
         self, features: dict[str, Tensor], image_size: tuple[int, int]

@@ -1,6 +1,6 @@
 """From category scores and soft masks to instances (SOLO, section 3.3; SOLOv2, section 3.3)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,8 +49,8 @@ def score_masks(soft_masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
         (N,) areas in pixels, float32, and (N,) maskness.
     """
     flat = soft_masks.flatten(1)
-    inside = flat > threshold
-    area = inside.sum(dim=1).to(flat.dtype)
+    inside = (flat > threshold).to(flat.dtype)  # exact as float32, and faster to sum
+    area = inside.sum(dim=1)
     return area, (flat * inside).sum(dim=1) / area.clamp(min=1)
 
 
@@ -68,8 +68,9 @@ def detect(
 ) -> Detections:
     """Score the candidates of one image by their masks and keep the best.
 
-    Masks are made in chunks of bounded size, and never more than ``topk_candidates`` of them stay,
-    so the memory does not depend on how many candidates there are.
+    A first pass makes the mask of every cell that has a candidate, in chunks of bounded size, for
+    its area and maskness alone; a second one makes those of the best again. So the memory does not
+    depend on the number of candidates, and classes that share a cell share its mask.
 
     Args:
         scores: (cells of all levels, classes) after point NMS.
@@ -82,28 +83,30 @@ def detect(
         topk_candidates: how many to keep.
     """
     cells, classes = find_candidates(scores, score_threshold, max_candidates)
-    category_scores = scores[cells, classes]
-    per_level = torch.bucketize(cells, scores.new_tensor(level_offsets[1:]), right=True)
-    counts = per_level.bincount(minlength=len(strides)).tolist()
+    unique_cells, cell_of = cells.unique(return_inverse=True)
 
-    best = Detections(
-        category_scores[:0].float(), classes[:0], scores.new_zeros((0, *mask_size)).float()
-    )
+    def masks_by_level(chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Masks of cells in ascending order, in chunks, each with its level."""
+        bounds = torch.searchsorted(chosen, chosen.new_tensor(level_offsets)).tolist()
+        for level, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+            if start < stop:
+                for chunk in chosen[start:stop].split(length):
+                    yield level, soft_masks(level, chunk - level_offsets[level])
+
     length = chunk_length(mask_size[0] * mask_size[1])
-    start = 0
-    for level, count in enumerate(counts):
-        for chunk in torch.arange(start, start + count, device=cells.device).split(length):
-            if len(chunk) == 0:
-                continue
-            masks = soft_masks(level, cells[chunk] - level_offsets[level])
-            area, maskness = score_masks(masks, mask_threshold)
-            keep = area > strides[level]
-            found = Detections(
-                (category_scores[chunk] * maskness)[keep], classes[chunk][keep], masks[keep]
-            )
-            best = _best(_concatenate(best, found), topk_candidates)
-        start += count
-    return best
+    sized, maskness = [scores.new_zeros(0, dtype=torch.bool)], [scores.new_zeros(0)]
+    for level, masks in masks_by_level(unique_cells):
+        area, mean = score_masks(masks, mask_threshold)
+        sized.append(area > strides[level])
+        maskness.append(mean)
+    candidate_scores = scores[cells, classes] * torch.cat(maskness)[cell_of]
+    large_enough = torch.cat(sized)[cell_of].nonzero()[:, 0]
+    order = candidate_scores[large_enough].sort(descending=True, stable=True).indices
+    best = large_enough[order[:topk_candidates]]
+
+    best_cells, mask_of = cells[best].unique(return_inverse=True)
+    masks = [scores.new_zeros((0, *mask_size)), *(m for _, m in masks_by_level(best_cells))]
+    return Detections(candidate_scores[best], classes[best], torch.cat(masks)[mask_of])
 
 
 def suppress(
@@ -144,14 +147,3 @@ def suppress(
     order = scores.where(keep, -1).sort(descending=True, stable=True).indices
     order = order[: min(max_detections, int(keep.sum()))]
     return Detections(scores[order], detections.classes[order], detections.masks[order])
-
-
-def _concatenate(a: Detections, b: Detections) -> Detections:
-    if len(a.scores) == 0:
-        return b
-    return Detections(*(torch.cat(pair) for pair in zip(a, b)))
-
-
-def _best(detections: Detections, limit: int) -> Detections:
-    order = detections.scores.sort(descending=True, stable=True).indices[:limit]
-    return Detections(*(field[order] for field in detections))

@@ -178,18 +178,26 @@ class MaskFeatureBranch(nn.Module):
         Returns:
             (N, E, H, W) at the finest stride, not negative.
         """
-        total: Tensor | None = None
-        for i, (name, convs) in enumerate(zip(self.in_features, self.levels)):
-            x = features[name]
-            if i == len(self.levels) - 1:
-                x = append_coordinates(x)  # the paper: only at the deepest level
-            for conv in convs:
-                x = conv(x)
-                if i > 0:
-                    x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
-            # out of place: ReLU needs its output for the backward pass
-            total = x if total is None else total + x
-        return self.output(total)
+        finest = self._run(0, features)
+        coarser = [self._run(i, features) for i in range(1, len(self.levels))]
+        if not coarser:
+            return self.output(finest)
+        # Upsampling is linear: all coarser levels share their last step. The sums are out of
+        # place, since ReLU needs its output for the backward pass.
+        return self.output(finest + _double(sum(coarser[1:], coarser[0])))
+
+    def _run(self, index: int, features: dict[str, Tensor]) -> Tensor:
+        """One level up to, but without, its last upsampling."""
+        x = features[self.in_features[index]]
+        if index == len(self.levels) - 1:
+            x = append_coordinates(x)  # the paper: only at the deepest level
+        for i, conv in enumerate(self.levels[index]):
+            x = conv(_double(x) if i > 0 else x)
+        return x
+
+
+def _double(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def dynamic_conv(feature: Tensor, kernels: Tensor, kernel_size: int = 1) -> Tensor:

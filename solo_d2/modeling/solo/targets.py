@@ -96,3 +96,18 @@ def level_offsets(num_grids: Sequence[int]) -> list[int]:
     for grid in num_grids:
         offsets.append(offsets[-1] + grid * grid)
     return offsets
+
+
+def last_claims(targets: CellTargets, num_grids: Sequence[int]) -> CellTargets:
+    """Leave one pair per cell, the one whose instance gives the category; ordered by cell.
+
+    SOLO and Decoupled SOLO have one mask per cell, SOLOv2 trains a cell's kernel on all pairs.
+    """
+    flat = targets.cell + targets.cell.new_tensor(level_offsets(num_grids))[targets.level]
+    # a stable sort leaves the pairs of a cell in instance order: the last of each run wins
+    order = flat.sort(stable=True).indices
+    flat = flat[order]
+    last = torch.ones_like(flat, dtype=torch.bool)
+    last[:-1] = flat[1:] != flat[:-1]
+    pairs = (x[order][last] for x in targets[1:])
+    return CellTargets(targets.categories, *pairs)
