@@ -132,7 +132,9 @@ def _inspect(requirement: Requirement) -> tuple[str, str]:
         if requirement.module == "detectron2":
             # Releases of 2021 import, but fail here with today's Pillow or NumPy.
             importlib.import_module("detectron2.data.transforms")
-            importlib.import_module("detectron2.modeling")
+            modeling = importlib.import_module("detectron2.modeling")
+            if not hasattr(modeling.Backbone, "padding_constraints"):
+                return module.__version__, "is from before mid-2022 and too old"
     except Exception as error:  # whatever a broken installation raises
         first_line = (str(error).splitlines() or [""])[0]
         return "broken", f"cannot be imported ({type(error).__name__}: {first_line})"
