@@ -112,7 +112,7 @@ class CocoWriter:
             self.results.append(result)
 
     def write(self) -> None:
-        """coco_results.json for ``COCO.loadRes`` and images.json for ``COCO``, each whole or not."""
+        """coco_results.json for ``COCO.loadRes``, images.json for ``COCO``; each whole or not."""
         names, ids = self.categories
         categories = [{"id": i, "name": n} for i, n in zip(ids, names, strict=True)]
         dataset = {
