@@ -139,7 +139,7 @@ def _inspect(requirement: Requirement) -> tuple[str, str]:
         first_line = (str(error).splitlines() or [""])[0]
         return "broken", f"cannot be imported ({type(error).__name__}: {first_line})"
     version = str(getattr(module, "__version__", "") or _distribution_version(requirement))
-    place = f" ({Path(module.__file__).parent})" if requirement.module == "detectron2" else ""
+    place = f" ({Path(str(module.__file__)).parent})" if requirement.module == "detectron2" else ""
     if version and _numbers(version) < _numbers(requirement.minimum):
         return version + place, f"{version} is too old, {requirement.minimum} is the least"
     return (version or "version unknown") + place, ""
