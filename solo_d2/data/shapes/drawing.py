@@ -1,0 +1,307 @@
+"""Random scenes of flat shapes with exact masks.
+
+Frames: x to the right, y down, pixel (0, 0) covers [0, 1) x [0, 1). Images are float32 in [0, 255]
+until the end. All randomness comes from the generator that is passed in.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+# Pixels per image pixel and axis when a shape is drawn; its anti-aliased edge comes from these.
+_SUPERSAMPLING = 4
+# A shape keeps at least this fraction of its whole area in view, and this many pixels.
+MIN_VISIBLE = 0.3
+MIN_PIXELS = 40
+# Square root of the area of the smallest shape in pixels, and of the largest in sides of the image.
+_SMALLEST = 14.0
+_LARGEST = 0.72
+
+Contours = list[NDArray[np.float64]]
+
+
+class Shape(NamedTuple):
+    """One object, or one crowd: many tiny objects of a class that are not told apart."""
+
+    category: int  # index into CLASSES
+    mask: NDArray[np.bool_]  # (H, W), the visible part
+    is_crowd: bool
+
+
+class _Layer(NamedTuple):
+    alpha: NDArray  # (H, W) coverage in [0, 1]
+    area: float  # pixels, outside of the image included
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        return self.alpha >= 0.5
+
+
+# --- outlines: contours inside the unit circle; a point is inside where an odd number encloses it
+
+
+def _arc(start: float, stop: float, radius: float = 1.0, x: float = 0.0) -> NDArray[np.float64]:
+    angles = np.linspace(start, stop, 64)
+    return np.stack([x + radius * np.cos(angles), radius * np.sin(angles)], 1)
+
+
+def _star_polygon(points: int, inner: float) -> NDArray[np.float64]:
+    angles = np.pi * np.arange(2 * points) / points
+    radii = np.where(np.arange(2 * points) % 2, inner, 1.0)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
+
+
+def _disc(rng: Generator) -> Contours:
+    return [_arc(0, 2 * np.pi)]
+
+
+def _square(rng: Generator) -> Contours:
+    return [_star_polygon(2, 1.0)]
+
+
+def _triangle(rng: Generator) -> Contours:
+    return [_star_polygon(3, 0.5)]
+
+
+def _star(rng: Generator) -> Contours:
+    return [_star_polygon(5, rng.uniform(0.38, 0.46))]
+
+
+def _ring(rng: Generator) -> Contours:
+    return [_arc(0, 2 * np.pi), _arc(0, 2 * np.pi, rng.uniform(0.5, 0.6))]
+
+
+def _cross(rng: Generator) -> Contours:
+    a = rng.uniform(0.26, 0.34)  # half the width of an arm
+    quarter = np.array([[1, -a], [1, a], [a, a]])
+    turn = np.array([[0, 1], [-1, 0]])
+    turns = [quarter @ np.linalg.matrix_power(turn, k) for k in range(4)]
+    return [np.concatenate(turns) / np.hypot(1, a)]
+
+
+def _crescent(rng: Generator) -> Contours:
+    # the unit disc without the disc of this radius around (x, 0)
+    radius, x = rng.uniform(0.75, 0.85), 0.5
+    corner = np.arccos((1 - radius**2 + x**2) / (2 * x))
+    inner = np.arctan2(np.sin(corner), np.cos(corner) - x)
+    outside = _arc(corner, 2 * np.pi - corner)
+    return [np.concatenate([outside, _arc(2 * np.pi - inner, inner, radius, x)])]
+
+
+_OUTLINES: dict[str, Callable[[Generator], Contours]] = {
+    "disc": _disc,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+    "crescent": _crescent,
+}
+CLASSES = tuple(_OUTLINES)
+
+
+def _layer(
+    rng: Generator, category: int, extent: float, centre: NDArray[np.float64], size: tuple[int, int]
+) -> _Layer:
+    """A shape of a class with an area of ``extent ** 2``, random proportions and rotation."""
+    contours = _OUTLINES[CLASSES[category]](rng)
+    angle = rng.uniform(0, 2 * np.pi)
+    rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    proportions = np.array([1.0, rng.uniform(0.8, 1.0)])
+    outer, *holes = [_polygon_area(contour * proportions) for contour in contours]
+    scale = proportions * extent / np.sqrt(outer - sum(holes))
+    contours = [(contour * scale) @ rotation + centre for contour in contours]
+    return _Layer(_rasterise(contours, size), extent**2)
+
+
+def _polygon_area(points: NDArray[np.float64]) -> float:
+    x, y = points.T
+    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+def _rasterise(contours: Contours, size: tuple[int, int]) -> NDArray:
+    """(H, W) coverage of each pixel."""
+    canvas = np.zeros((size[0] * _SUPERSAMPLING, size[1] * _SUPERSAMPLING), np.uint8)
+    # cv2 puts the centre of a pixel, not its corner, on whole numbers
+    points = [np.round((c * _SUPERSAMPLING - 0.5) * 16).astype(np.int32) for c in contours]
+    cv2.fillPoly(canvas, points, 255, shift=4)
+    alpha = cv2.resize(canvas, size[::-1], interpolation=cv2.INTER_AREA)
+    return alpha.astype(np.float32) / 255
+
+
+# --- colours and textures
+
+
+def _noise(rng: Generator, size: tuple[int, int], cells: float, octaves: int = 3) -> NDArray:
+    """(H, W) smooth noise with values around 0; the coarsest octave has ``cells`` cells a side."""
+    total = np.zeros(size, np.float32)
+    for octave in range(octaves):
+        grid = max(2, int(cells * 2**octave) + 1)
+        values = rng.standard_normal((grid, grid)).astype(np.float32)
+        total += 0.5**octave * cv2.resize(values, size[::-1], interpolation=cv2.INTER_CUBIC)
+    return total / (total.std() + 1e-6)
+
+
+def _stripes(rng: Generator, size: tuple[int, int], low: float, high: float) -> NDArray:
+    """(H, W) waves in [-1, 1] across a random direction; wavelength in [low, high] pixels."""
+    angle, wavelength = rng.uniform(0, np.pi), rng.uniform(low, high)
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
+    phase = (x * np.cos(angle) + y * np.sin(angle)) / wavelength + rng.uniform()
+    wave = np.sin(2 * np.pi * phase)
+    return np.clip(3 * wave, -1, 1) if rng.uniform() < 0.5 else wave
+
+
+def _gradient(rng: Generator, size: tuple[int, int]) -> NDArray:
+    """(H, W) ramp from -1 to 1 in a random direction."""
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.float32)
+    ramp = x * np.cos(angle) + y * np.sin(angle)
+    return 2 * (ramp - ramp.min()) / (np.ptp(ramp) + 1e-6) - 1
+
+
+def _texture(rng: Generator, size: tuple[int, int], colour: NDArray, spread: float) -> NDArray:
+    """(H, W, 3) a random pattern around a colour."""
+    kind = rng.integers(4)
+    if kind == 0:
+        pattern: NDArray = np.zeros(size, np.float32)
+    elif kind == 1:
+        pattern = _gradient(rng, size)
+    elif kind == 2:
+        pattern = _stripes(rng, size, 5, 16)
+    else:
+        pattern = 0.7 * _noise(rng, size, cells=max(size) / 24)
+    return colour + pattern[..., None] * rng.uniform(-spread, spread, 3).astype(np.float32)
+
+
+def _contrasting_colour(rng: Generator, surrounding: NDArray, distance: float) -> NDArray:
+    """A random colour at least ``distance`` away from the surrounding one."""
+    while True:
+        colour = rng.uniform(15, 240, 3)
+        if np.linalg.norm(colour - surrounding) >= distance:
+            return colour.astype(np.float32)
+
+
+def _blend(image: NDArray, alpha: NDArray, texture: NDArray) -> NDArray:
+    return image + alpha[..., None] * (texture - image)
+
+
+def _background(rng: Generator, size: tuple[int, int]) -> NDArray:
+    """(H, W, 3) noise, ramps, stripes, and clutter that belongs to no class."""
+    base = rng.uniform(40, 215, 3).astype(np.float32)
+    image = np.tile(base, (*size, 1))
+    for pattern, strength in (
+        (_noise(rng, size, rng.uniform(2, 8)), 12),
+        (_gradient(rng, size), 25),
+        (_stripes(rng, size, 10, 50), 14 if rng.uniform() < 0.4 else 0),
+    ):
+        image += pattern[..., None] * rng.uniform(-strength, strength, 3).astype(np.float32)
+    # soft blobs: the tops of a noise field, without a sharp edge or a shape of their own
+    for _ in range(rng.integers(0, 3)):
+        alpha = np.clip(_noise(rng, size, rng.uniform(3, 6), octaves=1) - 1.2, 0, 1)
+        image = _blend(image, 0.6 * alpha, base + rng.uniform(-60, 60, 3).astype(np.float32))
+    # thin lines and open curves, too thin to be a ring or a crescent
+    for _ in range(rng.integers(0, 9)):
+        steps = rng.normal(0, 1, (8, 2)) * rng.choice([0.0, 0.6]) + rng.normal(0, 1, 2)
+        points = rng.uniform(0, 1, 2) * size[::-1] + np.cumsum(steps, 0) * max(size) / 14
+        alpha = np.zeros(size, np.uint8)
+        thickness = int(rng.integers(1, 3))
+        cv2.polylines(
+            alpha, [np.round(points * 16).astype(np.int32)], False, 255, thickness, cv2.LINE_AA, 4
+        )
+        colour = _contrasting_colour(rng, base, 50)
+        image = _blend(image, alpha.astype(np.float32) / 255, colour)
+    return image
+
+
+# --- scenes
+
+
+def _crowd_layers(rng: Generator, category: int, size: tuple[int, int]) -> list[_Layer]:
+    """Tiny shapes side by side in an elliptic region."""
+    diameter = rng.uniform(9, 12)
+    radii = rng.uniform(22, 40, 2)
+    centre = rng.uniform(0.2, 0.8, 2) * size[::-1]
+    reach = np.arange(-6, 7)
+    grid = np.stack(np.meshgrid(reach, reach), -1).reshape(-1, 2) * diameter * 1.1
+    grid = grid[np.sum((grid / radii) ** 2, 1) <= 1]
+    grid += centre + rng.uniform(-1, 1, grid.shape) * diameter * 0.15
+    inside = np.all((grid > 0) & (grid < np.array(size[::-1])), 1)
+    return [
+        _layer(rng, category, diameter * rng.uniform(0.6, 0.75), point, size)
+        for point in grid[inside]
+    ]
+
+
+def _crowd_region(layers: list[_Layer], size: tuple[int, int]) -> NDArray[np.bool_]:
+    union = np.zeros(size, np.uint8)
+    for layer in layers:
+        union |= layer.mask
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
+    padded = cv2.copyMakeBorder(union, 9, 9, 9, 9, cv2.BORDER_CONSTANT, value=0)
+    closed = cv2.morphologyEx(padded, cv2.MORPH_CLOSE, kernel)
+    return closed[9:-9, 9:-9].astype(bool)
+
+
+def draw_scene(rng: Generator, height: int, width: int) -> tuple[NDArray[np.uint8], list[Shape]]:
+    """One random scene.
+
+    Later shapes cover earlier ones. A shape that would hide too much of another one, or too much
+    of which lies outside of the image, is placed anew or left out, so whatever is drawn is listed.
+
+    Returns:
+        The image, (H, W, 3) uint8 RGB, and its shapes from the bottom to the top.
+    """
+    size = (height, width)
+    image = _background(rng, size)
+    count = 0 if rng.uniform() < 0.03 else int(rng.integers(2, 7))
+
+    shapes: list[Shape] = []
+    whole_areas: list[float] = []
+    layers: list[_Layer] = []
+    if count and rng.uniform() < 0.08:
+        category = int(rng.integers(len(CLASSES)))
+        layers = _crowd_layers(rng, category, size)
+        region = _crowd_region(layers, size)
+        if region.sum() >= MIN_PIXELS:
+            shapes.append(Shape(category, region, True))
+            whole_areas.append(float(region.sum()))
+        else:
+            layers = []
+
+    smallest, largest = np.log([_SMALLEST, max(_SMALLEST, _LARGEST * min(size))])
+    extents = np.exp(rng.uniform(smallest, largest, count))
+    if rng.uniform() < 0.5:  # in the other half a large shape often finds no room
+        extents = np.sort(extents)[::-1]
+    for extent in extents:
+        category = int(rng.integers(len(CLASSES)))
+        for _attempt in range(8):
+            centre = rng.uniform(0, 1, 2) * size[::-1]
+            layer = _layer(rng, category, extent, centre, size)
+            mask = layer.mask
+            # most overlaps are slight, some hide two thirds
+            least = rng.choice([MIN_VISIBLE, 0.8], p=[0.3, 0.7])
+            visible = [shape.mask & ~mask for shape in shapes]
+            if mask.sum() >= max(MIN_PIXELS, 0.6 * layer.area) and all(
+                v.sum() >= max(MIN_PIXELS, least * area) for v, area in zip(visible, whole_areas)
+            ):
+                shapes = [shape._replace(mask=v) for shape, v in zip(shapes, visible)]
+                shapes.append(Shape(category, mask, False))
+                whole_areas.append(layer.area)
+                layers.append(layer)
+                break
+
+    for layer in layers:
+        y, x, h, w = cv2.boundingRect((layer.alpha.T > 0).astype(np.uint8))
+        window = np.s_[y : y + h, x : x + w]
+        alpha, behind = layer.alpha[window], image[window]
+        surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
+        contrast = 100 if rng.uniform() < 0.85 else 55
+        colour = _contrasting_colour(rng, surrounding, contrast)
+        image[window] = _blend(behind, alpha, _texture(rng, (h, w), colour, spread=35))
+
+    image += rng.uniform(2, 8) * rng.standard_normal(image.shape, np.float32)
+    return np.clip(np.round(image), 0, 255).astype(np.uint8), shapes
