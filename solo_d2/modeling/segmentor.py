@@ -8,6 +8,7 @@ from detectron2.layers import move_device_like
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from solo_d2.layers.frozen_bn import fold_frozen_batch_norms
 from solo_d2.postprocessing import postprocess
@@ -133,21 +134,18 @@ class InstanceSegmentor(nn.Module):
                     f"training needs 'instances'; image {inputs.get('file_name', '?')} has none"
                 )
             instances: Instances = inputs["instances"]
-            masks = torch.zeros((len(instances), height, width), dtype=torch.bool)
             # an image without annotations has no gt_masks field at all
-            if len(instances):
+            if instances.has("gt_masks"):
                 bitmasks = instances.gt_masks
                 if isinstance(bitmasks, PolygonMasks):
                     bitmasks = BitMasks.from_polygon_masks(bitmasks, h, w)
-                masks = masks.to(bitmasks.tensor.device)
-                masks[:, :h, :w] = bitmasks.tensor
+                masks = F.pad(bitmasks.tensor.to(self.device), (0, width - w, 0, height - h))
                 boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
             else:
+                masks = torch.zeros((0, height, width), dtype=torch.bool, device=self.device)
                 boxes, classes = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.long)
             ground_truth.append(
-                GroundTruth(
-                    boxes.to(self.device), classes.to(self.device), masks.to(self.device), (h, w)
-                )
+                GroundTruth(boxes.to(self.device), classes.to(self.device), masks, (h, w))
             )
         return ground_truth
 

@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import BitMasks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.coord import append_coordinates
+from solo_d2.layers.losses import dice_loss
+from solo_d2.layers.masks import (
+    mass_centers,
+    reduce_masks,
+    reduce_unpadded_masks,
+    tight_boxes,
+    upsample_to_binary,
+)
+
+
+def random_masks(seed: int, n: int, h: int, w: int) -> torch.Tensor:
+    """Sparse, dense, empty and single-pixel masks."""
+    g = torch.Generator().manual_seed(seed)
+    density = torch.rand(n, 1, 1, generator=g) ** 3
+    masks = torch.rand(n, h, w, generator=g) < density
+    if n:
+        masks[0] = False
+    return masks
+
+
+@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(1, 20), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_tight_boxes_are_those_of_detectron2(seed, n, h, w):
+    masks = random_masks(seed, n, h, w)
+    expected = BitMasks(masks).get_bounding_boxes().tensor
+    assert torch.equal(tight_boxes(masks), expected)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 6), st.integers(1, 20), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+def test_mass_centers_are_the_mean_indices(seed, n, h, w):
+    masks = random_masks(seed, n, h, w)
+    centers, areas = mass_centers(masks)
+    for mask, center, area in zip(masks.numpy(), centers, areas):
+        rows, columns = np.nonzero(mask)
+        assert area == len(rows)
+        expected = (columns.mean(), rows.mean()) if len(rows) else (0, 0)
+        assert center.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 4, 8, 16]))
+@settings(max_examples=30, deadline=None)
+def test_reducing_is_a_bilinear_resize_and_a_test_for_one_half(seed, stride):
+    masks = random_masks(seed, 3, 2 * stride, 3 * stride)
+    resized = F.interpolate(masks[None].double(), scale_factor=1 / stride, mode="bilinear")[0]
+    assert torch.equal(reduce_masks(masks, stride), resized >= 0.5)
+
+
+def test_both_ways_of_reducing_agree_where_the_size_divides():
+    masks = random_masks(3, 5, 32, 48)
+    assert torch.equal(reduce_unpadded_masks(masks, 4, (32, 48), (32, 48)), reduce_masks(masks, 4))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (30, 46)])
+def test_unpadded_reduction_is_the_resize_of_opencv(size):
+    cv2 = pytest.importorskip("cv2")
+    h, w = size
+    masks = torch.zeros(4, 32, 48, dtype=torch.bool)
+    masks[:, :h, :w] = random_masks(7, 4, h, w)
+    rows, columns = int(h / 4 + 0.5), int(w / 4 + 0.5)
+    expected = torch.zeros(4, 8, 12, dtype=torch.bool)
+    if rows and columns:
+        for i, mask in enumerate(masks[:, :h, :w].numpy().astype(np.uint8)):
+            expected[i, :rows, :columns] = torch.from_numpy(cv2.resize(mask, (columns, rows)) > 0)
+    assert torch.equal(reduce_unpadded_masks(masks, 4, size, (32, 48)), expected)
+
+
+def literal_upsampling(soft, padded_size, image_size, output_size, threshold):
+    """Two resizes of everything at once, as the papers' code does."""
+    h, w = image_size
+    soft = F.interpolate(soft[:, None], size=padded_size, mode="bilinear")[:, :, :h, :w]
+    return F.interpolate(soft, size=output_size, mode="bilinear")[:, 0] > threshold
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 4),
+    st.tuples(st.integers(1, 32), st.integers(1, 48)),
+    st.tuples(st.integers(1, 70), st.integers(1, 70)),
+)
+@settings(max_examples=80, deadline=None)
+def test_upsampling_equals_the_literal_two_resizes(seed, n, image_size, output_size):
+    # blobs: upsampled noise, so that regions smaller than the map occur
+    g = torch.Generator().manual_seed(seed)
+    soft = torch.rand(n, 1, 3, 4, generator=g) ** 2
+    soft = F.interpolate(soft, size=(8, 12), mode="bilinear")[:, 0]
+    arguments = ((32, 48), image_size, output_size, 0.5)
+    expected = literal_upsampling(soft, *arguments)
+    actual = upsample_to_binary(
+        soft, padded_size=(32, 48), image_size=image_size, output_size=output_size, threshold=0.5
+    )
+    assert actual.shape == (n, *output_size)
+    assert actual.dtype == torch.bool
+    # the two differ in the order of float32 additions: values at 0.5 may fall on either side
+    near = (literal_soft(soft, *arguments[:3]) - 0.5).abs() < 1e-5
+    assert torch.equal(actual | near, expected | near)
+
+
+def literal_soft(soft, padded_size, image_size, output_size):
+    h, w = image_size
+    soft = F.interpolate(soft[:, None], size=padded_size, mode="bilinear")[:, :, :h, :w]
+    return F.interpolate(soft, size=output_size, mode="bilinear")[:, 0]
+
+
+def test_upsampling_works_in_chunks_of_any_size(monkeypatch):
+    soft = torch.rand(7, 8, 8)
+    options = {
+        "padded_size": (32, 32),
+        "image_size": (30, 31),
+        "output_size": (60, 50),
+        "threshold": 0.5,
+    }
+    one_by_one = upsample_to_binary(soft, **options)
+    for bytes_per_chunk in (1, 3 * 60 * 50 * 4, 10**9):
+        monkeypatch.setattr(mask_ops, "CHUNK_BYTES", bytes_per_chunk)
+        assert mask_ops.chunk_length(60 * 50) >= 1
+        assert torch.equal(upsample_to_binary(soft, **options), one_by_one)
+
+
+def test_dice_is_zero_for_equal_masks_one_for_disjoint_ones_and_empty_for_none():
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[0, :2] = True
+    masks[1, 2:] = True
+    assert dice_loss(masks.float(), masks).tolist() == pytest.approx([0, 0], abs=1e-3)
+    assert dice_loss(masks.float(), masks.flip(0)).tolist() == pytest.approx([1, 1], abs=1e-3)
+    assert dice_loss(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4)).shape == (0,)
+
+
+def test_dice_sums_in_float32_whatever_the_input():
+    probs = torch.full((1, 400, 400), 0.9, dtype=torch.float16)
+    target = torch.ones(1, 400, 400, dtype=torch.bool)
+    loss = dice_loss(probs, target)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(1 - 2 * 0.9 / (0.81 + 1), abs=1e-3)
+
+
+def test_coordinates_reach_both_ends_and_follow_the_feature():
+    out = append_coordinates(torch.zeros(2, 3, 4, 5))
+    assert out.shape == (2, 5, 4, 5)
+    assert out[1, 3, 0].tolist() == [-1, -0.5, 0, 0.5, 1]  # x along a row
+    assert out[1, 4, :, 0].tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])  # y along a column
