@@ -27,7 +27,7 @@ class SOLOv2Outputs(NamedTuple):
 
     category_logits: list[Tensor]  # (N, C, S, S)
     kernels: list[Tensor]  # (N, D, S, S), D = E * kernel_size ** 2
-    mask_feature: Tensor  # (N, E, H / 4, W / 4), not negative
+    mask_features: tuple[Tensor, ...]  # per image (E, H / 4, W / 4), not negative
 
 
 @META_ARCH_REGISTRY.register()
@@ -75,7 +75,9 @@ class SOLOv2(SOLOFamily):
 
     def predict(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOv2Outputs:
         category_logits, kernels = self.head(levels)
-        return SOLOv2Outputs(category_logits, kernels, self.mask_branch(features))
+        # split once: indexing it at each use would make the backward pass fill a map each time
+        mask_features = self.mask_branch(features).unbind()
+        return SOLOv2Outputs(category_logits, kernels, mask_features)
 
     def soft_masks(
         self,
@@ -85,7 +87,7 @@ class SOLOv2(SOLOFamily):
         cells: Tensor,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        feature = outputs.mask_feature[image]
+        feature = outputs.mask_features[image]
         kernels = outputs.kernels[level][image].flatten(1)[:, cells].T
         logits = dynamic_conv(feature, kernels, self.kernel_size).float()
         return resize(logits.sigmoid()[None], size or logits.shape[-2:])[0]
