@@ -23,11 +23,15 @@ from .base import (
 
 
 class SOLOv2Outputs(NamedTuple):
-    """Raw outputs for N images; lists have one entry per level."""
+    """Raw outputs for N images; lists have one entry per level, tuples one per image.
+
+    What masks are made of is split by image once: indexing a batch at each use would make the
+    backward pass fill a batch of zeros each time.
+    """
 
     category_logits: list[Tensor]  # (N, C, S, S)
-    kernels: list[Tensor]  # (N, D, S, S), D = E * kernel_size ** 2
-    mask_features: tuple[Tensor, ...]  # per image (E, H / 4, W / 4), not negative
+    kernels: list[tuple[Tensor, ...]]  # (D, S, S), D = E * kernel_size ** 2
+    mask_features: tuple[Tensor, ...]  # (E, H / 4, W / 4), not negative
 
 
 @META_ARCH_REGISTRY.register()
@@ -75,9 +79,10 @@ class SOLOv2(SOLOFamily):
 
     def predict(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOv2Outputs:
         category_logits, kernels = self.head(levels)
-        # split once: indexing it at each use would make the backward pass fill a map each time
-        mask_features = self.mask_branch(features).unbind()
-        return SOLOv2Outputs(category_logits, kernels, mask_features)
+        mask_feature = self.mask_branch(features)
+        return SOLOv2Outputs(
+            category_logits, [kernel.unbind() for kernel in kernels], mask_feature.unbind()
+        )
 
     def soft_masks(
         self,
