@@ -23,6 +23,10 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.CUSTOM.VAL_JSON = ""
     cfg.DATASETS.CUSTOM.VAL_IMAGES = ""
 
+    # Train and evaluate on the same first images with objects of DATASETS.TRAIN, so many of them:
+    # shows whether a model and its data can be learnt at all. 0: off.
+    cfg.DATASETS.OVERFIT_IMAGES = 0
+
     # The embedded data set: "shapes_train" and "shapes_val", drawn on first use.
     cfg.DATASETS.SHAPES = CN()
     cfg.DATASETS.SHAPES.TRAIN_IMAGES = 1000

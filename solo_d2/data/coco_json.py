@@ -70,7 +70,7 @@ def register_coco_json(name: str, json_file: str | Path, image_root: str | Path)
     tidied, remarks = _tidy(document, json_file, {c["id"] for c in categories})
     source = json_file
     if remarks:
-        json_file = _write_copy(json_file, tidied)
+        json_file = _write_copy(json_file, tidied, f"v{_TIDY_VERSION}")
         logger.warning(f"{source}: {remarks}; training and evaluation read {json_file}")
     ids = {category["id"]: i for i, category in enumerate(categories)}
     register(
@@ -108,6 +108,43 @@ def register_coco_mini(root: str | Path | None = None) -> None:
             thing_colors=coco.thing_colors,
             thing_dataset_id_to_contiguous_id=ids,
         )
+
+
+def register_subset(name: str, count: int) -> str:
+    """Register the first ``count`` images with objects of a registered data set as another one.
+
+    Args:
+        name: of the whole set.
+        count: how many images.
+
+    Returns:
+        The name of the new set.
+
+    Raises:
+        ValueError: the set has fewer such images.
+    """
+    records = [
+        record
+        for record in DatasetCatalog.get(name)
+        if any(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
+    ]
+    if len(records) < count:
+        raise ValueError(f"data set {name!r} has {len(records)} images with objects, not {count}")
+    records = records[:count]
+    metadata = MetadataCatalog.get(name).as_dict()
+    chosen = {record["image_id"] for record in records}
+    document = _read(metadata["json_file"])
+    document["images"] = [x for x in document["images"] if x["id"] in chosen]
+    document["annotations"] = [x for x in document["annotations"] if x["image_id"] in chosen]
+    copy = _write_copy(metadata["json_file"], document, f"first{count}")
+    subset = f"{name}_first{count}"
+    register(
+        subset,
+        lambda: records,
+        **{k: v for k, v in metadata.items() if k not in ("name", "json_file", "evaluator_type")},
+        json_file=copy,
+    )
+    return subset
 
 
 def load_records(
@@ -280,12 +317,12 @@ def _rle(segmentation: Any, height: int, width: int) -> dict:
     return segmentation
 
 
-def _write_copy(json_file: str, document: dict) -> str:
-    """Write a tidied file into the cache folder under a name that its source's content decides."""
+def _write_copy(json_file: str, document: dict, variant: str) -> str:
+    """Write a changed file to the cache folder, named by its source's content and the variant."""
     digest = hashlib.sha256(Path(json_file).read_bytes()).hexdigest()[:16]
     folder = cache_folder() / "tidied"
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"{Path(json_file).stem}-v{_TIDY_VERSION}-{digest}.json"
+    copy = folder / f"{Path(json_file).stem}-{variant}-{digest}.json"
     if not copy.exists():
         # renamed into place: several processes may write it at once
         unfinished = copy.with_suffix(f".{os.getpid()}")

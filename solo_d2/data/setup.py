@@ -6,7 +6,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from .coco_json import register_coco_json
+from .coco_json import register_coco_json, register_subset
 from .shapes import register_shapes
 
 
@@ -16,6 +16,7 @@ def setup_datasets(cfg: CfgNode) -> None:
     Call it once, after merging the config and before freezing it. "shapes_train" and "shapes_val"
     get the parameters of DATASETS.SHAPES. If DATASETS.CUSTOM names a json file, "<NAME>_train"
     and "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by nothing, where only one is named).
+    With DATASETS.OVERFIT_IMAGES both become the same few images.
 
     Raises:
         FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing.
@@ -38,6 +39,9 @@ def setup_datasets(cfg: CfgNode) -> None:
         cfg.DATASETS.TRAIN = splits["train"]
         cfg.DATASETS.TEST = splits["val"]
     _check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    if cfg.DATASETS.OVERFIT_IMAGES:
+        subset = register_subset(cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES)
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (subset,)
 
 
 def num_classes(cfg: CfgNode) -> int:

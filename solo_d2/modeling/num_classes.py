@@ -1,6 +1,6 @@
 """The number of classes, from the data unless set."""
 
-from detectron2.data import MetadataCatalog
+from solo_d2.data import num_classes
 
 
 def resolve_num_classes(cfg, key: str) -> int:
@@ -16,19 +16,16 @@ def resolve_num_classes(cfg, key: str) -> int:
     configured = cfg
     for part in key.split("."):
         configured = configured[part]
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        names = MetadataCatalog.get(name).get("thing_classes")
-        if names is None:
-            continue
-        if configured not in (-1, len(names)):
-            raise ValueError(
-                f"{key} is {configured}, but data set {name!r} has {len(names)} classes; "
-                f"set it to {len(names)}, or to -1 to take the number from the data"
-            )
-        return len(names)
-    if configured == -1:
+    try:
+        known = num_classes(cfg)
+    except ValueError as error:
+        if configured == -1:
+            raise ValueError(f"{key} is -1 (from the data), but {error}") from None
+        return configured
+    if configured not in (-1, known):
+        name = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0]
         raise ValueError(
-            f"{key} is -1 (from the data), but no data set in DATASETS.TRAIN or DATASETS.TEST "
-            "is registered with its classes; set the number"
+            f"{key} is {configured}, but data set {name!r} has {known} classes; "
+            f"set it to {known}, or to -1 to take the number from the data"
         )
-    return configured
+    return known

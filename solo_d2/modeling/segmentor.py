@@ -124,7 +124,7 @@ class InstanceSegmentor(nn.Module):
         """Annotations on the device, polygons rasterised, masks padded to the batch.
 
         Raises:
-            ValueError: an input has no "instances".
+            ValueError: an input has no "instances", or instances without masks.
         """
         height, width = images.tensor.shape[-2:]
         ground_truth = []
@@ -141,6 +141,11 @@ class InstanceSegmentor(nn.Module):
                     bitmasks = BitMasks.from_polygon_masks(bitmasks, h, w)
                 masks = F.pad(bitmasks.tensor.to(self.device), (0, width - w, 0, height - h))
                 boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
+            elif len(inputs["instances"].get_fields().get("gt_classes", ())):
+                raise ValueError(
+                    f"image {inputs.get('file_name', '?')} has instances without masks; "
+                    "set MODEL.MASK_ON: True so that they are loaded"
+                )
             else:
                 masks = torch.zeros((0, height, width), dtype=torch.bool, device=self.device)
                 boxes, classes = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.long)

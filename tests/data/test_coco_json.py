@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import Image
+from pycocotools.coco import COCO
 
 from solo_d2.config import add_solo_d2_config
 from solo_d2.data import (
@@ -569,3 +570,25 @@ def test_coco_mini_names_what_is_missing(tmp_path):
     register_coco_mini(tmp_path)
     with pytest.raises(FileNotFoundError, match="no annotations file .*instances_val2017.json"):
         DatasetCatalog.get("coco_mini_val")
+
+
+def test_overfitting_trains_and_evaluates_on_the_same_first_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path))
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("shapes_train",), ("shapes_val",)
+    cfg.DATASETS.SHAPES.TRAIN_IMAGES, cfg.DATASETS.SHAPES.IMAGE_SIZE = 12, (64, 64)
+    cfg.DATASETS.OVERFIT_IMAGES = 3
+    setup_datasets(cfg)
+    assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("shapes_train_first3",)
+    records = DatasetCatalog.get("shapes_train_first3")
+    metadata = MetadataCatalog.get("shapes_train_first3")
+    ground_truth = COCO(metadata.json_file)
+    assert [r["image_id"] for r in records] == ground_truth.getImgIds()
+    assert all(r["annotations"] for r in records) and len(records) == 3
+    assert sum(len(r["annotations"]) for r in records) == len(ground_truth.anns)
+    assert metadata.thing_classes == MetadataCatalog.get("shapes_train").thing_classes
+
+    cfg.DATASETS.TRAIN, cfg.DATASETS.OVERFIT_IMAGES = ("shapes_train",), 13
+    with pytest.raises(ValueError, match="not 13"):
+        setup_datasets(cfg)

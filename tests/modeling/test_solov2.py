@@ -121,6 +121,14 @@ def test_an_input_without_annotations_is_named(model):
         model([{"image": torch.zeros(3, *SIZE), "file_name": "street.jpg"}])
 
 
+def test_instances_without_masks_are_an_error_that_names_the_key(model):
+    model.train()
+    inputs = {**example(ORDINARY), "file_name": "street.jpg"}
+    inputs["instances"].remove("gt_masks")
+    with pytest.raises(ValueError, match=r"street\.jpg.*MODEL\.MASK_ON"):
+        model([inputs])
+
+
 def test_polygons_and_bit_masks_give_the_same_losses(model):
     model.train()
     polygon = [[10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]]
