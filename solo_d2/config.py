@@ -41,9 +41,14 @@ def _add_training(cfg: CN) -> None:
     # from IMS_PER_BATCH, BASE_LR is multiplied by IMS_PER_BATCH / LR_REFERENCE_BATCH (the linear
     # rule, arXiv 1706.02677); the schedule is left alone.
     cfg.SOLVER.LR_REFERENCE_BATCH = 0
-    # Stop at the first loss that is inf or NaN and write nonfinite_loss.json to OUTPUT_DIR.
+    # Stop at the first loss that is inf or NaN and write nonfinite_loss.json to OUTPUT_DIR. False
+    # makes no step with that batch, says so, and goes on.
     cfg.SOLVER.STOP_ON_NONFINITE_LOSS = True
-    # Keep model_best.pth by this evaluation metric; "" keeps none.
+    # Load what fits of MODEL.WEIGHTS, with warnings, where the rest is for another number of classes
+    # or another architecture; False refuses such a file.
+    cfg.MODEL.WEIGHTS_SKIP_MISMATCHED = False
+    # Keep model_best.pth by this evaluation metric; "" keeps none. With several test sets it is
+    # preceded by the name of one: "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = "segm/AP"
     # After each evaluation, draw this many test images with ground truth and prediction; 0 draws none.
     cfg.TEST.VIS_IMAGES = 8

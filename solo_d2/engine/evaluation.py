@@ -1,0 +1,112 @@
+"""What an evaluation leaves: COCO tables, pictures, results.json."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
+from PIL import Image
+
+from solo_d2.files import write_whole
+from solo_d2.visualization import comparison_grid
+
+
+class InstanceEvaluator(COCOEvaluator):
+    """Detectron2's COCO evaluator that also gives a mask table when nothing is found.
+
+    It asks the predictions which tasks there are; an untrained model may make none.
+    """
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for output in outputs:
+            if "instances" in output and output["instances"].has("pred_masks"):
+                self._tasks = ("bbox", "segm")
+        super().process(inputs, outputs)
+
+
+class PredictionPictures(DatasetEvaluator):
+    """Draws predictions beside the ground truth for some images, the same ones each time."""
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str,
+        *,
+        num_images: int,
+        score_threshold: float,
+        max_iter: int,
+    ):
+        """
+        Args:
+            dataset_name: registered; has "file_name" in its records.
+            output_dir: pictures are written to vis/iter_<last finished iteration>/ in it.
+            num_images: at most; they are spread evenly over the data set.
+            score_threshold: lower ones are not drawn.
+            max_iter: of the training, after which an evaluation counts for its last iteration.
+        """
+        records = DatasetCatalog.get(dataset_name)
+        chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round()
+        self._records = {records[int(i)]["file_name"]: records[int(i)] for i in chosen}
+        self._dataset_name = dataset_name
+        self._output_dir = Path(output_dir)
+        self._score_threshold = score_threshold
+        self._max_iter = max_iter
+        self._predictions: dict[str, Instances] = {}
+
+    def reset(self) -> None:
+        self._predictions = {}
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for x, output in zip(inputs, outputs):
+            if x["file_name"] in self._records and "instances" in output:
+                instances = output["instances"]
+                # before they leave the device: masks are large
+                instances = instances[instances.scores >= self._score_threshold]
+                self._predictions[x["file_name"]] = instances.to("cpu")
+
+    def evaluate(self) -> None:
+        gathered = comm.gather(self._predictions)
+        if not comm.is_main_process():
+            return
+        predictions = {name: p for part in gathered for name, p in part.items()}
+        try:
+            self._draw(predictions)
+        except Exception:  # a picture is not worth a training
+            logging.getLogger(__name__).exception(f"No pictures of {self._dataset_name}")
+
+    def _draw(self, predictions: Mapping[str, Instances]) -> None:
+        names = [name for name in self._records if name in predictions]
+        if not names:
+            return
+        picture = comparison_grid(
+            [self._records[name] for name in names],
+            [predictions[name] for name in names],
+            MetadataCatalog.get(self._dataset_name),
+            score_threshold=self._score_threshold,
+        )
+        folder = "eval_only"
+        if has_event_storage():
+            storage = get_event_storage()
+            folder = f"iter_{min(storage.iter, self._max_iter - 1):07d}"
+            storage.put_image(f"vis/{self._dataset_name}", picture.transpose(2, 0, 1))
+        path = self._output_dir / "vis" / folder / f"{self._dataset_name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path) as file:
+            Image.fromarray(picture).save(file, format="PNG")
+        logging.getLogger(__name__).info(f"Predictions beside ground truth: {path}")
+
+
+def write_results(results: Mapping[str, Any], output_dir: str) -> str:
+    """Write what ``Trainer.test`` returned to results.json; returns its path."""
+    path = os.path.join(output_dir, "results.json")
+    with write_whole(path) as file:
+        file.write(json.dumps(results, indent=1, default=float).encode())
+    return path
