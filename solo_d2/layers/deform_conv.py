@@ -1,0 +1,64 @@
+"""Deformable convolution, v1 (arXiv 1703.06211) and modulated v2 (arXiv 1811.11168)."""
+
+import torch
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+
+class DeformConv2d(Conv2d):
+    """A ``Conv2d`` that samples its input at predicted offsets.
+
+    Over torchvision's operator, since Detectron2's own needs its compiled extension. The conv
+    ``offset`` predicts, per kernel position, (dy, dx); v2 adds a mask logit per position, after
+    all offsets. It starts at zero, so that the layer starts as a plain convolution (v2: halved).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, modulated: bool = False, **kwargs):
+        """
+        Args:
+            in_channels, out_channels: as of ``Conv2d``.
+            modulated: v2.
+            kwargs: as of ``detectron2.layers.Conv2d``: kernel_size, stride, norm, activation, ...
+        """
+        super().__init__(in_channels, out_channels, **kwargs)
+        self.modulated = modulated
+        positions = self.kernel_size[0] * self.kernel_size[1]
+        self.offset = nn.Conv2d(
+            in_channels,
+            positions * (3 if modulated else 2),
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H', W')."""
+        return self.sample(x, self.offset(x))
+
+    def sample(self, x: Tensor, offset: Tensor) -> Tensor:
+        """The same with the output of the offset conv given."""
+        mask = None
+        if self.modulated:
+            positions = self.kernel_size[0] * self.kernel_size[1]
+            offset, mask = offset.split([2 * positions, positions], dim=1)
+            mask = mask.float().sigmoid()
+        # the operator takes one dtype for all: float32, whatever autocast chose for the inputs
+        with torch.autocast(x.device.type, enabled=False):
+            out = deform_conv2d(
+                x.float(),
+                offset.float(),
+                self.weight.float(),
+                None if self.bias is None else self.bias.float(),
+                self.stride,
+                self.padding,
+                self.dilation,
+                mask,
+            )
+        out = out.to(x.dtype)
+        if self.norm is not None:
+            out = self.norm(out)
+        return out if self.activation is None else self.activation(out)

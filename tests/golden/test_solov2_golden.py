@@ -1,0 +1,352 @@
+"""SOLOv2 against the original projects' code, with stand-in weights of their checkpoints."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+
+from solo_d2 import add_solo_d2_config
+from solo_d2.checkpoint.rename_rules import convert, rename_key
+from solo_d2.modeling.solo.inference import find_candidates, suppress
+
+pytestmark = pytest.mark.golden
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "SOLOv2"
+# table of parameter names -> the config of that model
+CONFIG_OF = {
+    "adelaidet_solov2_r50_3x": "SOLOv2_R50_3x.yaml",
+    "official_solov2_r50": "SOLOv2_R50_3x_official.yaml",
+    "solov2_light_r50": "SOLOv2_Light_448_R50_3x.yaml",
+    "solov2_light_512_dcn_r50": "SOLOv2_Light_512_DCN_R50_3x.yaml",
+}
+# name in meta["C_overrides"] -> our config key
+KEY_OF = {
+    "score_thr": "MODEL.SOLO.SCORE_THRESH_TEST",
+    "nms_pre": "MODEL.SOLO.TOPK_CANDIDATES_TEST",
+    "kernel": "MODEL.SOLO.NMS_KERNEL",
+    "update_thr": "MODEL.SOLO.UPDATE_THRESH_TEST",
+    "max_per_img": "TEST.DETECTIONS_PER_IMAGE",
+}
+FILES = ["solov2_adelaidet", "solov2_official_mmdet", "solo_dcn"]
+
+
+def models_in(golden) -> dict[str, str]:
+    """Prefix of the arrays -> table, for the SOLOv2 models in a file."""
+    tables = dict(golden.meta.get("prefixes", {}))
+    if not tables:
+        tables[""] = golden.meta["table"]
+    if "light" in golden.meta:
+        tables["light_"] = re.search(r"keys/(\w+)\.keys\.tsv", golden.meta["light"])[1]
+    return {prefix: table for prefix, table in tables.items() if "solov2" in table}
+
+
+def cases_in(golden, prefix: str) -> list[str]:
+    return [case for case in "ABCM" if f"{prefix}{case}_scores" in golden]
+
+
+def seed_of(golden) -> int:
+    return int(re.search(r"--seed (\d+)", golden.meta["weights"])[1])
+
+
+def config_of(table: str, case: str, golden) -> CfgNode:
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / CONFIG_OF[table]))
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    cfg.MODEL.DEVICE = "cpu"
+    if case == "C":
+        for name, value in golden.meta["C_overrides"].items():
+            cfg.merge_from_list([KEY_OF[name], value])
+    if case == "M":
+        cfg.MODEL.SOLO.NMS_TYPE = "mask"
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def weights(stand_in_weights):
+    cache = {}
+
+    def get(table: str, seed: int) -> dict[str, torch.Tensor]:
+        if (table, seed) not in cache:
+            cache.clear()
+            cache[table, seed] = convert(stand_in_weights(table, seed))
+        return cache[table, seed]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def build(weights):
+    """Model of a table with its converted stand-in weights, and its config."""
+
+    def make(golden, table: str, case: str = "A", options: tuple = ()):
+        cfg = config_of(table, case, golden)
+        state_dict = weights(table, seed_of(golden))
+        cfg.MODEL.SOLO.NUM_CLASSES = len(state_dict["head.category_pred.bias"])
+        cfg.merge_from_list(list(options))
+        model = build_model(cfg)
+        # num_batches_tracked is not part of the checkpoint's mathematics
+        missing, unexpected = model.load_state_dict(state_dict, strict=False)
+        assert not unexpected
+        assert not [name for name in missing if not name.endswith("num_batches_tracked")]
+        return model.eval(), cfg
+
+    return make
+
+
+def network_input(image: torch.Tensor, cfg) -> torch.Tensor:
+    """uint8 (H, W, 3) BGR -> float (3, H, W) in the config's channel order."""
+    if cfg.INPUT.FORMAT == "RGB":
+        image = image.flip(-1)
+    return image.permute(2, 0, 1).float()
+
+
+def sliced(array: torch.Tensor, spec: str) -> torch.Tensor:
+    """Apply "[::8,::4,::4] of 256x64x80"; the shape is checked too."""
+    steps, shape = re.fullmatch(r"\[(.*)\] of ([\dx]+)", spec).groups()
+    assert tuple(array.shape) == tuple(int(n) for n in shape.split("x"))
+    return array[tuple(slice(None, None, int(step.strip(":") or 1)) for step in steps.split(","))]
+
+
+class Run:
+    """All stages of one image through one model."""
+
+    @torch.no_grad()
+    def __init__(self, golden, key: str, model, cfg):
+        self.image_key = key if f"{key}_image" in golden else key[:-1] + "A"
+        if f"{self.image_key}_image" not in golden:  # a further model on the main one's image
+            self.image_key = "A"
+        image = network_input(golden[f"{self.image_key}_image"], cfg)
+        out_key = key if f"{key}_out_hw" in golden else self.image_key
+        height, width = golden[f"{out_key}_out_hw"].tolist()
+        inputs = [{"image": image, "height": height, "width": width}]
+        images: ImageList = model.preprocess_image(inputs)
+        self.features = model.backbone(images.tensor)
+        size = tuple(images.tensor.shape[-2:])
+        self.outputs = model.predict(model.resize_levels(self.features, size), self.features)
+        self.scores = model.category_scores(self.outputs)[0]
+        self.mask_size = (size[0] // model.mask_stride, size[1] // model.mask_stride)
+        self.detections = model.detect(self.outputs, self.scores, 0, self.mask_size)
+        self.kept = suppress(
+            self.detections, mask_threshold=model.mask_threshold, **model.suppression
+        )
+        self.results = model(inputs)[0]["instances"]
+        self.level_scores = [
+            scores.T.reshape(-1, grid, grid)
+            for scores, grid in zip(
+                self.scores.split([g * g for g in model.assignment["num_grids"]]),
+                model.assignment["num_grids"],
+            )
+        ]
+
+    def named_arrays(self) -> dict[str, torch.Tensor]:
+        arrays = {name: feature[0] for name, feature in self.features.items()}
+        for level, (logits, kernels) in enumerate(
+            zip(self.outputs.category_logits, self.outputs.kernels)
+        ):
+            arrays[f"cate_logits_l{level}"] = logits[0]
+            arrays[f"kernel_l{level}"] = kernels[0]
+            arrays[f"cate_scores_ptnms_l{level}"] = self.level_scores[level]
+        arrays["mask_feat"] = self.outputs.mask_features[0]
+        return arrays
+
+
+@pytest.fixture(scope="module", params=FILES)
+def golden(request, load_golden):
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def runs(golden, build):
+    """(key of the case, our stages of it) for every SOLOv2 case in the file."""
+    results = {}
+    for prefix, table in models_in(golden).items():
+        for case in cases_in(golden, prefix):
+            model, cfg = build(golden, table, case)
+            results[f"{prefix}{case}"] = Run(golden, f"{prefix}{case}", model, cfg)
+    assert results
+    return results
+
+
+def test_features_and_head_outputs_are_the_originals(golden, runs):
+    tolerance = golden.meta["tolerance"]
+    compared = 0
+    for key, run in runs.items():
+        for name, array in run.named_arrays().items():
+            if f"{key}_{name}" not in golden:
+                continue
+            kind = "scores_before_maskness" if "scores" in name else "logits"
+            torch.testing.assert_close(
+                sliced(array, golden.meta["slices"][name]),
+                golden[f"{key}_{name}"],
+                atol=tolerance[kind],
+                rtol=0,
+                msg=lambda text, key=key, name=name: f"{key}_{name}: {text}",
+            )
+            compared += 1
+    # a file either holds the head outputs of its main model or is of final results only
+    assert compared or "logits" not in " ".join(golden.meta["slices"])
+
+
+def test_candidates_are_the_originals_in_their_order(golden, runs):
+    compared = 0
+    for key, run in runs.items():
+        if f"{key}_cand_cell" not in golden:
+            continue
+        expected = golden[f"{key}_cand_score"]
+        threshold = 0.1
+        if key.endswith("C"):
+            threshold = golden.meta["C_overrides"]["score_thr"]
+        cells, classes = find_candidates(run.scores, threshold)
+        assert torch.equal(cells, golden[f"{key}_cand_cell"].long()), key
+        assert torch.equal(classes, golden[f"{key}_cand_class"].long()), key
+        atol = golden.meta["tolerance"]["scores_before_maskness"]
+        torch.testing.assert_close(run.scores[cells, classes], expected, atol=atol, rtol=0)
+        compared += 1
+    assert compared
+
+
+def sorted_by_class(classes: torch.Tensor, *fields: torch.Tensor) -> list[torch.Tensor]:
+    """Order by class and, within a class, as given (descending scores)."""
+    order = classes.long().sort(stable=True).indices
+    return [classes.long()[order], *(field[order] for field in fields)]
+
+
+def test_inputs_and_outputs_of_the_suppression_are_the_originals(golden, runs):
+    compared = 0
+    for key, run in runs.items():
+        if f"{key}_nms_in_scores" not in golden:
+            continue
+        found = run.detections
+        areas = (found.masks > 0.5).flatten(1).sum(1)
+        # compared within classes: across them, neighbours in rank lie closer than the noise
+        classes, scores, areas = sorted_by_class(found.classes, found.scores, areas)
+        expected_classes, expected_scores, expected_areas = sorted_by_class(
+            golden[f"{key}_nms_in_classes"],
+            golden[f"{key}_nms_in_scores"],
+            golden[f"{key}_nms_in_area"].long(),
+        )
+        assert torch.equal(classes, expected_classes), key
+        atol = golden.meta["tolerance"]["scores"]
+        torch.testing.assert_close(scores, expected_scores, atol=atol, rtol=0)
+        assert (areas - expected_areas).abs().max() <= 3, key
+        compared += 1
+    assert compared
+
+
+def match(golden, key: str, run: Run) -> list[tuple[int, int, float]]:
+    """(expected, ours, IoU) pairs: the same class, the best IoU, each of ours once."""
+    expected = golden.masks(f"{key}_masks").flatten(1).float()
+    ours = run.results.pred_masks.flatten(1).float()
+    intersection = expected @ ours.T
+    iou = intersection / (expected.sum(1)[:, None] + ours.sum(1) - intersection).clamp(min=1)
+    iou[golden[f"{key}_classes"][:, None] != run.results.pred_classes] = -1
+    # identical masks: the nearest score decides
+    gap = (golden[f"{key}_scores"][:, None] - run.results.scores).abs()
+    pairs = []
+    for i in (iou.amax(1)).argsort(descending=True).tolist():
+        j = int((iou[i] - gap[i] * 0.1).argmax())
+        pairs.append((i, j, float(iou[i, j])))
+        iou[:, j] = -2
+    return pairs
+
+
+def test_final_instances_are_the_originals(golden, runs):
+    for key, run in runs.items():
+        expected_areas = golden[f"{key}_mask_areas"]
+        assert len(run.results) == len(expected_areas), key
+        areas = run.results.pred_masks.flatten(1).sum(1)
+        for i, j, iou in match(golden, key, run):
+            difference = abs(int(expected_areas[i]) - int(areas[j]))
+            assert iou >= 0.999 or (0 <= iou and difference <= 3), (key, i, iou, difference)
+            gap = abs(float(golden[f"{key}_scores"][i] - run.results.scores[j]))
+            assert gap <= golden.meta["tolerance"]["scores"], (key, i, gap)
+            boxes = golden[f"{key}_boxes_tight"][i], run.results.pred_boxes.tensor[j]
+            # a mask bit that flips at the edge moves a tight box by at most a pixel or two
+            assert (boxes[0] - boxes[1]).abs().max() <= 2, (key, i, boxes)
+
+
+def _step(size: int, kept: int) -> int:
+    """The slice step that leaves ``kept`` of ``size`` entries."""
+    return next(step for step in range(1, size + 1) if len(range(0, size, step)) == kept)
+
+
+def test_soft_masks_of_the_kept_instances_are_the_originals(golden, runs):
+    compared = 0
+    for key, run in runs.items():
+        if f"{key}_soft_quarter" not in golden:
+            continue
+        expected, classes = golden[f"{key}_soft_quarter"], golden[f"{key}_classes"]
+        # the file's slice spec is that of one of its cases: the steps follow from the shapes
+        sizes = (len(classes), *run.kept.masks.shape[1:])
+        steps = [_step(size, kept) for size, kept in zip(sizes, expected.shape)]
+        ours = run.kept.masks[:, :: steps[1], :: steps[2]].flatten(1)
+        classes = classes[:: steps[0]]
+        for mask, label in zip(expected.flatten(1), classes):
+            same_class = ours[run.kept.classes == label]
+            nearest = (same_class - mask).abs().amax(dim=1).min()
+            assert nearest <= golden.meta["tolerance"]["scores"], (key, nearest)
+            compared += 1
+    assert compared
+
+
+@pytest.fixture(scope="module", params=["solov2_adelaidet", "solov2_official_mmdet"])
+def training(request, load_golden, build):
+    """(golden, model after a backward pass over the batch T0, T1, losses)."""
+    golden = load_golden(request.param)
+    table = golden.meta["table"]
+    # the official code sees boxes one pixel smaller, AdelaiDet reduces unpadded masks
+    if table.startswith("official"):
+        options = ("MODEL.SOLO.INCLUSIVE_BOXES", True)
+    else:
+        options = ("MODEL.SOLO.PAD_BEFORE_REDUCTION", False)
+    model, cfg = build(golden, table, options=options)
+    model.train()
+    inputs = []
+    while f"T{len(inputs)}_image" in golden:
+        key = f"T{len(inputs)}"
+        image = network_input(golden[f"{key}_image"], cfg)
+        instances = Instances(tuple(image.shape[1:]))
+        instances.gt_boxes = Boxes(golden[f"{key}_gt_boxes"])
+        instances.gt_classes = golden[f"{key}_gt_classes"]
+        instances.gt_masks = BitMasks(golden.masks(f"{key}_gt_masks"))
+        inputs.append({"image": image, "instances": instances})
+    losses = model(inputs)
+    sum(losses.values()).backward()
+    return golden, model, losses
+
+
+def relative(golden, kind: str) -> float:
+    return float(re.match(r"([\d.e-]+) relative", golden.meta["tolerance"][kind])[1])
+
+
+def test_training_losses_are_the_originals(training):
+    golden, _, losses = training
+    for ours, theirs in (("loss_mask", "T_loss_ins"), ("loss_category", "T_loss_cate")):
+        torch.testing.assert_close(
+            losses[ours].double(), golden[theirs], rtol=relative(golden, "losses"), atol=0
+        )
+
+
+def test_gradient_norms_are_the_originals(training):
+    golden, model, _ = training
+    parameters = dict(model.named_parameters())
+    names = [rename_key(name, golden.meta["table"]) for name in golden.meta["T_grad_names"]]
+    norms = torch.stack([parameters[name].grad.double().norm() for name in names])
+    rtol = relative(golden, "grad_norms")
+    torch.testing.assert_close(norms, golden["T_grad_norms"], rtol=rtol, atol=0)
+    trained = [p for p in parameters.values() if p.requires_grad]
+    assert len(trained) == golden.meta["T_trainable_params"]
+    total = torch.stack([p.grad.double().norm() for p in trained]).norm()
+    torch.testing.assert_close(total, golden["T_total_grad_norm"], rtol=rtol, atol=0)
+
+
+def test_every_trained_parameter_gets_a_gradient(training):
+    golden, model, _ = training
+    assert golden.meta["T_params_without_grad"] == []
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
