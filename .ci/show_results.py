@@ -1,4 +1,4 @@
-"""Print where a finished run left its results, and the results: show_results.py OUTPUT_DIR."""
+"""Print the results of a finished run and where its files are: show_results.py OUTPUT_DIR."""
 
 import json
 import sys
@@ -6,14 +6,19 @@ from pathlib import Path
 
 
 def main(folder: Path) -> None:
-    results = folder / "results.json"
-    if results.exists():
-        for task, metrics in json.loads(results.read_text()).items():
-            if isinstance(metrics, dict):
-                print(f"{task}: " + "  ".join(f"{k} {v:.1f}" for k, v in metrics.items()))
-    print("Results:")
-    for path in sorted([*folder.glob("*.json"), *folder.glob("**/*.png"), *folder.glob("*.pth")]):
-        print(f"  {path}")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    # With several test sets there is one level more: {data set: {task: {metric: value}}}.
+    for task, metrics in results.items():
+        if all(isinstance(value, (int, float)) for value in metrics.values()):
+            print(f"{task}: " + "  ".join(f"{k} {v:.1f}" for k, v in metrics.items()))
+    pictures = sorted(folder.glob("vis/*/*.png"))  # one folder per evaluation; the last is final
+    for title, path in [
+        ("results", folder / "results.json"),
+        ("metrics", folder / "metrics.json"),
+        ("weights", folder / "model_final.pth"),
+        *(("pictures", path) for path in pictures[-1:]),
+    ]:
+        print(f"{title + ':':<10}{path}")
 
 
 if __name__ == "__main__":

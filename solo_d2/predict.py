@@ -6,7 +6,6 @@ import argparse
 import glob
 import itertools
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from detectron2.data import transforms as T
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from tqdm import tqdm
@@ -31,16 +31,14 @@ from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.load import load_weights_file
 from solo_d2.data import setup_datasets
+from solo_d2.errors import UserError, one_line
+from solo_d2.files import write_whole
 from solo_d2.visualization import draw_instances
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-
-class UsageError(Exception):
-    """What was asked for cannot be started; the message is one line."""
 
 
 class UnreadableError(Exception):
@@ -121,8 +119,10 @@ class CocoWriter:
             "annotations": [],
             "categories": categories,
         }
-        _write_whole(self.folder / "images.json", json.dumps(dataset).encode())
-        _write_whole(self.folder / "coco_results.json", json.dumps(self.results).encode())
+        contents = {"images.json": dataset, "coco_results.json": self.results}
+        for name, content in contents.items():
+            with write_whole(self.folder / name) as file:
+                file.write(json.dumps(content).encode())
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -163,13 +163,13 @@ def find_sources(inputs: Sequence[str], exclude: Path) -> list[Source]:
         exclude: the output folder; nothing under it is an input.
 
     Raises:
-        UsageError: an input matches nothing.
+        UserError: an input matches nothing.
     """
     sources: dict[Path, Source] = {}
     for text in inputs:
         found = [s for s in _expand(text) if exclude.resolve() not in s.path.resolve().parents]
         if not found:
-            raise UsageError(f"no image or video matches {text!r}")
+            raise UserError(f"no image or video matches {text!r}")
         for source in found:
             sources.setdefault(source.path.resolve(), source)
     return list(sources.values())
@@ -250,16 +250,16 @@ def load_predictor(
     Class names come from the checkpoint if it has them, else from the data set's metadata.
 
     Raises:
-        UsageError: the numbers of classes in config and checkpoint differ, or are unknown.
+        UserError: the numbers of classes in config and checkpoint differ, or are unknown.
         ValueError, OSError: the weights cannot be used; the message names the file.
     """
-    checkpoint = load_weights_file(weights, allow_pickle=allow_pickle)
+    checkpoint = load_weights_file(PathManager.get_local_path(weights), allow_pickle=allow_pickle)
     trained = (checkpoint.get("solo_d2") or {}).get("thing_classes")
     dataset = _dataset_categories(cfg, needed=trained is None)
     if trained is not None:
         configured = cfg.MODEL.SOLO.NUM_CLASSES
         if configured not in (-1, len(trained)):
-            raise UsageError(
+            raise UserError(
                 f"MODEL.SOLO.NUM_CLASSES is {configured}, but {weights} was trained for "
                 f"{len(trained)} classes"
             )
@@ -267,7 +267,8 @@ def load_predictor(
         # The data set of the config may be another one, or not be on this machine.
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     model = build_model(cfg).eval()
-    Checkpointer(model, allow_pickle=allow_pickle).load(weights)
+    checkpointer = Checkpointer(model, allow_pickle=allow_pickle, save_to_disk=False)
+    checkpointer.load(weights)
     predictor = Predictor(
         model,
         min_size=cfg.INPUT.MIN_SIZE_TEST,
@@ -290,11 +291,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sources = find_sources(inputs, exclude=folder)
         weights = options.weights or cfg.MODEL.WEIGHTS
         if not weights:
-            raise UsageError("no weights: give --weights, or MODEL.WEIGHTS in the config")
+            raise UserError("no weights: give --weights, or MODEL.WEIGHTS in the config")
         predictor, categories = load_predictor(cfg, weights, allow_pickle=options.allow_pickle)
         folder.mkdir(parents=True, exist_ok=True)
-    except (UsageError, OSError, ValueError) as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+    except (UserError, OSError, ValueError, KeyError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE
     try:
         skipped = predict_sources(
@@ -357,16 +358,16 @@ def _configure(options: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     first = is_key.index(True) if True in is_key else len(words)
     inputs, overrides = words[:first], words[first:]
     if not inputs:
-        raise UsageError("no INPUT before the config overrides")
+        raise UserError("no INPUT before the config overrides")
     if len(overrides) % 2:
-        raise UsageError(f"config overrides come in pairs KEY VALUE: {' '.join(overrides)}")
+        raise UserError(f"config overrides come in pairs KEY VALUE: {' '.join(overrides)}")
     if not Path(options.config_file).is_file():
-        raise UsageError(f"no config file {options.config_file}")
+        raise UserError(f"no config file {options.config_file}")
     try:
         cfg.merge_from_file(options.config_file)
         cfg.merge_from_list(overrides)
     except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        raise UsageError(f"config {options.config_file}: {_one_line(error)}") from error
+        raise UserError(f"config {options.config_file}: {one_line(error)}") from error
     return cfg, inputs
 
 
@@ -444,26 +445,13 @@ def _to_8_bit(array: np.ndarray) -> np.ndarray:
 
 
 def _write_picture(path: Path, image_rgb: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
     image_format = "JPEG" if path.suffix.lower() == ".jpg" else "PNG"
-    Image.fromarray(image_rgb).save(temporary, format=image_format, quality=92)
-    os.replace(temporary, path)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with write_whole(path) as file:
+        Image.fromarray(image_rgb).save(file, format=image_format, quality=92)
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _one_line(error: BaseException) -> str:
-    # KeyError puts its message in quotes.
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from solo_d2 import add_solo_d2_config, predict
-from solo_d2.predict import Categories, Predictor, UnreadableError, UsageError
+from solo_d2.errors import UserError
+from solo_d2.predict import Categories, Predictor, UnreadableError
 
 CATEGORIES = Categories(["disc", "bar"], [7, 9])
 
@@ -207,7 +208,7 @@ def test_output_folder_within_the_input_is_not_read(tmp_path):
 
 
 def test_input_that_matches_nothing_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"none\*\.png"):
+    with pytest.raises(UserError, match=r"none\*\.png"):
         predict.find_sources([str(tmp_path / "none*.png")], exclude=tmp_path / "out")
 
 
