@@ -1,0 +1,10 @@
+from .deform_resnet import build_deform_resnet_backbone, build_deform_resnet_fpn_backbone
+from .mobilenetv2 import MobileNetV2, build_mobilenetv2_backbone, build_mobilenetv2_fpn_backbone
+
+__all__ = [
+    "MobileNetV2",
+    "build_deform_resnet_backbone",
+    "build_deform_resnet_fpn_backbone",
+    "build_mobilenetv2_backbone",
+    "build_mobilenetv2_fpn_backbone",
+]

@@ -1,0 +1,95 @@
+"""ResNets with deformable convolutions that need no compiled extension."""
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from solo_d2.layers.deform_conv import DeformConv2d
+
+
+class DeformBottleneck(BottleneckBlock):
+    """A bottleneck whose 3x3 convolution is deformable, over torchvision's operator.
+
+    Made from a plain one. Parameters have the names of Detectron2's own deformable block, which
+    works only with its compiled extension.
+    """
+
+    def __init__(self, plain: BottleneckBlock, *, modulated: bool):
+        """
+        Args:
+            plain: the block to take over; its layers are reused.
+            modulated: DCNv2.
+        """
+        nn.Module.__init__(self)
+        self.in_channels, self.out_channels = plain.in_channels, plain.out_channels
+        self.stride = plain.stride
+        self.shortcut, self.conv1, self.conv3 = plain.shortcut, plain.conv1, plain.conv3
+        old = plain.conv2
+        self.conv2 = DeformConv2d(
+            old.in_channels,
+            old.out_channels,
+            modulated=modulated,
+            kernel_size=old.kernel_size,
+            stride=old.stride,
+            padding=old.padding,
+            dilation=old.dilation,
+            groups=old.groups,
+            bias=False,
+            norm=old.norm,
+        )
+        self.conv2.weight = old.weight
+        # under Detectron2's name, beside conv2 rather than inside
+        self.conv2_offset = self.conv2.offset
+        del self.conv2.offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(self.conv1(x))
+        out = F.relu_(self.conv2.sample(out, self.conv2_offset(out)))
+        out = self.conv3(out)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return F.relu_(out + shortcut)
+
+
+@BACKBONE_REGISTRY.register()
+def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
+    """Detectron2's ResNet with RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED honoured.
+
+    Raises:
+        ValueError: the depth has no bottleneck blocks, or there is more than one deform group.
+    """
+    options = cfg.MODEL.RESNETS
+    deform = options.DEFORM_ON_PER_STAGE
+    if options.DEPTH < 50 and any(deform):
+        raise ValueError(
+            f"MODEL.RESNETS.DEFORM_ON_PER_STAGE needs DEPTH 50 or more, not {options.DEPTH}"
+        )
+    if options.DEFORM_NUM_GROUPS != 1:
+        raise ValueError(
+            f"MODEL.RESNETS.DEFORM_NUM_GROUPS must be 1, not {options.DEFORM_NUM_GROUPS}"
+        )
+    plain_cfg = cfg.clone()
+    plain_cfg.defrost()
+    plain_cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
+    resnet = build_resnet_backbone(plain_cfg, input_shape)
+    for stage, deformable in zip(resnet.stages, deform):
+        if deformable:
+            for i, block in enumerate(stage):
+                stage[i] = DeformBottleneck(block, modulated=options.DEFORM_MODULATED)
+    # a frozen stage stays frozen with its new layers
+    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+@BACKBONE_REGISTRY.register()
+def build_deform_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The same under a feature pyramid P2 to P6."""
+    return FPN(
+        bottom_up=build_deform_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

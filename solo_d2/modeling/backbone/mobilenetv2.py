@@ -1,0 +1,92 @@
+"""MobileNetV2 (arXiv 1801.04381) of torchvision as a bottom-up backbone."""
+
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import Tensor
+from torchvision.models import mobilenet_v2
+
+# Last block of each stride. The final 1x1 conv to 1280 channels serves the classifier and is left
+# out: it would quadruple the width of the coarsest lateral connection.
+_STAGES = {"res2": 3, "res3": 6, "res4": 13, "res5": 17}
+
+
+class MobileNetV2(Backbone):
+    """torchvision's feature extractor up to its last inverted residual, with four outputs.
+
+    Parameter names are torchvision's: ``features.<block>...``.
+    """
+
+    def __init__(
+        self,
+        *,
+        out_features: list[str],
+        width_mult: float = 1.0,
+        norm: str = "FrozenBN",
+        freeze_at: int = 2,
+    ):
+        """
+        Args:
+            out_features: of "res2" to "res5", at strides 4 to 32.
+            width_mult: factor on all widths.
+            norm: "FrozenBN" or "BN".
+            freeze_at: freeze the stem (1), and the stages up to "res<freeze_at>"; 0 freezes none.
+
+        Raises:
+            ValueError: an output or the norm is unknown.
+        """
+        super().__init__()
+        unknown = [name for name in out_features if name not in _STAGES]
+        if unknown:
+            raise ValueError(f"MODEL.MOBILENETV2.OUT_FEATURES: no {unknown[0]!r} in {[*_STAGES]}")
+        if norm not in ("FrozenBN", "BN"):
+            raise ValueError(f"MODEL.MOBILENETV2.NORM must be 'FrozenBN' or 'BN', not {norm!r}")
+        blocks = mobilenet_v2(weights=None, width_mult=width_mult).features
+        self.features = blocks[: max(_STAGES[name] for name in out_features) + 1]
+        self._out_features = list(out_features)
+        self._out_feature_channels = {n: blocks[_STAGES[n]].out_channels for n in out_features}
+        self._out_feature_strides = {name: 2 ** int(name[-1]) for name in out_features}
+        if norm == "FrozenBN":
+            FrozenBatchNorm2d.convert_frozen_batchnorm(self.features)
+        frozen = 0
+        if freeze_at > 0:
+            frozen = 1 + max([_STAGES[f"res{i}"] for i in range(2, freeze_at + 1)], default=0)
+        for block in self.features[:frozen]:
+            for parameter in block.parameters():
+                parameter.requires_grad = False
+            FrozenBatchNorm2d.convert_frozen_batchnorm(block)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> a map (N, C, H / stride, W / stride) per output."""
+        names = {_STAGES[name]: name for name in self._out_features}
+        outputs = {}
+        for i, block in enumerate(self.features):
+            x = block(x)
+            if i in names:
+                outputs[names[i]] = x
+        return outputs
+
+
+@BACKBONE_REGISTRY.register()
+def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
+    """MobileNetV2 from ``cfg.MODEL.MOBILENETV2`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``."""
+    options = cfg.MODEL.MOBILENETV2
+    return MobileNetV2(
+        out_features=options.OUT_FEATURES,
+        width_mult=options.WIDTH_MULT,
+        norm=options.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The same under a feature pyramid P2 to P6."""
+    return FPN(
+        bottom_up=build_mobilenetv2_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
