@@ -1,0 +1,180 @@
+"""Reading checkpoints without running code from them, and fitting their names to a model."""
+
+import logging
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from solo_d2.errors import UserError
+
+from .rename_rules import find_new_name, is_dropped, recognise
+
+_MULTIARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
+# What the pickled arrays of Detectron2's model zoo are made of; none of it can start anything.
+_PLAIN_GLOBALS = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((module, name) for module in _MULTIARRAYS for name in ("_reconstruct", "scalar")),
+}
+
+
+def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Read a checkpoint to the CPU without running code from it.
+
+    Args:
+        path: a .pth or .pt file of PyTorch, or a .pkl of Detectron2's model zoo; also a name that
+            Detectron2's path manager knows.
+        allow_pickle: load whatever the file holds, which may run code from it.
+
+    Returns:
+        The file's dict with the flat state dict under "model", whether the file had it there, under
+        "state_dict" (then without the file's other entries), or bare. A prefix "module." of all
+        names is removed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it needs more than weights, is damaged, or is no checkpoint; one line, naming it.
+    """
+    local = Path(PathManager.get_local_path(str(path)))
+    if not local.is_file():
+        raise FileNotFoundError(f"weights {path}: there is no such file")
+    pickled = local.suffix == ".pkl"
+    try:
+        read = _read_pickle if pickled else _read_torch
+        content = read(local, allow_pickle)
+    except _NeedsCode as error:
+        raise UserError(
+            f"weights {path}: loading it may run code from it ({error}); if you trust it, add "
+            "--allow-pickle"
+        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # torch.load and pickle raise nearly everything on damaged files
+        raise UserError(
+            f"weights {path}: not a checkpoint, or a damaged or partial one ({type(error).__name__})"
+        ) from error
+    checkpoint = _from_model_zoo(content) if pickled else content
+    return _with_state_dict(checkpoint, path)
+
+
+def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> dict[str, Any]:
+    """Rename the tensors of a foreign file to a model's names.
+
+    Known are torchvision's ResNet and MobileNetV2 (for the bottom-up part, wherever it is in the
+    model) and the published checkpoints of ``rename_rules.SOURCES``. Any other file, and any file
+    for another architecture, comes back as it is.
+
+    Args:
+        state_dict: name -> tensor.
+        model_keys: all names of the model's state dict.
+
+    Returns:
+        A new dict. Tensors that have no place by rule, a classifier for example, are left out and
+        logged once; an unknown name stays, for the checkpointer to report.
+    """
+    keys = set(model_keys)
+    source = recognise(state_dict)
+    if source is None or keys.issuperset(state_dict):
+        return dict(state_dict)
+    renamed = {name: find_new_name(name, source.rules) or name for name in state_dict}
+    prefix = _prefix_in(keys, renamed.values())
+    if prefix is None:
+        return dict(state_dict)
+    adapted, unused = {}, []
+    for name, tensor in state_dict.items():
+        target = prefix + renamed[name]
+        if target in keys or not is_dropped(name, source):
+            adapted[target] = tensor
+        elif not name.endswith(".num_batches_tracked"):
+            unused.append(name)
+    logging.getLogger(__name__).info(
+        f"Weights in the layout {source.name}, not used: {', '.join(unused) or 'none'}"
+    )
+    return adapted
+
+
+class _NeedsCode(Exception):
+    """The file refers to something that is not a plain weight; the message says to what."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Knows numpy arrays and the builtin containers, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _PLAIN_GLOBALS:
+            raise _NeedsCode(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path, allow_pickle: bool) -> Any:
+    with open(path, "rb") as file:
+        unpickler = pickle.Unpickler if allow_pickle else _PlainUnpickler
+        return unpickler(file, encoding="latin1").load()  # many were written by Python 2
+
+
+def _read_torch(path: Path, allow_pickle: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they are about becomes an error of ours
+            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+    except pickle.UnpicklingError as error:
+        unknown = re.search(r"GLOBAL (\S+)", str(error))
+        if allow_pickle or unknown is None:
+            raise
+        raise _NeedsCode(unknown[1]) from None
+
+
+def _from_model_zoo(content: Any) -> Any:
+    """As ``DetectionCheckpointer`` reads a .pkl: of Detectron2, or else of Caffe2."""
+    if not isinstance(content, dict) or "model" in content:
+        return content
+    blobs = content.get("blobs", content)
+    weights = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def _with_state_dict(content: Any, path: str | Path) -> dict[str, Any]:
+    checkpoint = content
+    if isinstance(content, dict) and not _is_state_dict(content):
+        if "model" not in content and "state_dict" in content:
+            checkpoint = {"model": content["state_dict"]}
+    else:
+        checkpoint = {"model": content}
+    weights = checkpoint.get("model")
+    if not _is_state_dict(weights):
+        raise UserError(f"weights {path}: holds no tensors by name, so it is not a checkpoint")
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    tensors = {
+        name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+        for name, value in weights.items()
+    }
+    return {**checkpoint, "model": tensors}
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict | OrderedDict)
+        and all(isinstance(name, str) for name in value)
+        and any(isinstance(item, Tensor | np.ndarray) for item in value.values())
+    )
+
+
+def _prefix_in(keys: set[str], names: Iterable[str]) -> str | None:
+    """The shortest prefix that makes one of ``names`` one of ``keys``; None if there is none."""
+    for name in names:
+        prefixes = [key.removesuffix(name) for key in keys if f".{key}".endswith(f".{name}")]
+        if prefixes:
+            return min(prefixes, key=len)
+    return None
