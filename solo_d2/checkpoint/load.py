@@ -62,7 +62,7 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
         raise
     except Exception as error:  # torch.load and pickle raise nearly everything on damaged files
         raise UserError(
-            f"weights {path}: not a checkpoint, or a damaged or partial one ({type(error).__name__})"
+            f"weights {path}: not a checkpoint, or a damaged one ({type(error).__name__})"
         ) from error
     checkpoint = _from_model_zoo(content) if pickled else content
     return _with_state_dict(checkpoint, path)

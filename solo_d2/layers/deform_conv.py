@@ -1,5 +1,7 @@
 """Deformable convolution, v1 (arXiv 1703.06211) and modulated v2 (arXiv 1811.11168)."""
 
+from typing import Any
+
 import torch
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
@@ -14,7 +16,9 @@ class DeformConv2d(Conv2d):
     all offsets. It starts at zero, so that the layer starts as a plain convolution (v2: halved).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, modulated: bool = False, **kwargs):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, modulated: bool = False, **kwargs: Any
+    ):
         """
         Args:
             in_channels, out_channels: as of ``Conv2d``.

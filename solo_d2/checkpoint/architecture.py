@@ -1,0 +1,109 @@
+"""What the shapes of a state dict tell about the config of its model."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from solo_d2.errors import UserError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Blocks per stage, and whether they are bottlenecks -> depth.
+_RESNET_DEPTHS = {
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
+
+
+def infer_config(architecture: str, shapes: Shapes) -> dict[str, Any]:
+    """Config keys and values with which the model has tensors of these names and shapes.
+
+    What leaves no trace in them (strides, scale ranges, image sizes) stays as in the defaults.
+
+    Args:
+        architecture: the meta-architecture.
+        shapes: of the state dict, under our names.
+
+    Raises:
+        UserError: a tensor that is needed for this is missing, or no such model is known.
+    """
+    infer = _ARCHITECTURES[architecture]
+    try:
+        return {
+            "MODEL.META_ARCHITECTURE": architecture,
+            **_resnet_fpn(shapes),
+            **infer(shapes),
+        }
+    except KeyError as error:
+        raise UserError(f"missing: {error.args[0]}") from None
+
+
+def _resnet_fpn(shapes: Shapes) -> dict[str, Any]:
+    bottom_up = "backbone.bottom_up"
+    blocks = tuple(_count(shapes, rf"{bottom_up}\.res{k}\.(\d+)\.") for k in range(2, 6))
+    bottleneck = any(name.endswith(".conv3.weight") for name in shapes)
+    depth = _RESNET_DEPTHS.get((blocks, bottleneck))
+    if depth is None:
+        raise UserError(
+            f"missing: no ResNet has {', '.join(map(str, blocks))} blocks in its stages"
+        )
+    width, width_per_group = shapes[f"{bottom_up}.res2.0.conv2.weight"][:2]
+    out = shapes[f"{bottom_up}.res2.0.conv{3 if bottleneck else 2}.weight"][0]
+    offsets = [
+        [shape for name, shape in shapes.items() if re.search(rf"\.res{k}\..*_offset\.bias", name)]
+        for k in range(2, 6)
+    ]
+    deformable = [bool(stage) for stage in offsets]
+    name = "build_deform_resnet_fpn_backbone" if any(deformable) else "build_resnet_fpn_backbone"
+    fpn_norm = ""
+    if "backbone.fpn_lateral2.norm.weight" in shapes:
+        fpn_norm = "BN" if "backbone.fpn_lateral2.norm.running_mean" in shapes else "GN"
+    return {
+        "MODEL.BACKBONE.NAME": name,
+        "MODEL.RESNETS.DEPTH": depth,
+        "MODEL.RESNETS.NUM_GROUPS": width // width_per_group,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": width_per_group,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": out,
+        "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.RESNETS.DEFORM_ON_PER_STAGE": deformable,
+        "MODEL.RESNETS.DEFORM_MODULATED": any(s[0] == 27 for stage in offsets for s in stage),
+        "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.OUT_CHANNELS": shapes["backbone.fpn_output2.weight"][0],
+        "MODEL.FPN.NORM": fpn_norm,
+    }
+
+
+def _solov2(shapes: Shapes) -> dict[str, Any]:
+    tower = r"head\.(?:category|kernel)_tower\.(\d+)\."
+    convs = _count(shapes, tower)
+    deformable = {int(m[1]) for name in shapes if (m := re.match(tower + r"offset\.", name))}
+    offsets = [s for n, s in shapes.items() if re.match(r"(head|mask_branch)\..*\.offset\.bias", n)]
+    conv_dim, kernel_in = shapes["head.kernel_tower.0.weight"][:2]
+    mask_dim = shapes["mask_branch.output.weight"][0]
+    kernel_dim = shapes["head.kernel_pred.bias"][0]
+    return {
+        "MODEL.SOLO.NUM_CLASSES": shapes["head.category_pred.bias"][0],
+        "MODEL.SOLO.NUM_CONVS": convs,
+        "MODEL.SOLO.CONV_DIM": conv_dim,
+        "MODEL.SOLO.COORD_CONV": kernel_in != shapes["head.category_tower.0.weight"][1],
+        "MODEL.SOLO.DEFORM": {0: "none", 1: "last"}.get(len(deformable), "all"),
+        # v2 has three outputs per position of a 3x3 or 1x1 kernel, v1 two
+        "MODEL.SOLO.DEFORM_MODULATED": any(shape[0] in (27, 3) for shape in offsets),
+        "MODEL.SOLOV2.MASK_DIM": mask_dim,
+        "MODEL.SOLOV2.KERNEL_SIZE": math.isqrt(kernel_dim // mask_dim),
+        "MODEL.SOLOV2.MASK_CONV_DIM": shapes["mask_branch.output.weight"][1],
+        "MODEL.SOLOV2.MASK_DEFORM": "mask_branch.output.offset.weight" in shapes,
+    }
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest index that ``pattern`` finds; 0 if it finds none."""
+    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1
+
+
+_ARCHITECTURES = {"SOLOv2": _solov2}
