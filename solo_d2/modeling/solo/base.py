@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.losses import dice_loss
@@ -161,7 +162,7 @@ class SOLOFamily(InstanceSegmentor):
     ) -> dict[str, Tensor]:
         height, width = images.tensor.shape[-2:]
         outputs = self.predict(self.resize_levels(features, (height, width)), features)
-        with torch.no_grad():
+        with torch.no_grad(), record_function("solo_d2.assign"):
             targets = [self.assign(gt, (height, width)) for gt in ground_truth]
         return {
             "loss_category": self.category_loss(outputs, targets),
@@ -266,10 +267,11 @@ class SOLOFamily(InstanceSegmentor):
 
     def reduce(self, gt: GroundTruth, stride: int) -> Tensor:
         """Mask targets (N, H / stride, W / stride) bool."""
-        if self.pad_before_reduction:
-            return reduce_masks(gt.masks, stride)
-        padded_size = (gt.masks.shape[-2], gt.masks.shape[-1])
-        return reduce_unpadded_masks(gt.masks, stride, gt.image_size, padded_size)
+        with record_function("solo_d2.reduce"):
+            if self.pad_before_reduction:
+                return reduce_masks(gt.masks, stride)
+            padded_size = (gt.masks.shape[-2], gt.masks.shape[-1])
+            return reduce_unpadded_masks(gt.masks, stride, gt.image_size, padded_size)
 
 
 class CategoryHead(nn.Module):
