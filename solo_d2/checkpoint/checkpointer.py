@@ -12,7 +12,7 @@ from torch import nn
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
 
-from .load import load_weights_file
+from .load import adapt_to_model, load_weights_file
 
 # An ImageNet file has a classifier that no detector uses: a few tensors. When more are left over,
 # while the model lacks others, the file belongs to another architecture.
@@ -108,12 +108,16 @@ class Checkpointer(DetectionCheckpointer):
             raise FileNotFoundError(f"weights {path}: there is no such file")
         return path
 
-    def _load_file(self, filename: str) -> Any:
+    def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            return super()._load_file(filename)
-        return super()._load_file(filename)
+            checkpoint = load_weights_file(filename, allow_pickle=self.allow_pickle)
+        else:
+            checkpoint = super()._load_file(filename)
+        if not checkpoint.get("matching_heuristics", False):
+            checkpoint["model"] = adapt_to_model(checkpoint["model"], self.model.state_dict())
+        return checkpoint
 
-    def _torch_load(self, f: str) -> Any:
+    def _torch_load(self, f: str) -> dict[str, Any]:
         return load_weights_file(f, allow_pickle=self.allow_pickle)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:

@@ -15,6 +15,8 @@ from .loader import seed_step
 
 # Iterations over which Detectron2's writers smooth what they write.
 _WINDOW = 20
+# These tell about the process, not about the training.
+_CLOCKS = {"time", "data_time", "rank_data_time", "eta_seconds"}
 
 
 class StepSeed(HookBase):
@@ -36,6 +38,8 @@ class EventHistory(HookBase):
             return {}
         state = {}
         for name, buffer in storage.histories().items():
+            if name in _CLOCKS:
+                continue
             values = buffer.values()
             last = values[-1][1]
             recent = [[v, i] for v, i in values[-10 * _WINDOW :] if i > last - _WINDOW]

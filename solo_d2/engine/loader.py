@@ -7,6 +7,8 @@ training that was killed continues with the very batches that it would have had,
 processes share the batches that one process would see.
 """
 
+# ruff: noqa: NPY002: the legacy global state of numpy is what Detectron2's augmentations use
+
 import itertools
 import logging
 import random
@@ -129,7 +131,9 @@ class TrainLoader:
                     f"DATALOADER.ASPECT_RATIO_GROUPING needs {error} in every record; set it False"
                 ) from error
         self._groups = groups
-        self._repeat_factors = torch.ones(len(records)) if repeat_factors is None else repeat_factors
+        self._repeat_factors = (
+            torch.ones(len(records)) if repeat_factors is None else repeat_factors
+        )
         self._records = DatasetFromList(records, copy=False)
         self._mapper = mapper
         self._batch_size = batch_size
@@ -138,7 +142,7 @@ class TrainLoader:
         self.seek(seed, 0)
 
     def seek(self, seed: int, batch: int) -> None:
-        """Let the next iteration begin with batch number ``batch``, without loading earlier ones."""
+        """Let the next iteration begin with batch number ``batch``, loading no earlier one."""
         self._seed = seed
         self._start = batch
 

@@ -38,6 +38,14 @@ class NonFiniteLossError(UserError):
     """A loss was inf or NaN."""
 
 
+def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
+# Detectron2's loop logs whatever ends it with a traceback; a UserError says all in its message.
+logging.getLogger("detectron2.engine.train_loop").addFilter(_is_worth_a_traceback)
+
+
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` for any Detectron2 model.
 
@@ -274,7 +282,10 @@ class StepTrainer(SimpleTrainer):
             report = {
                 "iteration": self.iter,
                 "processes": [
-                    {"images": part, "losses": {k: _json_number(v[rank]) for k, v in losses.items()}}
+                    {
+                        "images": part,
+                        "losses": {k: _json_number(v[rank]) for k, v in losses.items()},
+                    }
                     for rank, part in enumerate(processes)
                 ],
             }
