@@ -10,7 +10,7 @@ from solo_d2.errors import UserError
 Shapes = Mapping[str, tuple[int, ...]]
 
 # Blocks per stage, and whether they are bottlenecks -> depth.
-_RESNET_DEPTHS = {
+_RESNET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
     ((3, 4, 6, 3), True): 50,

@@ -14,7 +14,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from solo_d2.errors import UserError
+from solo_d2.errors import UserError, one_line
 
 from .rename_rules import find_new_name, is_dropped, recognise
 
@@ -46,7 +46,10 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
         FileNotFoundError: there is no such file.
         UserError: it needs more than weights, is damaged, or is no checkpoint; one line, naming it.
     """
-    local = Path(PathManager.get_local_path(str(path)))
+    try:
+        local = Path(PathManager.get_local_path(str(path)))
+    except OSError as error:  # downloading
+        raise UserError(f"weights {path}: {one_line(error)}") from error
     if not local.is_file():
         raise FileNotFoundError(f"weights {path}: there is no such file")
     pickled = local.suffix == ".pkl"
