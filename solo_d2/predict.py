@@ -22,7 +22,6 @@ from detectron2.data import transforms as T
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from tqdm import tqdm
@@ -253,7 +252,7 @@ def load_predictor(
         UserError: the numbers of classes in config and checkpoint differ, or are unknown.
         ValueError, OSError: the weights cannot be used; the message names the file.
     """
-    checkpoint = load_weights_file(PathManager.get_local_path(weights), allow_pickle=allow_pickle)
+    checkpoint = load_weights_file(weights, allow_pickle=allow_pickle)
     trained = (checkpoint.get("solo_d2") or {}).get("thing_classes")
     dataset = _dataset_categories(cfg, needed=trained is None)
     if trained is not None:
@@ -266,16 +265,15 @@ def load_predictor(
         cfg.MODEL.SOLO.NUM_CLASSES = len(trained)
         # The data set of the config may be another one, or not be on this machine.
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    names = trained or (dataset.names if dataset else None)
     model = build_model(cfg).eval()
-    checkpointer = Checkpointer(model, allow_pickle=allow_pickle, save_to_disk=False)
-    checkpointer.load(weights)
+    Checkpointer(model, thing_classes=names, allow_pickle=allow_pickle).load(weights)
     predictor = Predictor(
         model,
         min_size=cfg.INPUT.MIN_SIZE_TEST,
         max_size=cfg.INPUT.MAX_SIZE_TEST,
         input_format=cfg.INPUT.FORMAT,
     )
-    names = trained or (dataset.names if dataset else None)
     count = len(names) if names else cfg.MODEL.SOLO.NUM_CLASSES
     # The data set's ids belong to its own classes only.
     ids = dataset.ids if dataset and dataset.names == names else list(range(1, count + 1))
@@ -375,7 +373,7 @@ def _dataset_categories(cfg: CfgNode, *, needed: bool) -> Categories | None:
     """Names and ids from the metadata of the config's data set; None where it is not known."""
     try:
         setup_datasets(cfg)
-    except (OSError, ValueError):
+    except (OSError, ValueError, UserError):
         # Without its json, a user's own data set has no names; the checkpoint may have them.
         if needed:
             raise
