@@ -7,7 +7,8 @@ training that was killed continues with the very batches that it would have had,
 processes share the batches that one process would see.
 """
 
-# ruff: noqa: NPY002: the legacy global state of numpy is what Detectron2's augmentations use
+# Detectron2's augmentations use numpy's legacy global state.
+# ruff: noqa: NPY002
 
 import itertools
 import logging

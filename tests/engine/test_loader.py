@@ -1,4 +1,5 @@
-# ruff: noqa: NPY002: the global state of numpy is part of what is tested
+# numpy's global state is part of what is tested
+# ruff: noqa: NPY002
 
 import itertools
 import random
