@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +64,8 @@ def require_detectron2() -> bool:
         ImportError: PyTorch or Detectron2 is not installed; the message has the command for it.
     """
     if _started_as_env():
+        # runpy warns that this module is imported already: by the package, as intended here.
+        warnings.filterwarnings("ignore", message=".*solo_d2.env", category=RuntimeWarning)
         return False
     for name in ("torch", "torchvision", "detectron2"):
         if _find_spec(name) is None:
@@ -98,7 +101,9 @@ def report() -> tuple[list[str], list[str]]:
 
 def main() -> int:
     """Print the report; return 1 if something required is missing, else 0."""
-    lines, problems = report()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what other packages deprecate is no news here
+        lines, problems = report()
     print("\n".join(lines))
     for problem in problems:
         print(problem)
