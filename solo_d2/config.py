@@ -41,16 +41,21 @@ def _add_training(cfg: CN) -> None:
     # from IMS_PER_BATCH, BASE_LR is multiplied by IMS_PER_BATCH / LR_REFERENCE_BATCH (the linear
     # rule, arXiv 1706.02677); the schedule is left alone.
     cfg.SOLVER.LR_REFERENCE_BATCH = 0
+    # "SGD" as in Detectron2, or "AdamW" with the same parameter groups.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Largest L2 norm of all gradients together; 0: no limit. SOLVER.CLIP_GRADIENTS looks at each
+    # parameter alone.
+    cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0
     # Stop at the first loss that is inf or NaN and write nonfinite_loss.json to OUTPUT_DIR. False
     # makes no step with that batch, says so, and goes on.
     cfg.SOLVER.STOP_ON_NONFINITE_LOSS = True
-    # Load what fits of MODEL.WEIGHTS, with warnings, where the rest is for another number of classes
-    # or another architecture; False refuses such a file.
+    # Load what fits of MODEL.WEIGHTS, with warnings, where the rest is for another number of
+    # classes or another architecture; False refuses such a file.
     cfg.MODEL.WEIGHTS_SKIP_MISMATCHED = False
     # Keep model_best.pth by this evaluation metric; "" keeps none. With several test sets it is
     # preceded by the name of one: "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = "segm/AP"
-    # After each evaluation, draw this many test images with ground truth and prediction; 0 draws none.
+    # After each evaluation, draw so many test images with ground truth and prediction; 0: none.
     cfg.TEST.VIS_IMAGES = 8
     # Predictions below this score are not drawn.
     cfg.TEST.VIS_SCORE_THRESH = 0.3
@@ -98,7 +103,7 @@ def _add_solo(cfg: CN) -> None:
     cfg.MODEL.SOLO.FOCAL_LOSS_GAMMA = 2.0
     cfg.MODEL.SOLO.CATEGORY_LOSS_WEIGHT = 1.0
     cfg.MODEL.SOLO.MASK_LOSS_WEIGHT = 3.0
-    # At most this many (instance, cell) pairs per image enter the mask loss, drawn at random; 0: all.
+    # At most so many (instance, cell) pairs per image enter the mask loss, drawn at random; 0: all.
     cfg.MODEL.SOLO.MAX_POSITIVES = 0
     # Treat box widths as x2 - x1 - 1, as mmdetection v1 did; needed only to repeat its targets.
     cfg.MODEL.SOLO.INCLUSIVE_BOXES = False

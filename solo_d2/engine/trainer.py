@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluators
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from fvcore.nn.precise_bn import get_bn_modules
@@ -77,6 +78,7 @@ class Trainer(DefaultTrainer):
             optimizer,
             device=device,
             amp=cfg.SOLVER.AMP.ENABLED,
+            max_grad_norm=cfg.SOLVER.CLIP_TOTAL_GRAD_NORM,
             stop_on_nonfinite=cfg.SOLVER.STOP_ON_NONFINITE_LOSS,
             output_dir=cfg.OUTPUT_DIR,
         )
@@ -165,6 +167,30 @@ class Trainer(DefaultTrainer):
             self.seed = state.get("seed", self.seed)
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's SGD, or AdamW with the same parameter groups.
+
+        Raises:
+            ValueError: SOLVER.OPTIMIZER is neither.
+        """
+        solver = cfg.SOLVER
+        if solver.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        if solver.OPTIMIZER != "AdamW":
+            raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', not {solver.OPTIMIZER!r}")
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = torch.optim.AdamW(
+            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True
+        )
+        return maybe_add_gradient_clipping(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         return build_train_loader(cfg)
 
@@ -199,6 +225,7 @@ class StepTrainer(SimpleTrainer):
         *,
         device: torch.device,
         amp: bool = False,
+        max_grad_norm: float = 0.0,
         stop_on_nonfinite: bool = True,
         output_dir: str = "",
     ):
@@ -209,11 +236,13 @@ class StepTrainer(SimpleTrainer):
             optimizer: of the model's parameters.
             device: of the model.
             amp: mixed precision: float16 with scaled gradients on CUDA, bfloat16 on the CPU.
+            max_grad_norm: limit on the L2 norm of all gradients together, 0 for none.
             stop_on_nonfinite: raise at a loss that is inf or NaN; else skip its step.
             output_dir: of nonfinite_loss.json.
         """
         super().__init__(model, data_loader, optimizer)
         self._device = device
+        self._max_grad_norm = max_grad_norm
         self._stop_on_nonfinite = stop_on_nonfinite
         self._output_dir = output_dir
         dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
@@ -247,6 +276,9 @@ class StepTrainer(SimpleTrainer):
         if not all(_all_finite(v) for v in values):
             self._refuse_step(dict(zip(names, values)), batch)
             return
+        if self._max_grad_norm > 0:
+            self._scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if comm.is_main_process():

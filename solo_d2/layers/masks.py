@@ -190,9 +190,7 @@ def upsample_to_binary(
     return out
 
 
-def _resize_matrix(
-    size: int, padded: int, image: int, output: int, device: torch.device
-) -> Tensor:
+def _resize_matrix(size: int, padded: int, image: int, output: int, device: torch.device) -> Tensor:
     """(size, output) weights of the two resizes along one axis: the operation on the identity."""
     identity = torch.eye(size, device=device)[None]
     upsampled = F.interpolate(identity, size=padded, mode="linear")[..., :image]

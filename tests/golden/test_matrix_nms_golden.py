@@ -44,7 +44,5 @@ def test_greedy_mask_nms_keeps_what_the_original_keeps(golden):
     cases = [case for case in golden.meta["cases"] if f"{case}_hardnms_keep" in golden]
     assert cases
     for case in cases:
-        keep = mask_nms(
-            golden.masks(f"{case}_masks", f"{case}_shape"), golden[f"{case}_labels"]
-        )
+        keep = mask_nms(golden.masks(f"{case}_masks", f"{case}_shape"), golden[f"{case}_labels"])
         assert torch.equal(keep, golden[f"{case}_hardnms_keep"]), case

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
