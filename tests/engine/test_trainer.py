@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 
+from solo_d2.data import num_classes
 from solo_d2.engine import NonFiniteLossError, Trainer, scale_learning_rate
 from solo_d2.engine.hooks import MetricWriters
 from solo_d2.errors import UserError
@@ -259,3 +260,39 @@ def test_weights_of_another_number_of_classes_name_both(toy_cfg, tmp_path):
     with pytest.raises(UserError, match=r"other\.pth are for 2 classes, the model has \d+"):
         start(toy_cfg("MODEL.WEIGHTS", str(path)))
     start(toy_cfg("MODEL.WEIGHTS", str(path), "MODEL.WEIGHTS_SKIP_MISMATCHED", True))
+
+
+def test_mask_rcnn_resumes_exactly_too(toy_cfg, tmp_path):
+    """It draws random numbers: which proposals are trained on."""
+
+    def config(folder):
+        cfg = toy_cfg(
+            *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.MASK_ON", True),
+            *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),
+            *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+            *("MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"], "MODEL.FPN.OUT_CHANNELS", 16),
+            *("MODEL.FPN.IN_FEATURES", ["res4", "res5"], "MODEL.RPN.IN_FEATURES", ["p4", "p5"]),
+            *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32]]),
+            *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.IN_FEATURES", ["p4"]),
+            *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 8),
+            *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+            *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 1),
+            *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 3),
+            *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+            *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+            *("SOLVER.BASE_LR", 0.001, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2),
+            *("SOLVER.STEPS", (4,), "SEED", 1, "OUTPUT_DIR", str(tmp_path / folder)),
+        )
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes(cfg)
+        return cfg
+
+    uninterrupted = start(config("whole"))
+    uninterrupted.train()
+    killed = start(config("cut"))
+    killed.register_hooks([CrashAt(3)])
+    with pytest.raises(Crash):
+        killed.train()
+    resumed = make_trainer(config("cut"), resume=True)
+    resumed.train()
+    assert_same_model(uninterrupted, resumed)
+    assert metrics(uninterrupted.cfg) == metrics(resumed.cfg)
