@@ -29,10 +29,10 @@ def _add_data(cfg: CN) -> None:
 
     # The embedded data set: "shapes_train" and "shapes_val", drawn on first use.
     cfg.DATASETS.SHAPES = CN()
-    cfg.DATASETS.SHAPES.TRAIN_IMAGES = 1000
-    cfg.DATASETS.SHAPES.VAL_IMAGES = 100
+    cfg.DATASETS.SHAPES.TRAIN_IMAGES = 2000
+    cfg.DATASETS.SHAPES.VAL_IMAGES = 200
     # Height and width in pixels.
-    cfg.DATASETS.SHAPES.IMAGE_SIZE = (192, 192)
+    cfg.DATASETS.SHAPES.IMAGE_SIZE = (128, 128)
     cfg.DATASETS.SHAPES.SEED = 0
 
 

@@ -9,7 +9,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a shapes set in COCO's format.")
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--count", type=int, default=100, help="number of images")
-    parser.add_argument("--size", type=int, nargs=2, default=(192, 192), metavar=("H", "W"))
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("H", "W"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", default="train")
     args = parser.parse_args()

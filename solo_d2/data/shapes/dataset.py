@@ -18,7 +18,7 @@ from .drawing import CLASSES, Shape, draw_scene
 # Part of the cache folder's name: raise it whenever the same parameters give other files.
 FORMAT_VERSION = 1
 # Not contiguous, as COCO's are not.
-CATEGORY_IDS = dict(zip(CLASSES, (1, 2, 3, 5, 8, 13, 21)))
+CATEGORY_IDS = dict(zip(CLASSES, (1, 2, 3, 5, 8)))
 # A polygon stands for a mask only if pycocotools draws it back with at least this IoU.
 _POLYGON_IOU = 0.95
 _JPEG_QUALITY = 95
@@ -137,9 +137,9 @@ def ensure_shapes(*, count: int, size: tuple[int, int], seed: int, split: str) -
 
 def register_shapes(
     *,
-    train_images: int = 1000,
-    val_images: int = 100,
-    image_size: tuple[int, int] = (192, 192),
+    train_images: int = 2000,
+    val_images: int = 200,
+    image_size: tuple[int, int] = (128, 128),
     seed: int = 0,
 ) -> None:
     """Register "shapes_train" and "shapes_val"; nothing is drawn before they are loaded.

@@ -19,7 +19,7 @@ MIN_VISIBLE = 0.3
 MIN_PIXELS = 40
 # Square root of the area of the smallest shape in pixels, and of the largest in sides of the image.
 _SMALLEST = 14.0
-_LARGEST = 0.72
+_LARGEST = 0.8
 
 Contours = list[NDArray[np.float64]]
 
@@ -67,10 +67,6 @@ def _triangle(rng: Generator) -> Contours:
     return [_star_polygon(3, 0.5)]
 
 
-def _star(rng: Generator) -> Contours:
-    return [_star_polygon(5, rng.uniform(0.38, 0.46))]
-
-
 def _ring(rng: Generator) -> Contours:
     return [_arc(0, 2 * np.pi), _arc(0, 2 * np.pi, rng.uniform(0.5, 0.6))]
 
@@ -83,23 +79,12 @@ def _cross(rng: Generator) -> Contours:
     return [np.concatenate(turns) / np.hypot(1, a)]
 
 
-def _crescent(rng: Generator) -> Contours:
-    # the unit disc without the disc of this radius around (x, 0)
-    radius, x = rng.uniform(0.75, 0.85), 0.5
-    corner = np.arccos((1 - radius**2 + x**2) / (2 * x))
-    inner = np.arctan2(np.sin(corner), np.cos(corner) - x)
-    outside = _arc(corner, 2 * np.pi - corner)
-    return [np.concatenate([outside, _arc(2 * np.pi - inner, inner, radius, x)])]
-
-
 _OUTLINES: dict[str, Callable[[Generator], Contours]] = {
     "disc": _disc,
     "square": _square,
     "triangle": _triangle,
-    "star": _star,
     "ring": _ring,
     "cross": _cross,
-    "crescent": _crescent,
 }
 CLASSES = tuple(_OUTLINES)
 
@@ -203,8 +188,8 @@ def _background(rng: Generator, size: tuple[int, int]) -> NDArray:
     for _ in range(rng.integers(0, 3)):
         alpha = np.clip(_noise(rng, size, rng.uniform(3, 6), octaves=1) - 1.2, 0, 1)
         image = _blend(image, 0.6 * alpha, base + rng.uniform(-60, 60, 3).astype(np.float32))
-    # thin lines and open curves, too thin to be a ring or a crescent
-    for _ in range(rng.integers(0, 9)):
+    # thin lines and open curves, too thin to be a ring
+    for _ in range(rng.integers(0, 6)):
         steps = rng.normal(0, 1, (8, 2)) * rng.choice([0.0, 0.6]) + rng.normal(0, 1, 2)
         points = rng.uniform(0, 1, 2) * size[::-1] + np.cumsum(steps, 0) * max(size) / 14
         alpha = np.zeros(size, np.uint8)
@@ -257,7 +242,7 @@ def draw_scene(rng: Generator, height: int, width: int) -> tuple[NDArray[np.uint
     """
     size = (height, width)
     image = _background(rng, size)
-    count = 0 if rng.uniform() < 0.03 else int(rng.integers(2, 7))
+    count = 0 if rng.uniform() < 0.03 else int(rng.integers(3, 9))
 
     shapes: list[Shape] = []
     whole_areas: list[float] = []
@@ -299,9 +284,9 @@ def draw_scene(rng: Generator, height: int, width: int) -> tuple[NDArray[np.uint
         window = np.s_[y : y + h, x : x + w]
         alpha, behind = layer.alpha[window], image[window]
         surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
-        contrast = 100 if rng.uniform() < 0.85 else 55
+        contrast = 110 if rng.uniform() < 0.85 else 65
         colour = _contrasting_colour(rng, surrounding, contrast)
-        image[window] = _blend(behind, alpha, _texture(rng, (h, w), colour, spread=35))
+        image[window] = _blend(behind, alpha, _texture(rng, (h, w), colour, spread=20))
 
     image += rng.uniform(2, 8) * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.round(image), 0, 255).astype(np.uint8), shapes
