@@ -23,9 +23,7 @@ setup(
         "opencv-python-headless>=4.6",  # video, contours, drawing; headless: no libGL needed
         "pycocotools>=2.0.6",  # COCO's masks (RLE) and metrics
         "fvcore>=0.1.5.post20221221",  # focal loss, parameter counts; Detectron2 has it anyway
+        "shapely>=2.0",  # INPUT.CROP on polygons: fvcore's CropTransform imports it
         "tqdm>=4.29",  # progress of predict; Detectron2 has it anyway
     ],
-    extras_require={
-        "fast-eval": ["faster-coco-eval>=1.6"],  # the same COCO metrics, several times quicker
-    },
 )

@@ -123,6 +123,8 @@ def _add_solo(cfg: CN) -> None:
     # score that survives the decay.
     cfg.MODEL.SOLO.NMS_KERNEL = "gaussian"
     cfg.MODEL.SOLO.NMS_SIGMA = 2.0
+    # Give duplicates the score 0 instead of the published code's NaN (linear kernel; both drop).
+    cfg.MODEL.SOLO.NMS_FINITE = False
     cfg.MODEL.SOLO.UPDATE_THRESH_TEST = 0.05
     # Greedy NMS: a mask that overlaps a better one of its class by more than this is dropped.
     cfg.MODEL.SOLO.NMS_THRESH_TEST = 0.5

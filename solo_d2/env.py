@@ -49,7 +49,7 @@ REQUIREMENTS = (
     Requirement("matplotlib", "matplotlib"),
     Requirement("tensorboard", "tensorboard"),
     Requirement("detectron2", "detectron2", "0.6"),
-    Requirement("faster_coco_eval", "faster-coco-eval", "1.6", required=False),
+    Requirement("shapely", "shapely", "2.0", required=False),
 )
 
 

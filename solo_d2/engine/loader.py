@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from solo_d2.data.mapper import InstanceMapper
 from solo_d2.errors import UserError
 
 # What a derived seed is for, so that equal numbers elsewhere give other random numbers.
@@ -172,7 +173,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable | None = None) -> TrainLoa
 
     Args:
         cfg: a negative SEED gives a random one, the same in all processes.
-        mapper: by default Detectron2's ``DatasetMapper``.
+        mapper: by default an ``InstanceMapper``.
 
     Raises:
         UserError: no image is left, the batch cannot be shared, or the sampler is not known.
@@ -209,7 +210,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable | None = None) -> TrainLoa
         )
     return TrainLoader(
         records,
-        mapper or DatasetMapper(cfg, is_train=True),
+        mapper or InstanceMapper(cfg, is_train=True),
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         repeat_factors=repeat_factors,
         aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,

@@ -51,7 +51,13 @@ def _same_class_iou_above_diagonal(masks: Tensor, labels: Tensor) -> Tensor:
 
 
 def matrix_nms(
-    masks: Tensor, labels: Tensor, scores: Tensor, *, kernel: str = "gaussian", sigma: float = 2.0
+    masks: Tensor,
+    labels: Tensor,
+    scores: Tensor,
+    *,
+    kernel: str = "gaussian",
+    sigma: float = 2.0,
+    finite: bool = False,
 ) -> Tensor:
     """Matrix NMS: decay every score by its overlaps, in one pass (SOLOv2, section 3.3).
 
@@ -66,6 +72,7 @@ def matrix_nms(
         scores: (N,) descending.
         kernel: "gaussian" or "linear".
         sigma: of the gaussian kernel.
+        finite: keep the linear kernel's divisor above 0, so that duplicates get 0 and never NaN.
 
     Returns:
         (N,) decayed scores, in the given order.
@@ -81,6 +88,8 @@ def matrix_nms(
     iou = _same_class_iou_above_diagonal(masks, labels)
     # how strongly mask i is itself overlapped by a better one
     compensation = iou.amax(dim=0)
+    if finite:
+        compensation = compensation.clamp(max=1 - 1e-6)
     ratio = decay(iou, sigma) / decay(compensation, sigma)[:, None]
     return scores * ratio.amin(dim=0)
 

@@ -95,6 +95,14 @@ def test_matrix_nms_never_raises_a_score_and_leaves_the_best(seed, n):
     assert decayed[0] == scores[0]
 
 
+def test_duplicates_get_nan_from_the_linear_kernel_or_zero_on_request():
+    masks = torch.ones(3, 4, 4, dtype=torch.bool)
+    labels, scores = torch.zeros(3), torch.tensor([0.9, 0.8, 0.7])
+    assert matrix_nms(masks, labels, scores, kernel="linear")[2].isnan()
+    finite = matrix_nms(masks, labels, scores, kernel="linear", finite=True)
+    assert finite.tolist() == pytest.approx([0.9, 0, 0])
+
+
 def test_an_unknown_kernel_is_named():
     masks, labels, scores = random_detections(0, 3)
     with pytest.raises(ValueError, match="'gauss'"):

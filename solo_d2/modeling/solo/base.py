@@ -124,6 +124,7 @@ class SOLOFamily(InstanceSegmentor):
                 "nms_type": solo.NMS_TYPE,
                 "nms_kernel": solo.NMS_KERNEL,
                 "nms_sigma": solo.NMS_SIGMA,
+                "nms_finite": solo.NMS_FINITE,
                 "nms_threshold": solo.NMS_THRESH_TEST,
                 "update_threshold": solo.UPDATE_THRESH_TEST,
                 "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,

@@ -116,6 +116,7 @@ def suppress(
     nms_type: str,
     nms_kernel: str,
     nms_sigma: float,
+    nms_finite: bool = False,
     nms_threshold: float,
     update_threshold: float,
     max_detections: int,
@@ -125,7 +126,7 @@ def suppress(
     Args:
         detections: in the order of descending scores.
         mask_threshold: binarises the masks for their overlaps.
-        nms_type, nms_kernel, nms_sigma, nms_threshold: see ``solo_d2.layers.nms``.
+        nms_type, nms_kernel, nms_sigma, nms_finite, nms_threshold: see ``solo_d2.layers.nms``.
         update_threshold: Matrix NMS only: the smallest decayed score to keep.
         max_detections: how many to keep.
 
@@ -135,7 +136,12 @@ def suppress(
     binary = detections.masks > mask_threshold
     if nms_type == "matrix":
         scores = matrix_nms(
-            binary, detections.classes, detections.scores, kernel=nms_kernel, sigma=nms_sigma
+            binary,
+            detections.classes,
+            detections.scores,
+            kernel=nms_kernel,
+            sigma=nms_sigma,
+            finite=nms_finite,
         )
         keep = scores >= update_threshold
     elif nms_type == "mask":
