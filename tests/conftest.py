@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -86,3 +87,22 @@ def stand_in_weights(reference_dir):
         return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
 
     return make
+
+
+class LargestFloat(TorchDispatchMode):
+    """Within it: the bytes of the largest floating-point tensor that any operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
+
+
+@pytest.fixture
+def largest_float() -> type[LargestFloat]:
+    return LargestFloat

@@ -149,3 +149,23 @@ def test_coordinates_reach_both_ends_and_follow_the_feature():
     assert out.shape == (2, 5, 4, 5)
     assert out[1, 3, 0].tolist() == [-1, -0.5, 0, 0.5, 1]  # x along a row
     assert out[1, 4, :, 0].tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])  # y along a column
+
+
+def test_upsampling_makes_no_float_tensor_that_grows_with_masks_times_image(
+    monkeypatch, largest_float
+):
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 100_000)
+    largest = {}
+    for n in (4, 40):
+        soft = torch.rand(n, 16, 16)
+        with largest_float() as mode:
+            out = upsample_to_binary(
+                soft,
+                padded_size=(64, 64),
+                image_size=(64, 60),
+                output_size=(128, 120),
+                threshold=0.5,
+            )
+        assert out.shape == (n, 128, 120)
+        largest[n] = mode.bytes
+    assert largest[4] == largest[40] <= 128 * 120 * 4

@@ -285,3 +285,21 @@ def test_a_feature_that_the_backbone_lacks_is_named():
 def test_an_unset_number_of_classes_without_data_is_an_error():
     with pytest.raises(ValueError, match="MODEL.SOLO.NUM_CLASSES"):
         tiny_model(MODEL__SOLO__NUM_CLASSES=-1)
+
+
+def test_candidates_are_never_all_made_at_once(monkeypatch, largest_float):
+    """Hundreds of candidates, ten kept: no float tensor holds the masks of more than a chunk."""
+    pixels = (SIZE[0] // 4) * (SIZE[1] // 4)
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 16 * pixels * 4)
+    model = eager(MODEL__SOLO__TOPK_CANDIDATES_TEST=10)
+    images = model.preprocess_image([{"image": torch.rand(3, *SIZE) * 255}])
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        outputs = model.predict(model.resize_levels(features, SIZE), features)
+        scores = model.category_scores(outputs)[0]
+        assert (scores > 0.005).sum() > 100
+        with largest_float() as mode:
+            found = model.detect(outputs, scores, 0, (SIZE[0] // 4, SIZE[1] // 4))
+    assert len(found.scores) == 10
+    feature_map = outputs.mask_features[0].numel()
+    assert mode.bytes <= 4 * max(16 * pixels, feature_map)
