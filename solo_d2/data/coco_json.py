@@ -11,12 +11,13 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -27,6 +28,21 @@ logger = logging.getLogger(__name__)
 
 # Part of a tidied copy's name: raise it whenever the same file is tidied differently.
 _TIDY_VERSION = 1
+# Polygons are drawn in time and memory that grow with their circumference, in or out of the image.
+_LARGEST_COORDINATE = 1e6
+
+
+class DataError(ValueError):
+    """Something in a json that no training can use."""
+
+    def __init__(self, kind: str, message: str):
+        """
+        Args:
+            kind: what such errors have in common, for counting them.
+            message: one line that names the offender.
+        """
+        super().__init__(message)
+        self.kind = kind
 
 
 def register(
@@ -182,48 +198,94 @@ def load_records(
             + (", ..." if len(missing) > 3 else "")
         )
     for annotation in document["annotations"]:
-        segmentation = annotation["segmentation"]
-        if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-            segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
-        records[annotation["image_id"]]["annotations"].append(
-            {
-                "bbox": annotation["bbox"],
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": ids[annotation["category_id"]],
-                "iscrowd": annotation["iscrowd"],
-                "segmentation": segmentation,
-            }
-        )
+        records[annotation["image_id"]]["annotations"].append(to_detectron2(annotation, ids))
     logger.info(f"{name}: {len(records)} images from {json_file}")
     return list(records.values())
 
 
-def _read(json_file: str) -> dict[str, Any]:
-    """The file's content; images and categories are checked."""
+def to_detectron2(annotation: dict, ids: Mapping[Any, int]) -> dict[str, Any]:
+    """A tidy annotation in Detectron2's format; ``ids``: category id to contiguous id."""
+    segmentation = annotation["segmentation"]
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+    return {
+        "bbox": annotation["bbox"],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": ids[annotation["category_id"]],
+        "iscrowd": annotation["iscrowd"],
+        "segmentation": segmentation,
+    }
+
+
+def read_document(json_file: str) -> dict[str, Any]:
+    """The file's content: a dict whose images, annotations and categories are lists of anything.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no json, or not of this form.
+    """
     try:
         document = json.loads(Path(json_file).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"no annotations file {json_file}") from None
     except ValueError as error:  # not json, not text
         raise ValueError(f"{json_file} is not a json file: {error}") from None
+    for section in ("images", "annotations", "categories"):
+        if not isinstance(document, dict) or not isinstance(document.get(section), list):
+            raise ValueError(f"{json_file} is not a COCO json: it has no list {section!r}")
+    return document
+
+
+def entry_errors(document: dict[str, Any]) -> Iterator[tuple[str, int, DataError]]:
+    """Entries that cannot be told apart or lack something: (section, index, error) of each.
+
+    ``document`` is as ``read_document`` returns it.
+    """
     needed: dict[str, tuple[str, ...]] = {
         "images": ("id", "file_name", "height", "width"),
         "annotations": ("id", "image_id", "category_id"),
         "categories": ("id", "name"),
     }
     for section, keys in needed.items():
-        if not isinstance(document, dict) or not isinstance(document.get(section), list):
-            raise ValueError(f"{json_file} is not a COCO json: it has no list {section!r}")
         seen = set()
         for index, entry in enumerate(document[section]):
+            message = ""
             lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if lacking:
-                raise ValueError(f"{json_file}: {section}[{index}] has no {lacking[0]!r}")
-            if entry["id"] in seen:
-                raise ValueError(f"{json_file}: the id {entry['id']} appears twice in {section!r}")
-            seen.add(entry["id"])
+                kind = f"{section} without {lacking[0]!r}"
+                message = f"{section}[{index}] has no {lacking[0]!r}"
+            elif not all(isinstance(entry[key], Hashable) for key in keys):
+                kind = f"{section} with an id that is no number or text"
+                message = f"{section}[{index}] has an id that is no number or text"
+            elif entry["id"] in seen:
+                kind = f"{section} with the id of another one"
+                message = f"the id {entry['id']} appears twice in {section!r}"
+            elif section == "images" and not _is_image(entry):
+                kind = "images whose file name or size is none"
+                message = (
+                    f"image {entry['id']}: {entry['file_name']!r}, {entry['height']!r} high and "
+                    f"{entry['width']!r} wide, is no file name and size"
+                )
+            else:
+                seen.add(entry["id"])
+            if message:
+                yield section, index, DataError(kind, message)
     if not document["categories"]:
-        raise ValueError(f"{json_file} has no categories")
+        yield "categories", 0, DataError("no categories", "the file has no categories")
+
+
+def _is_image(entry: dict) -> bool:
+    sides = entry["height"], entry["width"]
+    return isinstance(entry["file_name"], str) and all(
+        isinstance(side, int) and side > 0 for side in sides
+    )
+
+
+def _read(json_file: str) -> dict[str, Any]:
+    """The file's content; images and categories are checked."""
+    document = read_document(json_file)
+    for _, _, error in entry_errors(document):
+        raise ValueError(f"{json_file}: {error}")
     return document
 
 
@@ -234,19 +296,10 @@ def _tidy(document: dict, json_file: str, category_ids: set) -> tuple[dict, str]
     skipped: Counter[str] = Counter()
     completed = 0
     for annotation in document["annotations"]:
-        where = f"{json_file}: annotation {annotation['id']} of image {annotation['image_id']}"
-        if annotation["image_id"] not in images:
-            raise ValueError(f"{where}: there is no such image")
-        if annotation["category_id"] not in category_ids:
-            raise ValueError(
-                f"{where}: category id {annotation['category_id']} is not among the categories"
-            )
-        if annotation.get("ignore"):
-            raise ValueError(f'{where}: COCO metrics do not know "ignore"; use "iscrowd": 1')
         try:
-            tidy = _tidy_annotation(annotation, images[annotation["image_id"]])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{where}: {error}") from None
+            tidy = tidy_annotation(annotation, images, category_ids)
+        except DataError as error:
+            raise ValueError(f"{json_file}: {error}") from None
         if isinstance(tidy, str):
             skipped[tidy] += 1
         else:
@@ -266,8 +319,39 @@ def _tidy(document: dict, json_file: str, category_ids: set) -> tuple[dict, str]
     return document | {"annotations": annotations}, "; ".join(remarks)
 
 
-def _tidy_annotation(annotation: dict, image: dict) -> dict | str:
-    """The annotation itself if all is well, or a completed copy, or why it cannot be used."""
+def tidy_annotation(annotation: dict, images: Mapping[Any, dict], category_ids: set) -> dict | str:
+    """The annotation itself if all is well, or a completed copy, or why it cannot be used.
+
+    Args:
+        annotation: with "id", "image_id" and "category_id".
+        images: of the json, by id.
+        category_ids: all that are known.
+
+    Raises:
+        DataError: it contradicts the rest of the file or has another format.
+    """
+    where = f"annotation {annotation['id']} of image {annotation['image_id']}"
+    try:
+        if annotation["image_id"] not in images:
+            raise DataError("annotations of unknown images", "there is no such image")
+        if annotation["category_id"] not in category_ids:
+            raise DataError(
+                "annotations of unknown categories",
+                f"category id {annotation['category_id']} is not among the categories",
+            )
+        if annotation.get("ignore"):
+            raise DataError(
+                'annotations with "ignore"',
+                'COCO metrics do not know "ignore"; use "iscrowd": 1',
+            )
+        return _complete(annotation, images[annotation["image_id"]])
+    except (ValueError, TypeError, KeyError) as error:
+        kind = error.kind if isinstance(error, DataError) else "annotations of another format"
+        raise DataError(kind, f"{where}: {error}") from None
+
+
+def _complete(annotation: dict, image: dict) -> dict | str:
+    """See ``tidy_annotation``; raises all sorts of errors for other formats."""
     height, width = image["height"], image["width"]
     segmentation = annotation.get("segmentation")
     if not segmentation:
@@ -279,25 +363,34 @@ def _tidy_annotation(annotation: dict, image: dict) -> dict | str:
         polygons = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
         if not polygons:
             return "a degenerate polygon"
+        if not all(_is_drawable(polygon) for polygon in polygons):
+            raise DataError(
+                "polygons whose coordinates are no numbers",
+                "its polygon's coordinates must be numbers of pixels",
+            )
         if len(polygons) < len(segmentation):
             fixes["segmentation"] = segmentation = polygons
     else:
         counts = segmentation["counts"]
         if list(segmentation["size"]) != [height, width]:
-            raise ValueError(
-                f"its mask is {segmentation['size']}, but the image is [{height}, {width}]"
+            raise DataError(
+                "masks (RLE) of another size than their image",
+                f"its mask is {segmentation['size']}, but the image is [{height}, {width}]",
             )
         if isinstance(counts, list) and (sum(counts) != height * width or min(counts) < 0):
-            raise ValueError("the runs of its RLE do not add up to the image")
-        if not mask_util.area(_rle(segmentation, height, width)):
+            raise DataError(
+                "masks (RLE) whose runs do not add up to the image",
+                "the runs of its RLE do not add up to the image",
+            )
+        if not mask_util.area(to_rle(segmentation, height, width)):
             return "an empty mask"
     if annotation.get("iscrowd") is None:
         fixes["iscrowd"] = 0
     if annotation.get("area") is None:
-        fixes["area"] = float(mask_util.area(_rle(segmentation, height, width)))
+        fixes["area"] = float(mask_util.area(to_rle(segmentation, height, width)))
     box = annotation.get("bbox")
     if box is None:
-        box = fixes["bbox"] = mask_util.toBbox(_rle(segmentation, height, width)).tolist()
+        box = fixes["bbox"] = mask_util.toBbox(to_rle(segmentation, height, width)).tolist()
     if len(box) != 4 or not all(isinstance(value, Real) for value in box):
         raise ValueError(f"its bbox {box} is not [x, y, width, height]")
     x, y, w, h = box
@@ -308,7 +401,11 @@ def _tidy_annotation(annotation: dict, image: dict) -> dict | str:
     return annotation | fixes if fixes else annotation
 
 
-def _rle(segmentation: Any, height: int, width: int) -> dict:
+def _is_drawable(polygon: list) -> bool:
+    return bool((np.abs(np.asarray(polygon, dtype=float)) <= _LARGEST_COORDINATE).all())  # not NaN
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict:
     """Compressed RLE of a polygon list or an RLE."""
     if isinstance(segmentation, list):
         return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -23,21 +24,13 @@ def setup_datasets(cfg: CfgNode) -> None:
         ValueError: half of DATASETS.CUSTOM is missing, a json is wrong, or two of the data sets
             have different classes.
     """
-    shapes = cfg.DATASETS.SHAPES
-    register_shapes(
-        train_images=shapes.TRAIN_IMAGES,
-        val_images=shapes.VAL_IMAGES,
-        image_size=shapes.IMAGE_SIZE,
-        seed=shapes.SEED,
-    )
-    custom = cfg.DATASETS.CUSTOM
-    splits = {
-        "train": _register_custom(custom, "TRAIN"),
-        "val": _register_custom(custom, "VAL"),
-    }
+    register_configured_shapes(cfg)
+    custom = find_custom(cfg)
+    splits = {split: (data_set.name,) if data_set else () for split, data_set in custom.items()}
+    for data_set in filter(None, custom.values()):
+        register_coco_json(*data_set)
     if any(splits.values()):
-        cfg.DATASETS.TRAIN = splits["train"]
-        cfg.DATASETS.TEST = splits["val"]
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = splits["TRAIN"], splits["VAL"]
     _check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.DATASETS.OVERFIT_IMAGES:
         subset = register_subset(cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES)
@@ -61,21 +54,48 @@ def num_classes(cfg: CfgNode) -> int:
     )
 
 
-def _register_custom(custom: CfgNode, split: str) -> tuple[str, ...]:
-    """The names of the sets that were registered, at most one."""
-    json_key, images_key = f"{split}_JSON", f"{split}_IMAGES"
-    if not custom[json_key] and not custom[images_key]:
-        return ()
-    for key, other in ((json_key, images_key), (images_key, json_key)):
-        if not custom[key]:
-            raise ValueError(f"DATASETS.CUSTOM.{key} is empty, but {other} is {custom[other]!r}")
-    name = f"{custom.NAME}_{split.lower()}"
-    register_coco_json(
-        name,
-        _find(custom[json_key], f"DATASETS.CUSTOM.{json_key}"),
-        _find(custom[images_key], f"DATASETS.CUSTOM.{images_key}"),
+class CustomSet(NamedTuple):
+    """A data set of DATASETS.CUSTOM; its files exist."""
+
+    name: str
+    json_file: Path
+    image_root: Path
+
+
+def register_configured_shapes(cfg: CfgNode) -> None:
+    """Register "shapes_train" and "shapes_val" with the parameters of DATASETS.SHAPES."""
+    shapes = cfg.DATASETS.SHAPES
+    register_shapes(
+        train_images=shapes.TRAIN_IMAGES,
+        val_images=shapes.VAL_IMAGES,
+        image_size=shapes.IMAGE_SIZE,
+        seed=shapes.SEED,
     )
-    return (name,)
+
+
+def find_custom(cfg: CfgNode) -> dict[str, CustomSet | None]:
+    """What DATASETS.CUSTOM names for "TRAIN" and for "VAL"; None for nothing.
+
+    Raises:
+        FileNotFoundError: a file or folder is missing.
+        ValueError: half of a pair is missing.
+    """
+    custom = cfg.DATASETS.CUSTOM
+    found: dict[str, CustomSet | None] = {"TRAIN": None, "VAL": None}
+    for split in found:
+        json_key, images_key = f"{split}_JSON", f"{split}_IMAGES"
+        if not custom[json_key] and not custom[images_key]:
+            continue
+        for key, other in ((json_key, images_key), (images_key, json_key)):
+            if not custom[key]:
+                raise ValueError(
+                    f"DATASETS.CUSTOM.{key} is empty, but {other} is {custom[other]!r}"
+                )
+        json_file, image_root = (
+            _find(custom[key], f"DATASETS.CUSTOM.{key}") for key in (json_key, images_key)
+        )
+        found[split] = CustomSet(f"{custom.NAME}_{split.lower()}", json_file, image_root)
+    return found
 
 
 def _find(path: str, key: str) -> Path:
@@ -90,18 +110,27 @@ def _find(path: str, key: str) -> Path:
 
 def _check_same_classes(names: tuple[str, ...]) -> None:
     known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
-    known = {name: classes for name, classes in known.items() if classes is not None}
-    if not known:
-        return
-    first = next(iter(known))
-    for name, classes in known.items():
-        if classes == known[first]:
+    sources = {
+        f"{name!r} ({MetadataCatalog.get(name).get('json_file')})": classes
+        for name, classes in known.items()
+        if classes is not None
+    }
+    message = class_mismatch(sources)
+    if message:
+        raise ValueError(message)
+
+
+def class_mismatch(sources: dict[str, list[str]]) -> str:
+    """The first difference between the class names of data sets, "" if there is none."""
+    for source, classes in sources.items():
+        first = next(iter(sources))
+        if classes == sources[first]:
             continue
-        sources = [f"{n!r} ({MetadataCatalog.get(n).get('json_file')})" for n in (first, name)]
-        pairs = zip([*known[first], "nothing"], [*classes, "nothing"])
+        pairs = zip([*sources[first], "nothing"], [*classes, "nothing"])
         index, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        raise ValueError(
-            f"data sets {sources[0]} and {sources[1]} must have the same classes in the same "
-            f"order, but they have {len(known[first])} and {len(classes)}; "
+        return (
+            f"data sets {first} and {source} must have the same classes in the same "
+            f"order, but they have {len(sources[first])} and {len(classes)}; "
             f"class {index} is {a!r} in one and {b!r} in the other"
         )
+    return ""
