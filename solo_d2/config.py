@@ -9,6 +9,7 @@ def add_solo_d2_config(cfg: CN) -> None:
     _add_training(cfg)
     _add_backbones(cfg)
     _add_solo(cfg)
+    _add_decoupled_solo(cfg)
     _add_solov2(cfg)
 
 
@@ -94,14 +95,21 @@ def _add_solo(cfg: CN) -> None:
     # Deformable convolutions of the towers: "none", "last" or "all"; MODULATED selects v2.
     cfg.MODEL.SOLO.DEFORM = "none"
     cfg.MODEL.SOLO.DEFORM_MODULATED = False
-    # Append x and y coordinates to the input of the mask (or kernel) tower.
+    # How the category branch brings a feature to the grid: "interpolate" (bilinear at the centre of a
+    # cell), "adaptive_pool" (maximum over it), "region_grid" (mean of 2 x 2 samples in it).
+    cfg.MODEL.SOLO.CATEGORY_ALIGN = "interpolate"
+    # Append x and y coordinates to the input of the mask (or kernel) towers.
     cfg.MODEL.SOLO.COORD_CONV = True
-    # Probability that the category branch gives to each class before training.
+    # Probability that the category branch gives to each class before training, and the mask branch
+    # of SOLO and Decoupled SOLO to each pixel.
     cfg.MODEL.SOLO.PRIOR_PROB = 0.01
 
     cfg.MODEL.SOLO.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.SOLO.FOCAL_LOSS_GAMMA = 2.0
     cfg.MODEL.SOLO.CATEGORY_LOSS_WEIGHT = 1.0
+    # "dice", "focal" or "bce" (binary cross-entropy): the mean over the masks. The weight is for
+    # dice; the other two are means over pixels and need another.
+    cfg.MODEL.SOLO.MASK_LOSS_TYPE = "dice"
     cfg.MODEL.SOLO.MASK_LOSS_WEIGHT = 3.0
     # At most so many (instance, cell) pairs per image enter the mask loss, drawn at random; 0: all.
     cfg.MODEL.SOLO.MAX_POSITIVES = 0
@@ -128,6 +136,12 @@ def _add_solo(cfg: CN) -> None:
     cfg.MODEL.SOLO.UPDATE_THRESH_TEST = 0.05
     # Greedy NMS: a mask that overlaps a better one of its class by more than this is dropped.
     cfg.MODEL.SOLO.NMS_THRESH_TEST = 0.5
+
+
+def _add_decoupled_solo(cfg: CN) -> None:
+    cfg.MODEL.DECOUPLED_SOLO = CN()
+    # One mask tower for columns and rows, as in Decoupled SOLO Light, instead of one each.
+    cfg.MODEL.DECOUPLED_SOLO.SHARED_TOWER = False
 
 
 def _add_solov2(cfg: CN) -> None:

@@ -78,26 +78,52 @@ def _resnet_fpn(shapes: Shapes) -> dict[str, Any]:
 
 
 def _solov2(shapes: Shapes) -> dict[str, Any]:
-    tower = r"head\.(?:category|kernel)_tower\.(\d+)\."
-    convs = _count(shapes, tower)
-    deformable = {int(m[1]) for name in shapes if (m := re.match(tower + r"offset\.", name))}
-    offsets = [s for n, s in shapes.items() if re.match(r"(head|mask_branch)\..*\.offset\.bias", n)]
-    conv_dim, kernel_in = shapes["head.kernel_tower.0.weight"][:2]
     mask_dim = shapes["mask_branch.output.weight"][0]
     kernel_dim = shapes["head.kernel_pred.bias"][0]
     return {
-        "MODEL.SOLO.NUM_CLASSES": shapes["head.category_pred.bias"][0],
-        "MODEL.SOLO.NUM_CONVS": convs,
-        "MODEL.SOLO.CONV_DIM": conv_dim,
-        "MODEL.SOLO.COORD_CONV": kernel_in != shapes["head.category_tower.0.weight"][1],
-        "MODEL.SOLO.DEFORM": {0: "none", 1: "last"}.get(len(deformable), "all"),
-        # v2 has three outputs per position of a 3x3 or 1x1 kernel, v1 two
-        "MODEL.SOLO.DEFORM_MODULATED": any(shape[0] in (27, 3) for shape in offsets),
+        **_solo_family(shapes, "kernel"),
         "MODEL.SOLOV2.MASK_DIM": mask_dim,
         "MODEL.SOLOV2.KERNEL_SIZE": math.isqrt(kernel_dim // mask_dim),
         "MODEL.SOLOV2.MASK_CONV_DIM": shapes["mask_branch.output.weight"][1],
         "MODEL.SOLOV2.MASK_DEFORM": "mask_branch.output.offset.weight" in shapes,
     }
+
+
+def _solo(shapes: Shapes) -> dict[str, Any]:
+    grids = [math.isqrt(channels) for channels in _outputs(shapes, "mask_pred")]
+    return {**_solo_family(shapes, "mask"), "MODEL.SOLO.NUM_GRIDS": grids}
+
+
+def _decoupled_solo(shapes: Shapes) -> dict[str, Any]:
+    shared = "head.mask_tower.0.weight" in shapes
+    return {
+        **_solo_family(shapes, "mask" if shared else "x"),
+        "MODEL.SOLO.NUM_GRIDS": _outputs(shapes, "x_pred"),
+        "MODEL.DECOUPLED_SOLO.SHARED_TOWER": shared,
+    }
+
+
+def _solo_family(shapes: Shapes, tower: str) -> dict[str, Any]:
+    """What the towers tell; ``tower`` is the one that gets the coordinates."""
+    towers = rf"head\.(?:category|{tower})_tower\.(\d+)\."
+    deformable = {int(m[1]) for name in shapes if (m := re.match(towers + r"offset\.", name))}
+    offsets = [s for n, s in shapes.items() if re.match(r"(head|mask_branch)\..*\.offset\.bias", n)]
+    conv_dim, tower_in = shapes[f"head.{tower}_tower.0.weight"][:2]
+    return {
+        "MODEL.SOLO.NUM_CLASSES": shapes["head.category_pred.bias"][0],
+        "MODEL.SOLO.NUM_CONVS": _count(shapes, towers),
+        "MODEL.SOLO.CONV_DIM": conv_dim,
+        "MODEL.SOLO.COORD_CONV": tower_in != shapes["head.category_tower.0.weight"][1],
+        "MODEL.SOLO.DEFORM": {0: "none", 1: "last"}.get(len(deformable), "all"),
+        # v2 has three outputs per position of a 3x3 or 1x1 kernel, v1 two
+        "MODEL.SOLO.DEFORM_MODULATED": any(shape[0] in (27, 3) for shape in offsets),
+    }
+
+
+def _outputs(shapes: Shapes, name: str) -> list[int]:
+    """Output channels of a conv of the head, per level."""
+    levels = range(_count(shapes, rf"head\.{name}\.(\d+)\."))
+    return [shapes[f"head.{name}.{level}.bias"][0] for level in levels]
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -106,4 +132,4 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-_ARCHITECTURES = {"SOLOv2": _solov2}
+_ARCHITECTURES = {"SOLOv2": _solov2, "SOLO": _solo, "DecoupledSOLO": _decoupled_solo}

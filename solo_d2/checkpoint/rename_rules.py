@@ -173,6 +173,24 @@ _OFFICIAL_SOLOV2: tuple[Rule, ...] = (
     *_mmdet_convs(r"mask_feat_head\.convs_all_levels\.(\d)\.conv(\d)", r"mask_branch.levels.\1.\2"),
     *_mmdet_convs(r"mask_feat_head\.conv_pred\.0", "mask_branch.output"),
 )
+
+_OFFICIAL_SOLO: tuple[Rule, ...] = (
+    *_MMDET_BACKBONE,
+    *_mmdet_convs(r"bbox_head\.cate_convs\.(\d+)", r"head.category_tower.\1"),
+    *_mmdet_convs(r"bbox_head\.ins_convs\.(\d+)", r"head.mask_tower.\1"),
+    (r"bbox_head\.solo_cate\.(\w+)", r"head.category_pred.\1"),
+    (r"bbox_head\.solo_ins_list\.(\d)\.(\w+)", r"head.mask_pred.\1.\2"),
+)
+
+# The light version has one tower for both axes, ins_convs.
+_OFFICIAL_DECOUPLED_SOLO: tuple[Rule, ...] = (
+    *_MMDET_BACKBONE,
+    *_mmdet_convs(r"bbox_head\.cate_convs\.(\d+)", r"head.category_tower.\1"),
+    *_mmdet_convs(r"bbox_head\.ins_convs\.(\d+)", r"head.mask_tower.\1"),
+    *_mmdet_convs(r"bbox_head\.ins_convs_([xy])\.(\d+)", r"head.\1_tower.\2"),
+    (r"bbox_head\.dsolo_cate\.(\w+)", r"head.category_pred.\1"),
+    (r"bbox_head\.dsolo_ins_list_([xy])\.(\d)\.(\w+)", r"head.\1_pred.\2.\3"),
+)
 _OFFICIAL_SETTINGS = {
     "INPUT.FORMAT": "RGB",
     "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
@@ -224,6 +242,22 @@ SOURCES = {
             rules=_OFFICIAL_SOLOV2,
             dropped=(_COUNTERS,),
             architecture="SOLOv2",
+            settings=_OFFICIAL_SETTINGS,
+        ),
+        Source(
+            name="official_solo",
+            signature=r"bbox_head\.solo_ins_list\.",
+            rules=_OFFICIAL_SOLO,
+            dropped=(_COUNTERS,),
+            architecture="SOLO",
+            settings=_OFFICIAL_SETTINGS,
+        ),
+        Source(
+            name="official_decoupled_solo",
+            signature=r"bbox_head\.dsolo_",
+            rules=_OFFICIAL_DECOUPLED_SOLO,
+            dropped=(_COUNTERS,),
+            architecture="DecoupledSOLO",
             settings=_OFFICIAL_SETTINGS,
         ),
         Source(

@@ -1,5 +1,6 @@
-"""Losses that no library of ours has."""
+"""Losses that no library of ours has. Each takes soft masks and gives one number per mask."""
 
+import torch
 from torch import Tensor
 
 # Keeps the quotient finite when prediction and target are both empty; one for each square sum, as
@@ -24,3 +25,37 @@ def dice_loss(probs: Tensor, targets: Tensor) -> Tensor:
     intersection = (p * t).sum(dim=1)
     squares = (p * p).sum(dim=1) + _DICE_EPS + t.sum(dim=1) + _DICE_EPS
     return 1 - 2 * intersection / squares
+
+
+def mask_bce_loss(probs: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of soft masks, mean over the pixels of each (an ablation of SOLO).
+
+    Args and result as of ``dice_loss``. On probabilities, since a mask of Decoupled SOLO is a
+    product of two; no pixel costs more than 16.
+    """
+    return -_probability_of_truth(probs, targets).log().mean(dim=1)
+
+
+def mask_focal_loss(
+    probs: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Focal loss of soft masks, mean over the pixels of each (an ablation of SOLO).
+
+    Args and result as of ``dice_loss``.
+
+    Args:
+        alpha: weight of the pixels inside; those outside have 1 - alpha.
+        gamma: how little well-classified pixels count.
+    """
+    p = _probability_of_truth(probs, targets)
+    weight = alpha + (1 - 2 * alpha) * (~targets.flatten(1).bool()).to(p.dtype)
+    return -(weight * (1 - p) ** gamma * p.log()).mean(dim=1)
+
+
+def _probability_of_truth(probs: Tensor, targets: Tensor) -> Tensor:
+    """(N, pixels) float32: what each pixel's true side was given, never 0."""
+    p = probs.flatten(1).float()
+    return torch.where(targets.flatten(1).bool(), p, 1 - p).clamp(min=torch.finfo(p.dtype).eps)
+
+
+MASK_LOSSES = {"dice": dice_loss, "focal": mask_focal_loss, "bce": mask_bce_loss}

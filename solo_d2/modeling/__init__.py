@@ -2,6 +2,13 @@
 
 from . import backbone
 from .segmentor import GroundTruth, InstanceSegmentor
-from .solo import SOLOv2
+from .solo import SOLO, DecoupledSOLO, SOLOv2
 
-__all__ = ["GroundTruth", "InstanceSegmentor", "SOLOv2", "backbone"]
+__all__ = [
+    "SOLO",
+    "DecoupledSOLO",
+    "GroundTruth",
+    "InstanceSegmentor",
+    "SOLOv2",
+    "backbone",
+]

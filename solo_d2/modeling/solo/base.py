@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from solo_d2.layers.deform_conv import DeformConv2d
-from solo_d2.layers.losses import dice_loss
+from solo_d2.layers.losses import MASK_LOSSES
 from solo_d2.layers.masks import mass_centers, reduce_masks, reduce_unpadded_masks
 from solo_d2.layers.nms import point_nms
+from solo_d2.layers.resample import align_to_grid, resize
 
 from ..num_classes import resolve_num_classes
 from ..segmentor import GroundTruth, InstanceSegmentor
 from .inference import Detections, detect, suppress
-from .targets import CellTargets, assign_cells, level_offsets
+from .targets import CellTargets, assign_cells, last_claims, level_offsets
 
 
 class GridOutputs(Protocol):
@@ -38,6 +39,10 @@ class SOLOFamily(InstanceSegmentor):
     the soft masks of chosen cells (``soft_masks``). Training and inference call the same two.
     """
 
+    # Where several instances claim a cell: train its mask for each of them, as SOLOv2 does, or for
+    # the one that gives the cell its category.
+    one_mask_per_cell = False
+
     def __init__(
         self,
         *,
@@ -52,6 +57,7 @@ class SOLOFamily(InstanceSegmentor):
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
         category_loss_weight: float = 1.0,
+        mask_loss_type: str = "dice",
         mask_loss_weight: float = 3.0,
         detection: dict[str, Any],
         suppression: dict[str, Any],
@@ -69,10 +75,19 @@ class SOLOFamily(InstanceSegmentor):
             max_positives: (instance, cell) pairs per image in the mask loss, 0 for all.
             focal_loss_alpha, focal_loss_gamma: of the category loss.
             category_loss_weight, mask_loss_weight: factors.
+            mask_loss_type: one of ``layers.losses.MASK_LOSSES``.
             detection, suppression: thresholds and limits, keywords of ``inference.detect`` and
                 ``inference.suppress``.
             kwargs: see ``InstanceSegmentor``.
+
+        Raises:
+            ValueError: there is no such mask loss.
         """
+        if mask_loss_type not in MASK_LOSSES:
+            raise ValueError(
+                f"MODEL.SOLO.MASK_LOSS_TYPE must be one of {', '.join(MASK_LOSSES)}, "
+                f"not {mask_loss_type!r}"
+            )
         super().__init__(**kwargs)
         self.head = head
         self.head_in_features = head_in_features
@@ -86,6 +101,7 @@ class SOLOFamily(InstanceSegmentor):
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
         self.category_loss_weight = category_loss_weight
+        self.distance = MASK_LOSSES[mask_loss_type]
         self.mask_loss_weight = mask_loss_weight
         self.detection = detection
         self.suppression = suppression
@@ -113,6 +129,7 @@ class SOLOFamily(InstanceSegmentor):
             "focal_loss_alpha": solo.FOCAL_LOSS_ALPHA,
             "focal_loss_gamma": solo.FOCAL_LOSS_GAMMA,
             "category_loss_weight": solo.CATEGORY_LOSS_WEIGHT,
+            "mask_loss_type": solo.MASK_LOSS_TYPE,
             "mask_loss_weight": solo.MASK_LOSS_WEIGHT,
             "mask_threshold": solo.MASK_THRESH_TEST,
             "detection": {
@@ -224,6 +241,8 @@ class SOLOFamily(InstanceSegmentor):
             num_classes=self.num_classes,
             **self.assignment,
         )
+        if self.one_mask_per_cell:
+            targets = last_claims(targets, self.assignment["num_grids"])
         if self.max_positives and len(targets.cell) > self.max_positives:
             chosen = torch.randperm(len(targets.cell), device=targets.cell.device)
             chosen = chosen[: self.max_positives].sort().values
@@ -251,7 +270,7 @@ class SOLOFamily(InstanceSegmentor):
     def mask_loss(
         self, outputs: GridOutputs, targets: list[CellTargets], ground_truth: list[GroundTruth]
     ) -> Tensor:
-        """Mean dice distance over all positive (instance, cell) pairs of the batch."""
+        """Mean distance over all positive (instance, cell) pairs of the batch."""
         total, count = self.pixel_mean.new_zeros(()), self.pixel_mean.new_zeros(())
         for i, (target, gt) in enumerate(zip(targets, ground_truth)):
             reduced: dict[int, Tensor] = {}
@@ -262,7 +281,7 @@ class SOLOFamily(InstanceSegmentor):
                 if stride not in reduced:
                     reduced[stride] = self.reduce(gt, stride)
                 # summing over no pairs gives a zero that still reaches every parameter
-                total = total + dice_loss(masks, reduced[stride][target.instance[pairs]]).sum()
+                total = total + self.distance(masks, reduced[stride][target.instance[pairs]]).sum()
             count = count + len(target.cell)
         return self.mask_loss_weight * total / _share(count).clamp(min=1 / comm.get_world_size())
 
@@ -276,7 +295,10 @@ class SOLOFamily(InstanceSegmentor):
 
 
 class CategoryHead(nn.Module):
-    """The category branch of the family: a tower and an output conv, shared by all levels."""
+    """The category branch of the family: a tower and an output conv, shared by all levels.
+
+    A subclass adds the branch that its masks are made of.
+    """
 
     def __init__(
         self,
@@ -289,6 +311,8 @@ class CategoryHead(nn.Module):
         norm: str,
         deform: str = "none",
         deform_modulated: bool = False,
+        category_align: str = "interpolate",
+        coord_conv: bool = True,
         prior_prob: float = 0.01,
     ):
         """
@@ -296,10 +320,15 @@ class CategoryHead(nn.Module):
             in_channels: of every level's feature.
             num_classes, num_grids: the output is (N, num_classes, S, S) per level.
             num_convs, conv_dim, norm, deform, deform_modulated: see ``build_tower``.
+            category_align: see ``align_to_grid``.
+            coord_conv: give coordinates to the other branch.
             prior_prob: probability of each class before training.
         """
         super().__init__()
+        self.in_channels = in_channels
         self.num_grids = num_grids
+        self.category_align = category_align
+        self.coord_conv = coord_conv
         self.tower_options = {
             "num_convs": num_convs,
             "conv_dim": conv_dim,
@@ -308,9 +337,8 @@ class CategoryHead(nn.Module):
             "deform_modulated": deform_modulated,
         }
         self.category_tower = build_tower(in_channels, **self.tower_options)
-        self.category_pred = output_conv(
-            conv_dim, num_classes, bias=-math.log((1 - prior_prob) / prior_prob)
-        )
+        self.prior_bias = -math.log((1 - prior_prob) / prior_prob)
+        self.category_pred = output_conv(conv_dim, num_classes, bias=self.prior_bias)
 
     @classmethod
     def options(cls, cfg, input_shape, num_classes: int) -> dict[str, Any]:
@@ -325,8 +353,18 @@ class CategoryHead(nn.Module):
             "norm": solo.NORM,
             "deform": solo.DEFORM,
             "deform_modulated": solo.DEFORM_MODULATED,
+            "category_align": solo.CATEGORY_ALIGN,
+            "coord_conv": solo.COORD_CONV,
             "prior_prob": solo.PRIOR_PROB,
         }
+
+    def classify(self, levels: list[Tensor]) -> list[Tensor]:
+        """Features (N, in_channels, h, w) -> category logits (N, C, S, S), per level."""
+        cells = [
+            align_to_grid(feature, grid, self.category_align)
+            for feature, grid in zip(levels, self.num_grids)
+        ]
+        return [self.category_pred(self.category_tower(x)) for x in cells]
 
 
 def build_tower(
@@ -394,6 +432,11 @@ def conv_norm_relu(
 def output_conv(in_channels: int, out_channels: int, *, bias: float = 0.0) -> Conv2d:
     """A 3x3 conv without activation."""
     conv = Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    return init_output(conv, bias)
+
+
+def init_output(conv: Conv2d, bias: float) -> Conv2d:
+    """Weights of a conv without activation from normal(0, 0.01), in place."""
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.constant_(conv.bias, bias)
     return conv
@@ -412,13 +455,6 @@ def single_channels(input_shape, names: list[str]) -> int:
     if len(set(channels.values())) != 1:
         raise ValueError(f"the head's features must have the same number of channels: {channels}")
     return channels[names[0]]
-
-
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, half-pixel centres; nothing to do where the size is right."""
-    if x.shape[-2:] == size:
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def _join_levels(per_level: list[Tensor]) -> Tensor:

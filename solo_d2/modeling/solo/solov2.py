@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.coord import append_coordinates
+from solo_d2.layers.resample import double, resize
 
 from .base import (
     CategoryHead,
@@ -16,7 +17,6 @@ from .base import (
     build_tower,
     conv_norm_relu,
     output_conv,
-    resize,
     single_channels,
 )
 
@@ -56,7 +56,6 @@ class SOLOv2(SOLOFamily):
         shapes = options["backbone"].output_shape()
         head = SOLOv2Head(
             kernel_dim=solov2.MASK_DIM * solov2.KERNEL_SIZE**2,
-            coord_conv=cfg.MODEL.SOLO.COORD_CONV,
             **CategoryHead.options(cfg, shapes, options["num_classes"]),
         )
         mask_branch = MaskFeatureBranch(
@@ -100,19 +99,15 @@ class SOLOv2(SOLOFamily):
 class SOLOv2Head(CategoryHead):
     """Category and kernel towers on S x S grids (figure 2 of the paper)."""
 
-    def __init__(self, *, kernel_dim: int, coord_conv: bool = True, **kwargs):
+    def __init__(self, *, kernel_dim: int, **kwargs):
         """
         Args:
             kernel_dim: D, weights of one dynamic kernel.
-            coord_conv: give coordinates to the kernel tower.
             kwargs: see ``CategoryHead``.
         """
         super().__init__(**kwargs)
-        self.in_channels = kwargs["in_channels"]
-        self.coord_conv = coord_conv
-        self.kernel_tower = build_tower(
-            self.in_channels + 2 * int(coord_conv), **self.tower_options
-        )
+        self.axes = "xy" if self.coord_conv else ""
+        self.kernel_tower = build_tower(self.in_channels + len(self.axes), **self.tower_options)
         self.kernel_pred = output_conv(kwargs["conv_dim"], kernel_dim)
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -123,16 +118,12 @@ class SOLOv2Head(CategoryHead):
         Returns:
             Per level category logits (N, C, S, S) and kernels (N, D, S, S).
         """
-        category_logits, kernels = [], []
+        kernels = []
         for feature, grid in zip(levels, self.num_grids):
-            if self.coord_conv:
-                # before the resize, as published: the grid's coordinates stay inside (-1, 1)
-                feature = append_coordinates(feature)
-            cells = resize(feature, (grid, grid))
+            # before the resize, as published: the grid's coordinates stay inside (-1, 1)
+            cells = resize(append_coordinates(feature, self.axes), (grid, grid))
             kernels.append(self.kernel_pred(self.kernel_tower(cells)))
-            category = self.category_tower(cells[:, : self.in_channels])
-            category_logits.append(self.category_pred(category))
-        return category_logits, kernels
+        return self.classify(levels), kernels
 
 
 class MaskFeatureBranch(nn.Module):
@@ -190,7 +181,7 @@ class MaskFeatureBranch(nn.Module):
             return self.output(finest)
         # Upsampling is linear: all coarser levels share their last step. The sums are out of
         # place, since ReLU needs its output for the backward pass.
-        return self.output(finest + _double(sum(coarser[1:], coarser[0])))
+        return self.output(finest + double(sum(coarser[1:], coarser[0])))
 
     def _run(self, index: int, features: dict[str, Tensor]) -> Tensor:
         """One level up to, but without, its last upsampling."""
@@ -198,12 +189,8 @@ class MaskFeatureBranch(nn.Module):
         if index == len(self.levels) - 1:
             x = append_coordinates(x)  # the paper: only at the deepest level
         for i, conv in enumerate(self.levels[index]):
-            x = conv(_double(x) if i > 0 else x)
+            x = conv(double(x) if i > 0 else x)
         return x
-
-
-def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
 def dynamic_conv(feature: Tensor, kernels: Tensor, kernel_size: int = 1) -> Tensor:

@@ -1,0 +1,90 @@
+"""Feature maps at other sizes."""
+
+import torch.nn.functional as F
+from detectron2.layers import Conv2d
+from torch import Tensor
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, half-pixel centres; nothing to do where the size is right.
+
+    Args:
+        x: (N, C, h, w); N may be 0, C may not.
+        size: height and width of the result.
+    """
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def double(x: Tensor) -> Tensor:
+    """(N, C, h, w) -> (N, C, 2h, 2w), bilinear."""
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def align_to_grid(feature: Tensor, grid: int, method: str = "interpolate") -> Tensor:
+    """One vector per cell of a grid over the map (SOLO, section 3.3.1).
+
+    Args:
+        feature: (N, C, H, W).
+        grid: S, cells along each axis.
+        method: "interpolate", bilinear at the centre of each cell; "adaptive_pool", the maximum
+            over it; "region_grid", the mean of 2 x 2 bilinear samples spread evenly over it.
+
+    Returns:
+        (N, C, S, S).
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    if method == "interpolate":
+        return resize(feature, (grid, grid))
+    if method == "adaptive_pool":
+        return F.adaptive_max_pool2d(feature, grid)
+    if method == "region_grid":
+        return F.avg_pool2d(resize(feature, (2 * grid, 2 * grid)), 2)
+    raise ValueError(
+        "MODEL.SOLO.CATEGORY_ALIGN must be 'interpolate', 'adaptive_pool' or 'region_grid', "
+        f"not {method!r}"
+    )
+
+
+class DoublingConv2d(Conv2d):
+    """A convolution over its input at twice the size, of which single channels can be had.
+
+    Called, it does as it says, for all channels. ``select`` makes only those that are asked for,
+    and convolves before it doubles: both are linear, so their order is free, and neither the
+    larger input nor any other output channel exists, in the backward pass neither.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int):
+        """
+        Args:
+            in_channels, out_channels: as of ``Conv2d``.
+            kernel_size: odd.
+        """
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, h, w) -> (N, out_channels, 2h, 2w)."""
+        return super().forward(double(x))
+
+    def select(self, x: Tensor, channels: Tensor) -> Tensor:
+        """Some channels of the output for one image.
+
+        Args:
+            x: (in_channels, h, w).
+            channels: (n,) indices; n may be 0, and the result then is still connected to all.
+
+        Returns:
+            (n, 2h, 2w) float32.
+        """
+        (h, w), k = x.shape[-2:], self.kernel_size[0]
+        # a convolution reads its input around a position, fold writes: the kernel is mirrored
+        kernels = self.weight.index_select(0, channels).flip(2, 3).permute(0, 2, 3, 1)
+        # what every position of the kernel contributes, as maps of the input's size
+        maps = (kernels.flatten(0, 2) @ x.flatten(1)).float().view(-1, k * k, h, w)
+        maps = double(maps)
+        if k > 1:
+            maps = F.fold(maps.flatten(2), (2 * h, 2 * w), k, padding=k // 2)
+        return maps[:, 0] + self.bias.index_select(0, channels).float().view(-1, 1, 1)

@@ -1,0 +1,122 @@
+"""Decoupled SOLO and its light version (arXiv 1912.04488, section 5.1)."""
+
+from typing import Any, NamedTuple
+
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from solo_d2.layers.coord import append_coordinates
+from solo_d2.layers.resample import DoublingConv2d, resize
+
+from .base import CategoryHead, SOLOFamily, build_tower, init_output
+
+
+class DecoupledSOLOOutputs(NamedTuple):
+    """Raw outputs for N images; lists have one entry per level, tuples one per image.
+
+    The maps of columns (x) and rows (y) are made from these two; they are one and the same where
+    the tower is shared.
+    """
+
+    category_logits: list[Tensor]  # (N, C, S, S)
+    x_features: list[tuple[Tensor, ...]]  # (D, h, w), not negative
+    y_features: list[tuple[Tensor, ...]]  # (D, h, w), not negative
+
+
+@META_ARCH_REGISTRY.register()
+class DecoupledSOLO(SOLOFamily):
+    """A cell's mask is the product of its column's and its row's map: 2 S channels, not S * S."""
+
+    one_mask_per_cell = True
+
+    @configurable
+    def __init__(self, **kwargs):
+        """See ``SOLOFamily``."""
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_config(cls, cfg) -> dict[str, Any]:
+        options = super().from_config(cfg)
+        shapes = options["backbone"].output_shape()
+        head = DecoupledSOLOHead(
+            shared_tower=cfg.MODEL.DECOUPLED_SOLO.SHARED_TOWER,
+            **CategoryHead.options(cfg, shapes, options["num_classes"]),
+        )
+        return {**options, "head": head, "mask_stride": min(options["strides"]) // 2}
+
+    def predict(self, levels: list[Tensor], features: dict[str, Tensor]) -> DecoupledSOLOOutputs:
+        category_logits, *features_of_axes = self.head(levels)
+        x_features, y_features = ([x.unbind() for x in axis] for axis in features_of_axes)
+        return DecoupledSOLOOutputs(category_logits, x_features, y_features)
+
+    def soft_masks(
+        self,
+        outputs: DecoupledSOLOOutputs,
+        image: int,
+        level: int,
+        cells: Tensor,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        grid = self.head.num_grids[level]
+
+        def maps(feature: Tensor, conv: DoublingConv2d, lines: Tensor) -> Tensor:
+            """The soft map of each cell's column or row; cells share lines."""
+            unique, line_of = lines.unique(return_inverse=True)
+            logits = conv.select(feature, unique)
+            # each is resized by itself, as published: the product of two resized maps differs from
+            # the resized product
+            soft = resize(logits.sigmoid()[:, None], size or logits.shape[-2:])[:, 0]
+            return soft.index_select(0, line_of)
+
+        x = maps(outputs.x_features[level][image], self.head.x_pred[level], cells % grid)
+        y = maps(outputs.y_features[level][image], self.head.y_pred[level], cells // grid)
+        return x * y
+
+
+class DecoupledSOLOHead(CategoryHead):
+    """Category tower on S x S grids; towers for columns and rows, or one for both (Light)."""
+
+    def __init__(self, *, shared_tower: bool = False, **kwargs):
+        """
+        Args:
+            shared_tower: make the maps of columns and rows from the same features.
+            kwargs: see ``CategoryHead``.
+        """
+        super().__init__(**kwargs)
+        self.shared_tower = shared_tower
+        if shared_tower:
+            self.mask_tower = self._tower("xy")
+        else:
+            self.x_tower, self.y_tower = self._tower("x"), self._tower("y")
+        self.x_pred, self.y_pred = self._output_convs(), self._output_convs()
+
+    def _tower(self, axes: str) -> nn.Sequential:
+        channels = self.in_channels + len(axes) * int(self.coord_conv)
+        return build_tower(channels, **self.tower_options)
+
+    def _output_convs(self) -> nn.ModuleList:
+        dim = self.tower_options["conv_dim"]
+        return nn.ModuleList(
+            init_output(DoublingConv2d(dim, grid, kernel_size=3), self.prior_bias)
+            for grid in self.num_grids
+        )
+
+    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """
+        Args:
+            levels: (N, in_channels, h, w) per level.
+
+        Returns:
+            Per level category logits (N, C, S, S) and the features (N, conv_dim, h, w) of columns
+            and of rows, of which ``x_pred`` and ``y_pred`` make S maps (2h, 2w) each.
+        """
+        if self.shared_tower:
+            x_features = y_features = self._run(self.mask_tower, levels, "xy")
+        else:
+            x_features = self._run(self.x_tower, levels, "x")
+            y_features = self._run(self.y_tower, levels, "y")
+        return self.classify(levels), x_features, y_features
+
+    def _run(self, tower: nn.Sequential, levels: list[Tensor], axes: str) -> list[Tensor]:
+        return [tower(append_coordinates(x, axes if self.coord_conv else "")) for x in levels]
