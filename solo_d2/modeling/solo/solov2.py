@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -120,8 +121,12 @@ class SOLOv2Head(CategoryHead):
         """
         kernels = []
         for feature, grid in zip(levels, self.num_grids):
-            # before the resize, as published: the grid's coordinates stay inside (-1, 1)
-            cells = resize(append_coordinates(feature, self.axes), (grid, grid))
+            # Coordinates of the level's own size are resized too, as published: on the grid they
+            # stay inside (-1, 1). Resized apart, so that no copy of the whole feature is made.
+            parts = [feature]
+            if self.axes:
+                parts.append(append_coordinates(feature[:, :0], self.axes))
+            cells = torch.cat([resize(part, (grid, grid)) for part in parts], dim=1)
             kernels.append(self.kernel_pred(self.kernel_tower(cells)))
         return self.classify(levels), kernels
 
