@@ -95,8 +95,8 @@ def _add_solo(cfg: CN) -> None:
     # Deformable convolutions of the towers: "none", "last" or "all"; MODULATED selects v2.
     cfg.MODEL.SOLO.DEFORM = "none"
     cfg.MODEL.SOLO.DEFORM_MODULATED = False
-    # How the category branch brings a feature to the grid: "interpolate" (bilinear at the centre of a
-    # cell), "adaptive_pool" (maximum over it), "region_grid" (mean of 2 x 2 samples in it).
+    # What a cell of the category branch sees of the feature: "interpolate" (a bilinear sample at
+    # its centre), "adaptive_pool" (the maximum over it), "region_grid" (the mean of 2 x 2 samples).
     cfg.MODEL.SOLO.CATEGORY_ALIGN = "interpolate"
     # Append x and y coordinates to the input of the mask (or kernel) towers.
     cfg.MODEL.SOLO.COORD_CONV = True

@@ -54,27 +54,33 @@ def test_config_builds(name):
     assert sum(p.requires_grad for p in model.parameters()) > 0
 
 
-# Numbers in the published checkpoints, in millions (../shared/reference/solov2.md, section 11).
+# Numbers in the published checkpoints, in millions (../shared/reference: solov2.md, section 11, and
+# solo.md, section 8).
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
-        ("SOLOv2_R50_1x", 46.65),
-        ("SOLOv2_R50_3x", 46.65),
-        ("SOLOv2_R50_3x_official", 46.65),
-        ("SOLOv2_Light_448_R50_3x", 31.39),
-        ("SOLOv2_Light_448_R18_3x", 18.28),
-        ("SOLOv2_Light_512_DCN_R50_3x", 33.24),
-        ("SOLOv2_R101_DCN_3x", 68.83),
+        ("SOLOv2/SOLOv2_R50_1x", 46.65),
+        ("SOLOv2/SOLOv2_R50_3x", 46.65),
+        ("SOLOv2/SOLOv2_R50_3x_official", 46.65),
+        ("SOLOv2/SOLOv2_Light_448_R50_3x", 31.39),
+        ("SOLOv2/SOLOv2_Light_448_R18_3x", 18.28),
+        ("SOLOv2/SOLOv2_Light_512_DCN_R50_3x", 33.24),
+        ("SOLOv2/SOLOv2_R101_DCN_3x", 68.83),
+        ("SOLO/SOLO_R50_3x", 36.35),
+        ("SOLO/DecoupledSOLO_R50_3x", 40.08),
+        ("SOLO/DecoupledSOLO_Light_512_R50_3x", 32.41),
+        ("SOLO/DecoupledSOLO_Light_512_DCN_R50_3x", 33.07),
     ],
 )
 def test_published_variant_has_the_published_size(name, millions):
-    state = build(load(f"SOLOv2/{name}.yaml"), num_classes=80).state_dict()
+    state = build(load(f"{name}.yaml"), num_classes=80).state_dict()
     numbers = sum(v.numel() for k, v in state.items() if not k.endswith("num_batches_tracked"))
     assert round(numbers / 1e6, 2) == pytest.approx(millions, abs=0.011)
 
 
-def test_every_solov2_config_is_in_the_table():
-    table = (CONFIGS / "SOLOv2" / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("folder", ["SOLO", "SOLOv2"])
+def test_every_config_is_in_the_table_of_its_folder(folder):
+    table = (CONFIGS / folder / "README.md").read_text(encoding="utf-8")
     for name in LEAVES:
-        if name.startswith("SOLOv2/"):
+        if name.startswith(f"{folder}/"):
             assert f"({Path(name).name})" in table, name

@@ -22,31 +22,26 @@ def double(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
+ALIGNMENTS = {
+    "interpolate": lambda x, grid: resize(x, (grid, grid)),
+    "adaptive_pool": lambda x, grid: F.adaptive_max_pool2d(x, grid),
+    "region_grid": lambda x, grid: F.avg_pool2d(resize(x, (2 * grid, 2 * grid)), 2),
+}
+
+
 def align_to_grid(feature: Tensor, grid: int, method: str = "interpolate") -> Tensor:
     """One vector per cell of a grid over the map (SOLO, section 3.3.1).
 
     Args:
         feature: (N, C, H, W).
         grid: S, cells along each axis.
-        method: "interpolate", bilinear at the centre of each cell; "adaptive_pool", the maximum
-            over it; "region_grid", the mean of 2 x 2 bilinear samples spread evenly over it.
+        method: "interpolate", a bilinear sample at the centre of each cell; "adaptive_pool", the
+            maximum over it; "region_grid", the mean of 2 x 2 samples spread evenly over it.
 
     Returns:
         (N, C, S, S).
-
-    Raises:
-        ValueError: the method is unknown.
     """
-    if method == "interpolate":
-        return resize(feature, (grid, grid))
-    if method == "adaptive_pool":
-        return F.adaptive_max_pool2d(feature, grid)
-    if method == "region_grid":
-        return F.avg_pool2d(resize(feature, (2 * grid, 2 * grid)), 2)
-    raise ValueError(
-        "MODEL.SOLO.CATEGORY_ALIGN must be 'interpolate', 'adaptive_pool' or 'region_grid', "
-        f"not {method!r}"
-    )
+    return ALIGNMENTS[method](feature, grid)
 
 
 class DoublingConv2d(Conv2d):

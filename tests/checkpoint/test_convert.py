@@ -14,7 +14,7 @@ from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
 from solo_d2.checkpoint.rename_rules import SOURCES, convert, recognise, rename_key
 from solo_d2.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "SOLOv2"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def config(name: str = "", *options):
@@ -37,8 +37,8 @@ def on_meta(cfg) -> dict[str, torch.Tensor]:
         return build_model(cfg).state_dict()
 
 
-def official_name(name: str) -> str:
-    """Our name -> that of the authors' code."""
+def official_name(name: str, decoupled: bool = False) -> str:
+    """Our name -> that of the authors' code; ``decoupled`` of its Decoupled SOLO."""
     name = re.sub(r"\.stem\.conv1\.norm", ".bn1", name).replace(".stem.", ".")
     name = re.sub(r"^backbone\.bottom_up\.", "backbone.", name)
     name = re.sub(r"\.res(\d)\.", lambda m: f".layer{int(m[1]) - 1}.", name)
@@ -52,11 +52,19 @@ def official_name(name: str) -> str:
     name = re.sub(
         r"^backbone\.fpn_output(\d)", lambda m: f"neck.fpn_convs.{int(m[1]) - 2}.conv", name
     )
-    if name.startswith("head.category_pred") or name.startswith("head.kernel_pred"):
-        name = name.replace("head.category_pred", "bbox_head.solo_cate")
-        return name.replace("head.kernel_pred", "bbox_head.solo_kernel")
+    outputs = {
+        r"^head\.category_pred": "bbox_head.dsolo_cate" if decoupled else "bbox_head.solo_cate",
+        r"^head\.kernel_pred": "bbox_head.solo_kernel",
+        r"^head\.mask_pred": "bbox_head.solo_ins_list",
+        r"^head\.([xy])_pred": r"bbox_head.dsolo_ins_list_\1",
+    }
+    for ours, theirs in outputs.items():
+        if re.match(ours, name):
+            return re.sub(ours, theirs, name)
     name = re.sub(r"^head\.category_tower\.(\d)\.", r"bbox_head.cate_convs.\1.conv.", name)
     name = re.sub(r"^head\.kernel_tower\.(\d)\.", r"bbox_head.kernel_convs.\1.conv.", name)
+    name = re.sub(r"^head\.mask_tower\.(\d)\.", r"bbox_head.ins_convs.\1.conv.", name)
+    name = re.sub(r"^head\.([xy])_tower\.(\d)\.", r"bbox_head.ins_convs_\1.\2.conv.", name)
     name = re.sub(
         r"^mask_branch\.levels\.(\d)\.(\d)\.",
         r"mask_feat_head.convs_all_levels.\1.conv\2.conv.",
@@ -205,19 +213,26 @@ class TestCommand:
 @pytest.mark.parametrize(
     "name",
     [
-        "SOLOv2_Light_448_R18_3x",
-        "SOLOv2_Light_448_R34_3x",
-        "SOLOv2_R101_3x_official",
-        "SOLOv2_Light_512_DCN_R50_3x",
-        "SOLOv2_R101_DCN_3x",
-        "SOLOv2_X101_DCN_3x",
+        "SOLOv2/SOLOv2_Light_448_R18_3x",
+        "SOLOv2/SOLOv2_Light_448_R34_3x",
+        "SOLOv2/SOLOv2_R101_3x_official",
+        "SOLOv2/SOLOv2_Light_512_DCN_R50_3x",
+        "SOLOv2/SOLOv2_R101_DCN_3x",
+        "SOLOv2/SOLOv2_X101_DCN_3x",
+        "SOLO/SOLO_R101_3x",
+        "SOLO/DecoupledSOLO_R50_1x",
+        "SOLO/DecoupledSOLO_Light_512_R50_3x",
+        "SOLO/DecoupledSOLO_Light_512_DCN_R50_3x",
     ],
 )
 def test_every_published_architecture_is_inferred(name):
-    expected = on_meta(config(name))
-    weights = {official_name(name): value for name, value in expected.items()}
+    cfg = config(name)
+    expected = on_meta(cfg)
+    decoupled = cfg.MODEL.META_ARCHITECTURE == "DecoupledSOLO"
+    weights = {official_name(name, decoupled): value for name, value in expected.items()}
     assert len(weights) == len(expected)
     source = recognise(weights)
+    assert source.architecture == cfg.MODEL.META_ARCHITECTURE
     converted = convert_checkpoint(weights, source, config_for(weights, source))
     assert {name: value.shape for name, value in converted.items()} == {
         name: value.shape
@@ -257,6 +272,34 @@ def test_old_and_new_names_of_offsets(theirs, ours):
     assert rename_key(theirs, SOURCES["official_solov2"].rules) == ours
 
 
+@pytest.mark.parametrize(
+    "architecture, source, options",
+    [
+        ("SOLO", "official_solo", ["MODEL.SOLO.COORD_CONV", False]),
+        ("SOLO", "official_solo", ["MODEL.SOLO.NUM_GRIDS", [7, 5, 4, 3, 2]]),
+        ("DecoupledSOLO", "official_decoupled_solo", ["MODEL.SOLO.COORD_CONV", False]),
+        ("DecoupledSOLO", "official_decoupled_solo", ["MODEL.SOLO.NUM_GRIDS", [7, 5, 4, 3, 2]]),
+        ("DecoupledSOLO", "official_decoupled_solo", ["MODEL.DECOUPLED_SOLO.SHARED_TOWER", True]),
+    ],
+)
+def test_ablations_of_solo_are_inferred(architecture, source, options):
+    expected = config("", *TINY, "MODEL.META_ARCHITECTURE", architecture, *options)
+    decoupled = architecture == "DecoupledSOLO"
+    weights = {official_name(k, decoupled): v for k, v in on_meta(expected).items()}
+    assert recognise(weights).name == source
+    cfg = config_for(weights, SOURCES[source])
+    for key in ("META_ARCHITECTURE", "SOLO.NUM_GRIDS", "DECOUPLED_SOLO.SHARED_TOWER"):
+        assert _at(cfg.MODEL, key) == _at(expected.MODEL, key), key
+    assert cfg.MODEL.SOLO.COORD_CONV == expected.MODEL.SOLO.COORD_CONV
+    convert_checkpoint(weights, SOURCES[source], cfg)
+
+
+def _at(node, key: str):
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
 def test_two_tensors_for_one_name_are_an_error():
     weights = {
         "backbone.layer3.5.conv2_offset.bias": 0,
@@ -272,10 +315,10 @@ def test_a_name_without_a_rule_is_an_error():
 
 
 @pytest.fixture
-def solov2_tables(reference_dir):
-    """(table, tensors on the meta device) of every SOLOv2 checkpoint in the reference folder."""
+def solo_tables(reference_dir):
+    """(table, tensors on the meta device) of the family's checkpoints in the reference folder."""
     tables = []
-    for path in sorted((reference_dir / "keys").glob("*solov2*.keys.tsv")):
+    for path in sorted((reference_dir / "keys").glob("*solo*.keys.tsv")):
         rows = [
             line.split("\t")
             for line in path.read_text().splitlines()
@@ -293,10 +336,12 @@ def solov2_tables(reference_dir):
 
 
 @pytest.mark.golden
-def test_reference_tables_convert_completely(solov2_tables):
-    for table, weights in solov2_tables:
+def test_reference_tables_convert_completely(solo_tables):
+    for table, weights in solo_tables:
         source = recognise(weights)
         assert source is not None, table
+        architecture = {"solo_": "SOLO", "decou": "DecoupledSOLO"}.get(table[:5], "SOLOv2")
+        assert source.architecture == architecture, table
         converted = convert_checkpoint(weights, source, config_for(weights, source))
         counted = [name for name in weights if not name.endswith("num_batches_tracked")]
         assert len(converted) == len(counted), table

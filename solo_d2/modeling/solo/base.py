@@ -18,7 +18,7 @@ from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.losses import MASK_LOSSES
 from solo_d2.layers.masks import mass_centers, reduce_masks, reduce_unpadded_masks
 from solo_d2.layers.nms import point_nms
-from solo_d2.layers.resample import align_to_grid, resize
+from solo_d2.layers.resample import ALIGNMENTS, align_to_grid, resize
 
 from ..num_classes import resolve_num_classes
 from ..segmentor import GroundTruth, InstanceSegmentor
@@ -182,8 +182,11 @@ class SOLOFamily(InstanceSegmentor):
         outputs = self.predict(self.resize_levels(features, (height, width)), features)
         with torch.no_grad(), record_function("solo_d2.assign"):
             targets = [self.assign(gt, (height, width)) for gt in ground_truth]
+        # a feature that no level takes (an ablation) is connected too: processes that train
+        # together must have a gradient for every parameter
+        idle = [x[:0].sum() for name, x in features.items() if name not in self.head_in_features]
         return {
-            "loss_category": self.category_loss(outputs, targets),
+            "loss_category": self.category_loss(outputs, targets) + sum(idle),
             "loss_mask": self.mask_loss(outputs, targets, ground_truth),
         }
 
@@ -323,8 +326,16 @@ class CategoryHead(nn.Module):
             category_align: see ``align_to_grid``.
             coord_conv: give coordinates to the other branch.
             prior_prob: probability of each class before training.
+
+        Raises:
+            ValueError: an option is none of those that there are.
         """
         super().__init__()
+        if category_align not in ALIGNMENTS:
+            raise ValueError(
+                f"MODEL.SOLO.CATEGORY_ALIGN must be one of {', '.join(ALIGNMENTS)}, "
+                f"not {category_align!r}"
+            )
         self.in_channels = in_channels
         self.num_grids = num_grids
         self.category_align = category_align
@@ -383,8 +394,10 @@ def build_tower(
         deform_modulated: DCNv2 instead of v1.
 
     Raises:
-        ValueError: ``deform`` is none of the three.
+        ValueError: ``deform`` is none of the three, or there are no convs.
     """
+    if num_convs < 1:
+        raise ValueError(f"MODEL.SOLO.NUM_CONVS must be at least 1, not {num_convs}")
     if deform not in ("none", "last", "all"):
         raise ValueError(f"MODEL.SOLO.DEFORM must be 'none', 'last' or 'all', not {deform!r}")
     convs = []

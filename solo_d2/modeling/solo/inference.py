@@ -69,8 +69,9 @@ def detect(
     """Score the candidates of one image by their masks and keep the best.
 
     A first pass makes the mask of every cell that has a candidate, in chunks of bounded size, for
-    its area and maskness alone; a second one makes those of the best again. So the memory does not
-    depend on the number of candidates, and classes that share a cell share its mask.
+    its area and maskness. Where they are more than a chunk they are not kept, and a second pass
+    makes those of the best again. So the memory does not depend on the number of candidates, and
+    classes that share a cell share its mask.
 
     Args:
         scores: (cells of all levels, classes) after point NMS.
@@ -94,18 +95,25 @@ def detect(
                     yield level, soft_masks(level, chunk - level_offsets[level])
 
     length = chunk_length(mask_size[0] * mask_size[1])
+    keep = len(unique_cells) <= length
+    # each list begins with nothing, so that it can be joined where there are no candidates
     sized, maskness = [scores.new_zeros(0, dtype=torch.bool)], [scores.new_zeros(0)]
-    for level, masks in masks_by_level(unique_cells):
-        area, mean = score_masks(masks, mask_threshold)
+    masks = [scores.new_zeros((0, *mask_size))]
+    for level, chunk in masks_by_level(unique_cells):
+        area, mean = score_masks(chunk, mask_threshold)
         sized.append(area > strides[level])
         maskness.append(mean)
+        if keep:
+            masks.append(chunk)
     candidate_scores = scores[cells, classes] * torch.cat(maskness)[cell_of]
     large_enough = torch.cat(sized)[cell_of].nonzero()[:, 0]
     order = candidate_scores[large_enough].sort(descending=True, stable=True).indices
     best = large_enough[order[:topk_candidates]]
 
-    best_cells, mask_of = cells[best].unique(return_inverse=True)
-    masks = [scores.new_zeros((0, *mask_size)), *(m for _, m in masks_by_level(best_cells))]
+    mask_of = cell_of[best]
+    if not keep:
+        best_cells, mask_of = cells[best].unique(return_inverse=True)
+        masks.extend(chunk for _, chunk in masks_by_level(best_cells))
     return Detections(candidate_scores[best], classes[best], torch.cat(masks)[mask_of])
 
 

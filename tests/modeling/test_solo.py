@@ -1,17 +1,34 @@
-"""SOLOv2 on tiny inputs: shapes, bad input, options."""
+"""The SOLO family on tiny inputs: shapes, bad input, options, and what each model adds."""
 
 import copy
+import re
 
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch.nn import functional as F
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.resample import DoublingConv2d
 
 SIZE = (64, 96)
+
+# One by one what makes masks differently.
+ARCHITECTURES = {
+    "SOLOv2": {"MODEL__META_ARCHITECTURE": "SOLOv2"},
+    "SOLO": {"MODEL__META_ARCHITECTURE": "SOLO"},
+    "DecoupledSOLO": {"MODEL__META_ARCHITECTURE": "DecoupledSOLO"},
+    "DecoupledSOLO Light": {
+        "MODEL__META_ARCHITECTURE": "DecoupledSOLO",
+        "MODEL__DECOUPLED_SOLO__SHARED_TOWER": True,
+    },
+}
+every_architecture = pytest.mark.parametrize(
+    "architecture", ARCHITECTURES.values(), ids=ARCHITECTURES
+)
 
 
 def tiny_config(**options):
@@ -40,9 +57,9 @@ def tiny_model(**options):
     return build_model(tiny_config(**options))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+def model(request):
+    return tiny_model(**request.param)
 
 
 def example(masks: torch.Tensor, boxes=None, size=SIZE) -> dict:
@@ -142,7 +159,9 @@ def eager(**options):
     """A model that proposes an instance wherever it can."""
     thresholds = {"MODEL__SOLO__SCORE_THRESH_TEST": 0.005, "MODEL__SOLO__UPDATE_THRESH_TEST": 0.0}
     model = tiny_model(**thresholds, **options).eval()
-    torch.nn.init.normal_(model.head.kernel_pred.weight, std=0.3)
+    for name, parameter in model.head.named_parameters():
+        if re.search(r"(kernel|mask|x|y)_pred\.", name):
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -167,17 +186,19 @@ def check_output(instances: Instances, size):
     assert (instances.scores[:-1] >= instances.scores[1:]).all()
 
 
-def test_inference_gives_well_shaped_instances_at_the_output_size():
+@every_architecture
+def test_inference_gives_well_shaped_instances_at_the_output_size(architecture):
     sizes, outputs = [SIZE, (33, 70)], [(128, 200), (20, 31)]
-    found = run(eager(), sizes, outputs)
+    found = run(eager(**architecture), sizes, outputs)
     for instances, size in zip(found, outputs):
         assert len(instances) > 0
         check_output(instances, size)
 
 
+@every_architecture
 @pytest.mark.parametrize("threshold", [2.0, 0.0])
-def test_no_candidates_and_all_candidates_are_ordinary(threshold):
-    model = tiny_model(MODEL__SOLO__SCORE_THRESH_TEST=threshold).eval()
+def test_no_candidates_and_all_candidates_are_ordinary(architecture, threshold):
+    model = tiny_model(**architecture, MODEL__SOLO__SCORE_THRESH_TEST=threshold).eval()
     (instances,) = run(model)
     check_output(instances, SIZE)
     assert len(instances) <= 100
@@ -185,14 +206,16 @@ def test_no_candidates_and_all_candidates_are_ordinary(threshold):
         assert len(instances) == 0
 
 
+@every_architecture
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
-def test_tiny_and_long_images_pass(size):
-    (instances,) = run(eager(), [size])
+def test_tiny_and_long_images_pass(architecture, size):
+    (instances,) = run(eager(**architecture), [size])
     check_output(instances, size)
 
 
-def test_results_do_not_depend_on_the_chunks(monkeypatch):
-    model = eager()
+@every_architecture
+def test_results_do_not_depend_on_the_chunks(architecture, monkeypatch):
+    model = eager(**architecture)
     (whole,) = run(model)
     monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * 16 * 24 * 4)
     (chunked,) = run(model)
@@ -201,11 +224,14 @@ def test_results_do_not_depend_on_the_chunks(monkeypatch):
     torch.testing.assert_close(whole.scores, chunked.scores)
 
 
-def test_limits_are_kept():
-    model = eager(TEST__DETECTIONS_PER_IMAGE=5, MODEL__SOLO__TOPK_CANDIDATES_TEST=20)
+@every_architecture
+def test_limits_are_kept(architecture):
+    model = eager(
+        **architecture, TEST__DETECTIONS_PER_IMAGE=5, MODEL__SOLO__TOPK_CANDIDATES_TEST=20
+    )
     (instances,) = run(model)
     assert len(instances) == 5
-    limited = eager(MODEL__SOLO__MAX_CANDIDATES_TEST=3)
+    limited = eager(**architecture, MODEL__SOLO__MAX_CANDIDATES_TEST=3)
     assert 1 <= len(run(limited)[0]) <= 3
 
 
@@ -221,32 +247,83 @@ def test_an_unknown_nms_is_named():
         run(eager(MODEL__SOLO__NMS_TYPE="soft"))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"MODEL__SOLOV2__KERNEL_SIZE": 3},
-        {"MODEL__SOLO__COORD_CONV": False},
-        {"MODEL__SOLO__NORM": ""},
-        {"MODEL__SOLO__DEFORM": "last"},
-        {
-            "MODEL__SOLO__DEFORM": "all",
-            "MODEL__SOLO__DEFORM_MODULATED": True,
-            "MODEL__SOLOV2__MASK_DEFORM": True,
-        },
-        {"MODEL__SOLO__PAD_BEFORE_REDUCTION": False},
-        {"MODEL__SOLO__MAX_POSITIVES": 2},
-        {"MODEL__SOLO__NMS_KERNEL": "linear"},
-        {"MODEL__RESNETS__NORM": "BN", "MODEL__BACKBONE__FREEZE_BN_STATS": True},
-    ],
-    ids=str,
-)
-def test_every_option_trains_and_infers(options):
-    model = tiny_model(**options)
+SHARED_OPTIONS = [
+    {"MODEL__SOLO__COORD_CONV": False},
+    {"MODEL__SOLO__NORM": ""},
+    {"MODEL__SOLO__DEFORM": "last"},
+    {"MODEL__SOLO__DEFORM": "all", "MODEL__SOLO__DEFORM_MODULATED": True},
+    {"MODEL__SOLO__PAD_BEFORE_REDUCTION": False},
+    {"MODEL__SOLO__MAX_POSITIVES": 2},
+    {"MODEL__SOLO__MASK_LOSS_TYPE": "focal"},
+    {"MODEL__SOLO__MASK_LOSS_TYPE": "bce"},
+    {"MODEL__SOLO__CATEGORY_ALIGN": "adaptive_pool"},
+    {"MODEL__SOLO__CATEGORY_ALIGN": "region_grid"},
+    {"MODEL__SOLO__NUM_CONVS": 3},
+    {"MODEL__SOLO__CENTER_SIGMA": 1.0},
+    {"MODEL__SOLO__NUM_GRIDS": [20, 3, 1, 1, 7]},
+    # a single level, at its own stride and at another
+    {
+        "MODEL__SOLO__IN_FEATURES": ["p3"],
+        "MODEL__SOLO__STRIDES": [8],
+        "MODEL__SOLO__NUM_GRIDS": [12],
+        "MODEL__SOLO__SCALE_RANGES": [[1, 2048]],
+    },
+    {
+        "MODEL__SOLO__IN_FEATURES": ["p5"],
+        "MODEL__SOLO__STRIDES": [16],
+        "MODEL__SOLO__NUM_GRIDS": [12],
+        "MODEL__SOLO__SCALE_RANGES": [[1, 2048]],
+    },
+]
+SOLOV2_OPTIONS = [
+    {"MODEL__SOLOV2__KERNEL_SIZE": 3},
+    {"MODEL__SOLOV2__MASK_DEFORM": True, "MODEL__SOLO__DEFORM_MODULATED": True},
+    {"MODEL__SOLO__NMS_KERNEL": "linear"},
+    {"MODEL__RESNETS__NORM": "BN", "MODEL__BACKBONE__FREEZE_BN_STATS": True},
+]
+
+
+def ids_of(options: list[dict]) -> list[str]:
+    """Short names: "DEFORM=all,DEFORM_MODULATED=True"."""
+    return [",".join(f"{k.split('__')[-1]}={v}" for k, v in o.items()) for o in options]
+
+
+def check_that_it_trains_and_infers(**options):
+    model = eager(**options)
     model.train()
     losses = model([example(many(6)), example(NONE)])
+    assert losses["loss_mask"] > 0
     sum(losses.values()).backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
     check_output(run(model.eval())[0], SIZE)
+
+
+@every_architecture
+@pytest.mark.parametrize("options", SHARED_OPTIONS, ids=ids_of(SHARED_OPTIONS))
+def test_every_option_of_the_family_trains_and_infers(architecture, options):
+    check_that_it_trains_and_infers(**architecture, **options)
+
+
+@pytest.mark.parametrize("options", SOLOV2_OPTIONS, ids=ids_of(SOLOV2_OPTIONS))
+def test_every_option_of_solov2_trains_and_infers(options):
+    check_that_it_trains_and_infers(**options)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz"),
+        ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align"),
+        ("MODEL.SOLO.DEFORM", "first"),
+        ("MODEL.SOLO.NUM_CONVS", 0),
+    ],
+)
+def test_an_unknown_option_is_named_with_its_key(key, value):
+    with pytest.raises(ValueError, match=rf"{re.escape(key)}.*{value}"):
+        tiny_model(**{key: value})
 
 
 def test_frozen_statistics_stay_while_affine_parameters_train():
@@ -262,14 +339,15 @@ def test_frozen_statistics_stay_while_affine_parameters_train():
     assert norm.weight.grad is not None
 
 
-def test_mixed_precision_gives_finite_float32_losses():
-    model = tiny_model().train()
+@every_architecture
+def test_mixed_precision_gives_finite_float32_losses(architecture):
+    model = tiny_model(**architecture).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model([example(many(4))])
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        check_output(run(eager())[0], SIZE)
+        check_output(run(eager(**architecture))[0], SIZE)
 
 
 def test_levels_of_different_lengths_are_named():
@@ -303,3 +381,81 @@ def test_candidates_are_never_all_made_at_once(monkeypatch, largest_float):
     assert len(found.scores) == 10
     feature_map = outputs.mask_features[0].numel()
     assert mode.bytes <= 4 * max(16 * pixels, feature_map)
+
+
+V1 = {name: options for name, options in ARCHITECTURES.items() if name != "SOLOv2"}
+
+
+def every_mask(model, outputs, level: int, size) -> torch.Tensor:
+    """Masks of all cells as the published code makes them: all channels, then the rest."""
+    head, grid = model.head, model.head.num_grids[level]
+
+    def maps(conv, feature):
+        logits = conv(feature[0][None])
+        assert logits.shape[1] == conv.out_channels
+        return F.interpolate(logits.sigmoid(), size=size, mode="bilinear")[0]
+
+    if type(model).__name__ == "SOLO":
+        return maps(head.mask_pred[level], outputs.mask_features[level])
+    x = maps(head.x_pred[level], outputs.x_features[level])
+    y = maps(head.y_pred[level], outputs.y_features[level])
+    return (y[:, None] * x[None]).flatten(0, 1)[: grid * grid]
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_chosen_masks_equal_those_of_a_full_evaluation(architecture):
+    model = eager(**architecture)
+    images = model.preprocess_image([{"image": torch.rand(3, *SIZE) * 255}])
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        outputs = model.predict(model.resize_levels(features, SIZE), features)
+        for level, grid in enumerate(model.head.num_grids):
+            stride = model.strides[level] // 2
+            native = (SIZE[0] // stride, SIZE[1] // stride)
+            for size in (None, (16, 24)):
+                expected = every_mask(model, outputs, level, size or native)
+                for cells in ([0, grid, grid * grid - 1], [5], [], range(grid * grid)):
+                    cells = torch.tensor(list(cells), dtype=torch.long)
+                    masks = model.soft_masks(outputs, 0, level, cells, size)
+                    torch.testing.assert_close(masks, expected[cells], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_gradients_equal_those_of_a_full_evaluation(architecture, monkeypatch):
+    model = eager(**architecture).train()
+
+    def gradients():
+        model.zero_grad()
+        sum(model([example(many(6)), example(ORDINARY)]).values()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    chosen = gradients()
+    monkeypatch.setattr(
+        DoublingConv2d, "select", lambda conv, x, channels: conv(x[None])[0][channels]
+    )
+    full = gradients()
+    for name, gradient in full.items():
+        atol = 1e-5 * gradient.abs().max().item() + 1e-9
+        torch.testing.assert_close(chosen[name], gradient, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_training_makes_no_tensor_with_a_channel_per_cell(architecture, largest_float):
+    """One instance on grids of 99 x 99: its masks are few, all would exceed every other tensor."""
+    model = tiny_model(**architecture, MODEL__SOLO__NUM_GRIDS=[99, 36, 24, 16, 12]).train()
+    with largest_float() as mode:
+        sum(model([example(ORDINARY)]).values()).backward()
+    assert mode.bytes < 99 * 99 * (SIZE[0] // 4) * (SIZE[1] // 4) * 4
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_a_cell_has_one_mask_target_that_of_its_category(architecture):
+    model = tiny_model(**architecture)
+    inputs = example(torch.cat([ORDINARY, ORDINARY]))
+    images = model.preprocess_image([inputs])
+    (gt,) = model.prepare_ground_truth([inputs], images)
+    targets = model.assign(gt, SIZE)
+    assert set(targets.instance.tolist()) == {1}
+    assert len(targets.cell) == (targets.categories < 3).sum() > 0
+    both = tiny_model().assign(gt, SIZE)
+    assert len(both.cell) == 2 * len(targets.cell)
