@@ -1,7 +1,9 @@
 """Where the time goes: ``python -m solo_d2.benchmark --config-file FILE [--weights FILE] ...``.
 
 Profiles one inference and one training step with torch's profiler and prints the share of
-convolutions and matrix products, of target assignment, and the slowest operators.
+convolutions and matrix products, of target assignment, and the slowest operators. What SOLO gains
+by making chosen masks only: run it with and without --full, once with --only training and once
+with --only inference, and compare times, peak memory, and the results in the first lines.
 """
 
 import argparse
@@ -13,10 +15,12 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
+from solo_d2.layers.resample import DoublingConv2d
 
 _PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "gemm")
 
@@ -71,6 +75,26 @@ def measure(name: str, run: Callable[[], object], device: torch.device, rows: in
         print(f"  {own_time(event) / total:6.1%} {own_time(event) / 1e3:9.1f} ms  {event.key}")
 
 
+def evaluate_fully() -> None:
+    """From now on, make all channels of SOLO's mask outputs and choose afterwards.
+
+    As in the published code: after the upsampling, for all cells of a level; in inference only of
+    a level that has candidates. Sigmoid and further resizing stay limited to the chosen.
+    """
+
+    def select(self: DoublingConv2d, x: Tensor, channels: Tensor) -> Tensor:
+        return self(x[None])[0].index_select(0, channels).float()
+
+    DoublingConv2d.select = select
+
+
+def peak_memory(device: torch.device) -> str:
+    """Of the process, or on a GPU of the tensors."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1024**3:.2f} GiB on the GPU"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config-file", required=True)
@@ -78,6 +102,8 @@ def main() -> None:
     parser.add_argument("--image", default="", help="instead of noise, for inference")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--instances", type=int, default=50, help="in the training image")
+    parser.add_argument("--only", choices=["training", "inference"], help="default: both")
+    parser.add_argument("--full", action="store_true", help="make SOLO's masks of all cells")
     parser.add_argument("--rows", type=int, default=8, help="operators to list")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE")
     args = parser.parse_args()
@@ -86,34 +112,43 @@ def main() -> None:
     add_solo_d2_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
+    torch.manual_seed(0)
     model = build_model(cfg)
+    if args.full:
+        evaluate_fully()
     if args.weights:
         Checkpointer(model).load(args.weights)
     device = torch.device(cfg.MODEL.DEVICE)
     inputs = random_input(*args.size, args.instances, model.num_classes)
 
-    model.train()
-
-    def step() -> None:
+    def step() -> dict[str, float]:
         model.zero_grad()
-        sum(model([inputs]).values()).backward()
+        losses = model([inputs])
+        sum(losses.values()).backward()
+        return {name: loss.item() for name, loss in losses.items()}
 
     test_inputs = dict(inputs)
     if args.image:
         test_inputs["image"] = _read(args.image, args.size, cfg.INPUT.FORMAT)
 
     @torch.no_grad()
-    def infer() -> int:
-        return len(model([test_inputs])[0]["instances"])
+    def infer() -> Instances:
+        return model([test_inputs])[0]["instances"]
 
     print(f"{args.config_file}, {args.size[0]} x {args.size[1]}, {device}")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    measure(f"training step, {args.instances} instances", step, device, args.rows)
-    model.zero_grad()
-    model.eval()
-    measure(f"inference, {infer()} instances found", infer, device, args.rows)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    print(f"\npeak memory of the process: {peak:.2f} GiB")
+    start = f"peak memory with the model built: {peak_memory(device)}"
+    if args.only != "inference":
+        model.train()
+        losses = ", ".join(f"{name} {value:.6f}" for name, value in step().items())
+        measure(f"training step, {args.instances} instances, {losses}", step, device, args.rows)
+        model.zero_grad()
+    if args.only != "training":
+        model.eval()
+        found = infer()
+        what = f"{len(found)} instances found, scores add up to {found.scores.sum():.6f}"
+        measure(f"inference, {what}", infer, device, args.rows)
+    print(f"\n{start}\npeak memory: {peak_memory(device)}")
 
 
 def _read(path: str, size: tuple[int, int], image_format: str) -> torch.Tensor:
