@@ -377,7 +377,9 @@ def _complete(annotation: dict, image: dict) -> dict | str:
                 "masks (RLE) of another size than their image",
                 f"its mask is {segmentation['size']}, but the image is [{height}, {width}]",
             )
-        if isinstance(counts, list) and (sum(counts) != height * width or min(counts) < 0):
+        runs = counts if isinstance(counts, list) else _decompress(counts)
+        # pycocotools fills what a truncated RLE leaves open with whatever is in memory
+        if sum(runs) != height * width or min(runs) < 0:
             raise DataError(
                 "masks (RLE) whose runs do not add up to the image",
                 "the runs of its RLE do not add up to the image",
@@ -403,6 +405,23 @@ def _complete(annotation: dict, image: dict) -> dict | str:
 
 def _is_drawable(polygon: list) -> bool:
     return bool((np.abs(np.asarray(polygon, dtype=float)) <= _LARGEST_COORDINATE).all())  # not NaN
+
+
+def _decompress(counts: str | bytes) -> list[int]:
+    """The runs of a compressed RLE: five bits a character; the fourth and later as differences."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts.encode() if isinstance(counts, str) else counts:
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # more to come
+            continue
+        if bits & 16:  # the sign
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict:

@@ -373,6 +373,8 @@ def test_a_missing_key_is_named(document, write, section, key):
         ({"segmentation": {"size": [9, 9], "counts": [0, 81]}}, "its mask is [9, 9], but"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [3, 4]}}, "do not add up"),
         ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "counts"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "Q=0"}}, "do not add up"),
+        ({"segmentation": [[1, 1, 9, 1, 9, float("inf")]]}, "must be numbers of pixels"),
         ({"ignore": 1}, '"iscrowd": 1'),
     ],
 )
