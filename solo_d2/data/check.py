@@ -601,10 +601,11 @@ def summary(reports: Sequence[Report]) -> str:
     for report in reports:
         for finding in report.findings:
             counts[finding.effect] += len(finding.offenders)
+    sets = "1 data set" if len(reports) == 1 else f"{len(reports)} data sets"
     if not counts:
-        return f"{len(reports)} data sets checked: nothing to remark"
+        return f"{sets} checked: nothing to remark"
     return (
-        f"{len(reports)} data sets checked: {counts[REFUSED]} things that training refuses, "
+        f"{sets} checked: {counts[REFUSED]} things that training refuses, "
         f"{counts[SKIPPED]} that it skips, {counts[REMARK]} remarks"
     )
 
