@@ -602,12 +602,14 @@ def summary(reports: Sequence[Report]) -> str:
         for finding in report.findings:
             counts[finding.effect] += len(finding.offenders)
     sets = "1 data set" if len(reports) == 1 else f"{len(reports)} data sets"
-    if not counts:
-        return f"{sets} checked: nothing to remark"
-    return (
-        f"{sets} checked: {counts[REFUSED]} things that training refuses, "
-        f"{counts[SKIPPED]} that it skips, {counts[REMARK]} remarks"
-    )
+    text = f"{sets} checked: nothing to remark"
+    if counts:
+        text = (
+            f"{sets} checked: {counts[REFUSED]} things that training refuses, "
+            f"{counts[SKIPPED]} that it skips, {counts[REMARK]} remarks"
+        )
+    without = sum(report.cells.occupancy.without_cell for report in reports if report.cells)
+    return text + (f"; {without} objects without a grid cell" if without else "")
 
 
 def has_problems(reports: Sequence[Report]) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 from solo_d2.config import add_solo_d2_config
 from solo_d2.data import check as check_module
 from solo_d2.data import register_coco_json, register_coco_mini
-from solo_d2.data.check import REFUSED, REMARK, SKIPPED, check, find_sources, main, to_text
+from solo_d2.data.check import REFUSED, REMARK, SKIPPED, check, find_sources, main, summary, to_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "quick" / "solov2_shapes.yaml"
@@ -528,6 +528,7 @@ def test_objects_that_lose_their_cell_and_what_would_help(crowded, write):
     cfg.merge_from_list([best.key, str(best.value)])
     (after,) = check(cfg)
     assert after.cells.occupancy == best.occupancy
+    assert summary([report]).endswith("; 2 objects without a grid cell")
 
 
 def test_only_the_family_has_cells(document, write):
