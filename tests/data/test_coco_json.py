@@ -505,7 +505,7 @@ def test_shapes_take_the_parameters_of_the_config(cfg):
     cfg.DATASETS.SHAPES.IMAGE_SIZE = (64, 80)
     setup_datasets(cfg)
     assert cfg.DATASETS.TRAIN == ("shapes_train",)
-    assert num_classes(cfg) == 7
+    assert num_classes(cfg) == 5
     records = DatasetCatalog.get("shapes_train")
     assert len(records) == 3
     assert (records[0]["height"], records[0]["width"]) == (64, 80)
@@ -515,7 +515,7 @@ def test_shapes_take_the_parameters_of_the_config(cfg):
 def test_num_classes_falls_back_to_the_test_set_and_says_when_unknown(cfg):
     register_shapes()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("unheard_of",), ("shapes_val",)
-    assert num_classes(cfg) == 7
+    assert num_classes(cfg) == 5
     cfg.DATASETS.TEST = ()
     with pytest.raises(ValueError, match="number of classes is unknown.*unheard_of"):
         num_classes(cfg)

@@ -16,7 +16,7 @@ from ..coco_json import load_records, register
 from .drawing import CLASSES, Shape, draw_scene
 
 # Part of the cache folder's name: raise it whenever the same parameters give other files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Not contiguous, as COCO's are not.
 CATEGORY_IDS = dict(zip(CLASSES, (1, 2, 3, 5, 8)))
 # A polygon stands for a mask only if pycocotools draws it back with at least this IoU.
