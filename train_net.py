@@ -6,13 +6,12 @@ import os
 import sys
 from typing import Any
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from solo_d2 import add_solo_d2_config
+from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
 from solo_d2.engine import (
     Trainer,
@@ -24,26 +23,6 @@ from solo_d2.engine import (
 from solo_d2.errors import UserError, one_line
 
 EXIT_ERROR, EXIT_USAGE = 1, 2
-
-
-def load_config(args: argparse.Namespace) -> CfgNode:
-    """Defaults, then the config file, then --data, then KEY VALUE pairs.
-
-    Raises:
-        UserError: a file is missing, a key is unknown or a value has the wrong type.
-    """
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    try:
-        if args.config_file:
-            cfg.merge_from_file(args.config_file)
-        if args.data:
-            custom = cfg.DATASETS.CUSTOM
-            custom.TRAIN_JSON, custom.TRAIN_IMAGES, custom.VAL_JSON, custom.VAL_IMAGES = args.data
-        cfg.merge_from_list(args.opts)
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        raise UserError(f"config {args.config_file}: {one_line(error)}") from error
-    return cfg
 
 
 def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
@@ -92,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        cfg = load_config(args)
+        cfg = load_config(args.config_file, data=args.data or (), opts=args.opts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
+from solo_d2.config import load_config
 from solo_d2.layers.resample import DoublingConv2d
 
 _PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "gemm")
@@ -108,10 +107,7 @@ def main() -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE")
     args = parser.parse_args()
 
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, opts=args.opts)
     torch.manual_seed(0)
     model = build_model(cfg)
     if args.full:

@@ -1,6 +1,37 @@
 """Configuration keys that solo_d2 adds to Detectron2's defaults."""
 
+from collections.abc import Sequence
+
+import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from .errors import UserError, one_line
+
+
+def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequence[str] = ()) -> CN:
+    """Defaults, then a config file, then data sets, then KEY VALUE pairs.
+
+    Args:
+        config_file: a yaml file; "" for none.
+        data: json and image folder for training, json and image folder for validation, or nothing.
+        opts: keys and values in turn.
+
+    Raises:
+        UserError: a file is missing, a key is unknown or a value has the wrong type.
+    """
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        if data:
+            custom = cfg.DATASETS.CUSTOM
+            custom.TRAIN_JSON, custom.TRAIN_IMAGES, custom.VAL_JSON, custom.VAL_IMAGES = data
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        raise UserError(f"config {config_file}: {one_line(error)}") from error
+    return cfg
 
 
 def add_solo_d2_config(cfg: CN) -> None:

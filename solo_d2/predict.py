@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -26,9 +25,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from tqdm import tqdm
 
-from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.load import load_weights_file
+from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
@@ -349,24 +348,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configure(options: argparse.Namespace) -> tuple[CfgNode, list[str]]:
     """(config, inputs): the first word that is a config key and no file starts the overrides."""
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
+    known = load_config()
     words = options.inputs
-    is_key = [w.split(".")[0] in cfg and not Path(w).exists() for w in words]
+    is_key = [w.split(".")[0] in known and not Path(w).exists() for w in words]
     first = is_key.index(True) if True in is_key else len(words)
     inputs, overrides = words[:first], words[first:]
     if not inputs:
         raise UserError("no INPUT before the config overrides")
     if len(overrides) % 2:
         raise UserError(f"config overrides come in pairs KEY VALUE: {' '.join(overrides)}")
-    if not Path(options.config_file).is_file():
-        raise UserError(f"no config file {options.config_file}")
-    try:
-        cfg.merge_from_file(options.config_file)
-        cfg.merge_from_list(overrides)
-    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        raise UserError(f"config {options.config_file}: {one_line(error)}") from error
-    return cfg, inputs
+    return load_config(options.config_file, opts=overrides), inputs
 
 
 def _dataset_categories(cfg: CfgNode, *, needed: bool) -> Categories | None:

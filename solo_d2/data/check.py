@@ -17,15 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from solo_d2 import add_solo_d2_config
+from solo_d2.config import load_config
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
 from solo_d2.modeling.solo.occupancy import (
@@ -625,7 +624,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.json and not Path(options.json).parent.is_dir():
             raise UserError(f"--json: there is no folder {Path(options.json).parent}")
-        cfg = _configure(options)
+        cfg = load_config(options.config_file, data=options.data or (), opts=options.opts)
         reports = check(cfg, decode_images=options.images)
         if options.json:
             content = {"summary": summary(reports), "data_sets": _plain(reports)}
@@ -675,23 +674,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="also write everything, and every offender")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
-
-
-def _configure(options: argparse.Namespace) -> CfgNode:
-    """The config that train_net.py would have with the same options."""
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    if not os.path.isfile(options.config_file):
-        raise UserError(f"no config file {options.config_file}")
-    try:
-        cfg.merge_from_file(options.config_file)
-        if options.data:
-            keys = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")
-            cfg.DATASETS.CUSTOM.update(zip(keys, options.data))
-        cfg.merge_from_list(options.opts)
-    except (KeyError, ValueError, AssertionError, yaml.YAMLError) as error:
-        raise UserError(f"config {options.config_file}: {one_line(error)}") from error
-    return cfg
 
 
 if __name__ == "__main__":
