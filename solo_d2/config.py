@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+from detectron2.utils.file_io import PathManager
 
 from .errors import UserError, one_line
 
@@ -22,6 +23,8 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
     """
     cfg = get_cfg()
     add_solo_d2_config(cfg)
+    if config_file and not PathManager.isfile(config_file):
+        raise UserError(f"no config file {config_file}")
     try:
         if config_file:
             cfg.merge_from_file(config_file)

@@ -135,7 +135,9 @@ def test_unknown_key_in_a_file_is_named_with_it(train_net, capsys, tmp_path):
 
 def test_data_on_the_command_line_enters_the_config(train_net):
     words = ["--data", "a.json", "a", "b.json", "b", "DATASETS.CUSTOM.NAME", "mine"]
-    custom = train_net.load_config(train_net.parser().parse_args(words)).DATASETS.CUSTOM
+    args = train_net.parser().parse_args(words)
+    cfg = train_net.load_config(args.config_file, data=args.data, opts=args.opts)
+    custom = cfg.DATASETS.CUSTOM
     assert [custom.TRAIN_JSON, custom.TRAIN_IMAGES] == ["a.json", "a"]
     assert [custom.VAL_JSON, custom.VAL_IMAGES, custom.NAME] == ["b.json", "b", "mine"]
 
