@@ -24,7 +24,6 @@ def tight_boxes(masks: Tensor) -> Tensor:
     Returns:
         (N, 4) float32, x1, y1, x2, y2 in pixels.
     """
-    rows, columns = masks.any(dim=2), masks.any(dim=1)
 
     def extent(hit: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.arange(1, hit.shape[1] + 1, device=hit.device)
@@ -34,7 +33,8 @@ def tight_boxes(masks: Tensor) -> Tensor:
 
     if masks.numel() == 0:
         return torch.zeros((len(masks), 4), device=masks.device)
-    (x1, x2), (y1, y2) = extent(columns), extent(rows)
+    pixels = masks.view(torch.uint8)  # the maximum of bytes is many times faster than any()
+    (x1, x2), (y1, y2) = extent(pixels.amax(dim=1)), extent(pixels.amax(dim=2))
     return torch.stack([x1, y1, x2, y2], dim=1).float()
 
 
