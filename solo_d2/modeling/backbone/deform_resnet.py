@@ -2,12 +2,13 @@
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.deform_conv import DeformConv2d
+
+from .fpn import build_fpn
 
 
 class DeformBottleneck(BottleneckBlock):
@@ -85,11 +86,4 @@ def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
 @BACKBONE_REGISTRY.register()
 def build_deform_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under a feature pyramid P2 to P6."""
-    return FPN(
-        bottom_up=build_deform_resnet_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_fpn(cfg, build_deform_resnet_backbone(cfg, input_shape))

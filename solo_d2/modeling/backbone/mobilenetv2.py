@@ -2,9 +2,10 @@
 
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor
 from torchvision.models import mobilenet_v2
+
+from .fpn import build_fpn
 
 # Last block of each stride. The final 1x1 conv to 1280 channels serves the classifier and is left
 # out: it would quadruple the width of the coarsest lateral connection.
@@ -82,11 +83,4 @@ def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
 @BACKBONE_REGISTRY.register()
 def build_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under a feature pyramid P2 to P6."""
-    return FPN(
-        bottom_up=build_mobilenetv2_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    return build_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
