@@ -300,8 +300,10 @@ def test_final_instances_are_the_originals(golden, runs):
         assert len(run.results) == len(expected_areas), key
         areas = run.results.pred_masks.flatten(1).sum(1)
         for i, j, iou in match(golden, key, run):
-            difference = abs(int(expected_areas[i]) - int(areas[j]))
-            assert iou >= 0.999 or (0 <= iou and difference <= 3), (key, i, iou, difference)
+            # pixels in one of the two only: in a tiny mask a few of them are more than 0.001
+            total = int(expected_areas[i]) + int(areas[j])
+            difference = total * (1 - iou) / (1 + iou)
+            assert iou >= 0.999 or (0 <= iou and difference <= 3.01), (key, i, iou, difference)
             gap = abs(float(golden[f"{key}_scores"][i] - run.results.scores[j]))
             assert gap <= golden.meta["tolerance"]["scores"], (key, i, gap)
             boxes = golden[f"{key}_boxes_tight"][i], run.results.pred_boxes.tensor[j]
