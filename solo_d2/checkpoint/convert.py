@@ -18,7 +18,8 @@ from solo_d2.files import write_whole
 
 from .architecture import infer_config
 from .load import load_weights_file
-from .rename_rules import SOURCES, Source, convert, recognise
+from .rename_rules import convert, recognise
+from .sources import SOURCES, Source
 
 _FORMATS = [name for name, source in SOURCES.items() if source.architecture]
 

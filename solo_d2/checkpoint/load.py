@@ -75,7 +75,7 @@ def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> 
     """Rename the tensors of a foreign file to a model's names.
 
     Known are torchvision's ResNet and MobileNetV2 (for the bottom-up part, wherever it is in the
-    model) and the published checkpoints of ``rename_rules.SOURCES``. Any other file, and any file
+    model) and the published checkpoints of ``sources.SOURCES``. Any other file, and any file
     for another architecture, comes back as it is.
 
     Args:

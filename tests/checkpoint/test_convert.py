@@ -11,7 +11,8 @@ from detectron2.modeling import build_model
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
-from solo_d2.checkpoint.rename_rules import SOURCES, convert, recognise, rename_key
+from solo_d2.checkpoint.rename_rules import convert, recognise, rename_key
+from solo_d2.checkpoint.sources import SOURCES
 from solo_d2.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
