@@ -70,6 +70,10 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.SHAPES.IMAGE_SIZE = (128, 128)
     cfg.DATASETS.SHAPES.SEED = 0
 
+    # Give crowd regions to the model as well, as instances with the field gt_crowd. For those
+    # architectures that learn to leave them out (YOLACT, AdaptIS); the others never see them.
+    cfg.INPUT.KEEP_CROWD = False
+
 
 def _add_training(cfg: CN) -> None:
     # Batch size that BASE_LR, WARMUP_ITERS, STEPS, MAX_ITER belong to. When it is not 0 and differs

@@ -1,4 +1,4 @@
-"""The route that every box-free architecture here takes from a batch to its instances."""
+"""The route that every one-stage architecture here takes from a batch to its instances."""
 
 from abc import abstractmethod
 from typing import NamedTuple
@@ -21,6 +21,8 @@ class GroundTruth(NamedTuple):
     classes: Tensor  # (N,) int64
     masks: Tensor  # (N, H, W) bool, padded with zeros to the batch
     image_size: tuple[int, int]  # height and width before padding
+    crowd_boxes: Tensor  # (M, 4) of regions that hold objects not told apart; in none of the above
+    crowd_masks: Tensor  # (M, H, W) bool
 
 
 class InstanceSegmentor(nn.Module):
@@ -94,14 +96,7 @@ class InstanceSegmentor(nn.Module):
         for instances, inputs in zip(results, batched_inputs):
             height = inputs.get("height", instances.image_size[0])
             width = inputs.get("width", instances.image_size[1])
-            instances = postprocess(
-                instances,
-                height,
-                width,
-                padded_size=padded_size,
-                mask_threshold=self.mask_threshold,
-            )
-            processed.append({"instances": instances})
+            processed.append({"instances": self.postprocess(instances, height, width, padded_size)})
         return processed
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
@@ -141,7 +136,7 @@ class InstanceSegmentor(nn.Module):
                     bitmasks = BitMasks.from_polygon_masks(bitmasks, h, w)
                 masks = F.pad(bitmasks.tensor.to(self.device), (0, width - w, 0, height - h))
                 boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
-            elif len(inputs["instances"].get_fields().get("gt_classes", ())):
+            elif len(instances.get_fields().get("gt_classes", ())):
                 raise ValueError(
                     f"image {inputs.get('file_name', '?')} has instances without masks; "
                     "set MODEL.MASK_ON: True so that they are loaded"
@@ -149,8 +144,21 @@ class InstanceSegmentor(nn.Module):
             else:
                 masks = torch.zeros((0, height, width), dtype=torch.bool, device=self.device)
                 boxes, classes = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.long)
+            boxes, classes = boxes.to(self.device), classes.to(self.device)
+            objects: slice | Tensor = slice(None)
+            crowds: slice | Tensor = slice(0)
+            if instances.has("gt_crowd"):
+                crowds = instances.gt_crowd.to(self.device)
+                objects = ~crowds
             ground_truth.append(
-                GroundTruth(boxes.to(self.device), classes.to(self.device), masks, (h, w))
+                GroundTruth(
+                    boxes[objects],
+                    classes[objects],
+                    masks[objects],
+                    (h, w),
+                    crowd_boxes=boxes[crowds],
+                    crowd_masks=masks[crowds],
+                )
             )
         return ground_truth
 
@@ -163,3 +171,15 @@ class InstanceSegmentor(nn.Module):
     @abstractmethod
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         """Instances per image in the network's frame, with soft ``pred_masks`` (N, h, w)."""
+
+    def postprocess(
+        self, instances: Instances, height: int, width: int, padded_size: tuple[int, int]
+    ) -> Instances:
+        """One result of ``inference`` in the output frame; see ``solo_d2.postprocessing``."""
+        return postprocess(
+            instances,
+            height,
+            width,
+            padded_size=padded_size,
+            mask_threshold=self.mask_threshold,
+        )

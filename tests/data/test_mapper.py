@@ -1,25 +1,34 @@
 """Images without objects pass the mapper, also when they are cropped."""
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 from detectron2.config import get_cfg
 from PIL import Image
 
+from solo_d2 import add_solo_d2_config
 from solo_d2.data.mapper import InstanceMapper
 
 SQUARE = {"bbox": [4, 4, 8, 8], "bbox_mode": 1, "category_id": 0}
 SQUARE["segmentation"] = [[4.0, 4.0, 12.0, 4.0, 12.0, 12.0, 4.0, 12.0]]
 
 
-@pytest.fixture
-def mapper():
+def build(**settings):
     cfg = get_cfg()
+    add_solo_d2_config(cfg)
     cfg.MODEL.MASK_ON = True
     cfg.INPUT.MASK_FORMAT = "bitmask"
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (32,), "none"
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE = True, "absolute"
     cfg.INPUT.CROP.SIZE = [24, 24]
+    for key, value in settings.items():
+        cfg.INPUT[key] = value
     return InstanceMapper(cfg, is_train=True)
+
+
+@pytest.fixture
+def mapper():
+    return build()
 
 
 @pytest.mark.parametrize("annotations", [[], [{**SQUARE, "iscrowd": 1}]], ids=["none", "crowd"])
@@ -37,3 +46,24 @@ def test_objects_keep_their_masks_and_get_tight_boxes(mapper, tmp_path):
     instances = mapper({**record, "height": 24, "width": 24, "image_id": 1})["instances"]
     assert instances.gt_boxes.tensor.tolist() == [[5, 5, 16, 16]]
     assert instances.gt_masks.tensor.sum() == 11 * 11
+
+
+def test_crowds_are_kept_behind_the_objects_and_marked(tmp_path):
+    Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(tmp_path / "a.png")
+    region = np.zeros((24, 24), np.uint8, order="F")
+    region[2:6, 3:9] = 1
+    crowd = {"bbox": [3, 2, 6, 4], "bbox_mode": 1, "category_id": 1, "iscrowd": 1}
+    crowd["segmentation"] = mask_util.encode(region)
+    # has no pixel, so it leaves; the mark of the crowd must not move to another
+    empty = {**SQUARE, "segmentation": [[4.0, 4.0, 4.0, 4.0, 4.0, 4.0]]}
+    record = {"file_name": str(tmp_path / "a.png"), "annotations": [crowd, empty, dict(SQUARE)]}
+    keeping = build(KEEP_CROWD=True)
+    instances = keeping({**record, "height": 24, "width": 24, "image_id": 1})["instances"]
+    assert instances.gt_crowd.tolist() == [False, True]
+    assert instances.gt_classes.tolist() == [0, 1]
+    assert instances.gt_boxes.tensor[1].tolist() == [4, 3, 12, 8]  # 24 pixels become 32
+
+
+def test_crowds_need_bitmasks():
+    with pytest.raises(ValueError, match="INPUT.KEEP_CROWD"):
+        build(KEEP_CROWD=True, MASK_FORMAT="polygon")
