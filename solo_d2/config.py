@@ -1,6 +1,7 @@
 """Configuration keys that solo_d2 adds to Detectron2's defaults."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -37,6 +38,34 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
     return cfg
 
 
+def num_classes_keys(cfg: CN) -> tuple[str, ...]:
+    """Names of the keys that tell the model of ``cfg`` its number of classes."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture in _NUM_CLASSES_KEYS:
+        return (_NUM_CLASSES_KEYS[architecture],)
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "FCOSProposalGenerator":
+        return ("MODEL.FCOS.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
+    return ("MODEL.ROI_HEADS.NUM_CLASSES",)
+
+
+def get_value(cfg: CN, key: str) -> Any:
+    """The value of a key such as "MODEL.MASK_ON"."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+_NUM_CLASSES_KEYS = {
+    "SOLO": "MODEL.SOLO.NUM_CLASSES",
+    "DecoupledSOLO": "MODEL.SOLO.NUM_CLASSES",
+    "SOLOv2": "MODEL.SOLO.NUM_CLASSES",
+    "YOLACT": "MODEL.YOLACT.NUM_CLASSES",
+    "AdaptIS": "MODEL.ADAPTIS.NUM_THINGS",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "FCOS": "MODEL.RETINANET.NUM_CLASSES",
+}
+
+
 def add_solo_d2_config(cfg: CN) -> None:
     """Add every key of solo_d2 to ``cfg``, in place. Call it before ``cfg.merge_from_file``."""
     _add_data(cfg)
@@ -69,6 +98,19 @@ def _add_data(cfg: CN) -> None:
     # Height and width in pixels.
     cfg.DATASETS.SHAPES.IMAGE_SIZE = (128, 128)
     cfg.DATASETS.SHAPES.SEED = 0
+
+    # The toy sets of the AdaptIS paper, likewise: "rods_*" (straight rods that cover each other)
+    # and "tubes_*" (bent tubes and ellipses, slightly transparent). Numbers and sizes as published.
+    cfg.DATASETS.RODS = CN()
+    cfg.DATASETS.RODS.TRAIN_IMAGES = 10000
+    cfg.DATASETS.RODS.VAL_IMAGES = 2000
+    cfg.DATASETS.RODS.IMAGE_SIZE = (96, 96)
+    cfg.DATASETS.RODS.SEED = 0
+    cfg.DATASETS.TUBES = CN()
+    cfg.DATASETS.TUBES.TRAIN_IMAGES = 25000
+    cfg.DATASETS.TUBES.VAL_IMAGES = 1000
+    cfg.DATASETS.TUBES.IMAGE_SIZE = (128, 128)
+    cfg.DATASETS.TUBES.SEED = 0
 
     # Give crowd regions to the model as well, as instances with the field gt_crowd. For those
     # architectures that learn to leave them out (YOLACT, AdaptIS); the others never see them.

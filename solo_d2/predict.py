@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.load import load_weights_file
-from solo_d2.config import load_config
+from solo_d2.config import get_value, load_config, num_classes_keys
 from solo_d2.data import setup_datasets
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
@@ -255,13 +255,13 @@ def load_predictor(
     trained = (checkpoint.get("solo_d2") or {}).get("thing_classes")
     dataset = _dataset_categories(cfg, needed=trained is None)
     if trained is not None:
-        configured = cfg.MODEL.SOLO.NUM_CLASSES
-        if configured not in (-1, len(trained)):
-            raise UserError(
-                f"MODEL.SOLO.NUM_CLASSES is {configured}, but {weights} was trained for "
-                f"{len(trained)} classes"
-            )
-        cfg.MODEL.SOLO.NUM_CLASSES = len(trained)
+        for key in num_classes_keys(cfg):
+            configured = get_value(cfg, key)
+            if configured not in (-1, len(trained)):
+                raise UserError(
+                    f"{key} is {configured}, but {weights} was trained for {len(trained)} classes"
+                )
+            cfg.merge_from_list([key, len(trained)])
         # The data set of the config may be another one, or not be on this machine.
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     names = trained or (dataset.names if dataset else None)
@@ -273,7 +273,7 @@ def load_predictor(
         max_size=cfg.INPUT.MAX_SIZE_TEST,
         input_format=cfg.INPUT.FORMAT,
     )
-    count = len(names) if names else cfg.MODEL.SOLO.NUM_CLASSES
+    count = len(names) if names else get_value(cfg, num_classes_keys(cfg)[0])
     # The data set's ids belong to its own classes only.
     ids = dataset.ids if dataset and dataset.names == names else list(range(1, count + 1))
     return predictor, Categories(names or [str(i) for i in range(count)], ids)

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from solo_d2 import add_solo_d2_config
+from solo_d2.config import get_value, num_classes_keys
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
 
@@ -101,7 +102,7 @@ def read_config(path: str) -> CfgNode:
 
 def differing_settings(cfg: CfgNode, source: Source) -> dict[str, Any]:
     """Keys that the weights need and that ``cfg`` has otherwise, with the value needed."""
-    return {key: need for key, need in source.settings.items() if _value(cfg, key) != need}
+    return {key: need for key, need in source.settings.items() if get_value(cfg, key) != need}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,7 +131,8 @@ def _run(options: argparse.Namespace) -> None:
                 )
             # the weights, not a data set that may not be here, tell the number of classes
             cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-            cfg.MODEL.SOLO.NUM_CLASSES = inferred.MODEL.SOLO.NUM_CLASSES
+            for key in num_classes_keys(cfg):
+                cfg.merge_from_list([key, get_value(inferred, key)])
         converted = convert_checkpoint(weights, source, cfg)
     except UserError as error:
         raise UserError(f"{options.source}: {error}") from error
@@ -152,7 +154,7 @@ def _run(options: argparse.Namespace) -> None:
         return
     print(f"{options.config_file} has a place for each of them")
     for key, value in differing_settings(cfg, source).items():
-        have = _value(cfg, key)
+        have = get_value(cfg, key)
         print(
             f"warning: {options.config_file} has {key} {have}, weights of this source were "
             f"published for {value}",
@@ -202,12 +204,6 @@ def _default_config() -> CfgNode:
     return cfg
 
 
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def _changes(cfg: CfgNode) -> Iterator[tuple[str, Any]]:
     """Keys under MODEL and INPUT whose value is not the default."""
     default = _default_config()
@@ -217,7 +213,7 @@ def _changes(cfg: CfgNode) -> Iterator[tuple[str, Any]]:
             key = f"{prefix}.{name}"
             if isinstance(value, CfgNode):
                 yield from walk(value, key)
-            elif value != _value(default, key):
+            elif value != get_value(default, key):
                 yield key, value
 
     yield from walk(cfg.MODEL, "MODEL")

@@ -1,5 +1,6 @@
 """The number of classes, from the data unless set."""
 
+from solo_d2.config import get_value
 from solo_d2.data import num_classes
 
 
@@ -13,9 +14,7 @@ def resolve_num_classes(cfg, key: str) -> int:
     Raises:
         ValueError: the config and the data disagree, or neither says a number.
     """
-    configured = cfg
-    for part in key.split("."):
-        configured = configured[part]
+    configured = get_value(cfg, key)
     try:
         known = num_classes(cfg)
     except ValueError as error:
