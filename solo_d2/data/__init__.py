@@ -1,18 +1,21 @@
-"""Data sets. Importing this package registers "shapes_*" and "coco_mini_*"."""
+"""Data sets. Importing this package registers the embedded ones and "coco_mini_*"."""
 
 from .coco_json import register_coco_json, register_coco_mini
-from .setup import num_classes, setup_datasets
-from .shapes import ensure_shapes, generate_shapes, register_shapes
+from .setup import EMBEDDED, num_classes, setup_datasets
+from .shapes import SHAPES
+from .toys import RODS, TUBES
 
 __all__ = [
-    "ensure_shapes",
-    "generate_shapes",
+    "EMBEDDED",
+    "RODS",
+    "SHAPES",
+    "TUBES",
     "num_classes",
     "register_coco_json",
     "register_coco_mini",
-    "register_shapes",
     "setup_datasets",
 ]
 
-register_shapes()
+for _drawn in EMBEDDED.values():
+    _drawn.register()
 register_coco_mini()

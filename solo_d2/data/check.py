@@ -45,7 +45,7 @@ from .coco_json import (
     to_detectron2,
     to_rle,
 )
-from .setup import class_mismatch, find_custom, register_configured_shapes
+from .setup import class_mismatch, find_custom, register_embedded
 
 EXIT_CLEAN, EXIT_PROBLEMS, EXIT_USAGE = 0, 1, 2
 
@@ -187,7 +187,7 @@ def find_sources(cfg: CfgNode) -> list[Source]:
     Raises:
         UserError, FileNotFoundError, ValueError: see ``check``.
     """
-    register_configured_shapes(cfg)
+    register_embedded(cfg)
     custom = find_custom(cfg)
     if any(custom.values()):
         keys = {"TRAIN": "DATASETS.TRAIN", "VAL": "DATASETS.TEST"}

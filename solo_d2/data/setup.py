@@ -7,24 +7,31 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
+from solo_d2.config import get_value, num_classes_keys
+
 from .coco_json import register_coco_json, register_subset
-from .shapes import register_shapes
+from .shapes import SHAPES
+from .toys import RODS, TUBES
+
+EMBEDDED = {drawn.name: drawn for drawn in (SHAPES, RODS, TUBES)}
 
 
 def setup_datasets(cfg: CfgNode) -> None:
     """Register the data sets that a config describes and enter them into DATASETS.TRAIN and TEST.
 
     Call it once, after merging the config and before freezing it. "shapes_train" and "shapes_val"
-    get the parameters of DATASETS.SHAPES. If DATASETS.CUSTOM names a json file, "<NAME>_train"
-    and "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by nothing, where only one is named).
-    With DATASETS.OVERFIT_IMAGES both become the same few images.
+    get the parameters of DATASETS.SHAPES, "rods_*" and "tubes_*" likewise. If DATASETS.CUSTOM
+    names a json file, "<NAME>_train" and "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by
+    nothing, where only one is named).
+    With DATASETS.OVERFIT_IMAGES both become the same few images. Where a model of Detectron2's own
+    is told -1 classes, the number of the data takes its place, since it needs a number.
 
     Raises:
         FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing.
         ValueError: half of DATASETS.CUSTOM is missing, a json is wrong, or two of the data sets
             have different classes.
     """
-    register_configured_shapes(cfg)
+    register_embedded(cfg)
     custom = find_custom(cfg)
     splits = {split: (data_set.name,) if data_set else () for split, data_set in custom.items()}
     for data_set in filter(None, custom.values()):
@@ -35,6 +42,12 @@ def setup_datasets(cfg: CfgNode) -> None:
     if cfg.DATASETS.OVERFIT_IMAGES:
         subset = register_subset(cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES)
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (subset,)
+    for key in _DETECTRON2_NUM_CLASSES.intersection(num_classes_keys(cfg)):
+        if get_value(cfg, key) == -1:
+            cfg.merge_from_list([key, num_classes(cfg)])
+
+
+_DETECTRON2_NUM_CLASSES = {"MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"}
 
 
 def num_classes(cfg: CfgNode) -> int:
@@ -62,15 +75,16 @@ class CustomSet(NamedTuple):
     image_root: Path
 
 
-def register_configured_shapes(cfg: CfgNode) -> None:
-    """Register "shapes_train" and "shapes_val" with the parameters of DATASETS.SHAPES."""
-    shapes = cfg.DATASETS.SHAPES
-    register_shapes(
-        train_images=shapes.TRAIN_IMAGES,
-        val_images=shapes.VAL_IMAGES,
-        image_size=shapes.IMAGE_SIZE,
-        seed=shapes.SEED,
-    )
+def register_embedded(cfg: CfgNode) -> None:
+    """Register the embedded sets with the parameters of DATASETS.SHAPES, .RODS and .TUBES."""
+    for name, drawn in EMBEDDED.items():
+        parameters = cfg.DATASETS[name.upper()]
+        drawn.register(
+            train_images=parameters.TRAIN_IMAGES,
+            val_images=parameters.VAL_IMAGES,
+            image_size=parameters.IMAGE_SIZE,
+            seed=parameters.SEED,
+        )
 
 
 def find_custom(cfg: CfgNode) -> dict[str, CustomSet | None]:

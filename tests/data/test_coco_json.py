@@ -18,10 +18,10 @@ from pycocotools.coco import COCO
 
 from solo_d2.config import add_solo_d2_config
 from solo_d2.data import (
+    SHAPES,
     num_classes,
     register_coco_json,
     register_coco_mini,
-    register_shapes,
     setup_datasets,
 )
 
@@ -513,7 +513,7 @@ def test_shapes_take_the_parameters_of_the_config(cfg):
 
 
 def test_num_classes_falls_back_to_the_test_set_and_says_when_unknown(cfg):
-    register_shapes()
+    SHAPES.register()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("unheard_of",), ("shapes_val",)
     assert num_classes(cfg) == 5
     cfg.DATASETS.TEST = ()

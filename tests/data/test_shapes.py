@@ -1,6 +1,7 @@
 """The embedded data set: true masks, the same picture for the same parameters, all or nothing."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -20,8 +21,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 from pycocotools.coco import COCO
 
-from solo_d2.data import cache, ensure_shapes, generate_shapes, register_shapes
-from solo_d2.data.shapes import dataset, drawing
+from solo_d2.data import EMBEDDED, SHAPES, cache, draw, drawn
+from solo_d2.data.shapes import drawing
 
 SIZE = (128, 128)
 
@@ -29,7 +30,7 @@ SIZE = (128, 128)
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("shapes")
-    generate_shapes(root, count=250, size=SIZE, seed=3, split="train")
+    SHAPES.generate(root, count=250, size=SIZE, seed=3, split="train")
     return root
 
 
@@ -44,7 +45,7 @@ def cache_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
     monkeypatch.undo()
-    register_shapes()
+    SHAPES.register()
 
 
 def scene(index, seed=3, size=SIZE):
@@ -60,13 +61,13 @@ def files(folder):
 
 def test_same_parameters_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        generate_shapes(tmp_path / name, count=4, size=(64, 96), seed=1, split="val")
+        SHAPES.generate(tmp_path / name, count=4, size=(64, 96), seed=1, split="val")
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert len(files(tmp_path / "a")) == 5
 
 
 def test_an_image_does_not_depend_on_the_count(tmp_path, root, coco):
-    generate_shapes(tmp_path, count=3, size=SIZE, seed=3, split="train")
+    SHAPES.generate(tmp_path, count=3, size=SIZE, seed=3, split="train")
     few = files(tmp_path / "train")
     assert len(few) == 3
     assert few == {name: (root / "train" / name).read_bytes() for name in few}
@@ -77,7 +78,7 @@ def test_an_image_does_not_depend_on_the_count(tmp_path, root, coco):
 @pytest.mark.parametrize("other", [{"seed": 4}, {"split": "val"}])
 def test_seed_and_split_change_the_images(tmp_path, root, other):
     parameters = {"count": 2, "size": SIZE, "seed": 3, "split": "train"} | other
-    generate_shapes(tmp_path, **parameters)
+    SHAPES.generate(tmp_path, **parameters)
     for image in (tmp_path / parameters["split"]).iterdir():
         assert image.read_bytes() != (root / "train" / image.name).read_bytes()
 
@@ -88,7 +89,7 @@ def test_seed_and_split_change_the_images(tmp_path, root, other):
 def test_parameters_out_of_range_are_refused(tmp_path, wrong):
     parameters = {"count": 1, "size": (64, 64), "seed": 0, "split": "train"} | wrong
     with pytest.raises(ValueError, match="shapes need at least 1 image"):
-        generate_shapes(tmp_path, **parameters)
+        SHAPES.generate(tmp_path, **parameters)
 
 
 # --- content of the json
@@ -98,7 +99,7 @@ def test_ids_start_at_one_and_categories_are_not_contiguous(coco):
     assert coco.getImgIds() == list(range(1, 251))
     assert coco.getAnnIds() == list(range(1, len(coco.anns) + 1))
     names = {c["name"]: c["id"] for c in coco.dataset["categories"]}
-    assert names == dataset.CATEGORY_IDS
+    assert names == SHAPES.category_ids
     assert len(names) >= 5
     assert max(names.values()) > len(names)
     counts = Counter(a["category_id"] for a in coco.dataset["annotations"])
@@ -155,7 +156,7 @@ def test_some_images_are_empty_and_most_hold_a_few_objects(coco):
 
 
 def test_rings_keep_their_hole(coco):
-    rings = coco.loadAnns(coco.getAnnIds(catIds=[dataset.CATEGORY_IDS["ring"]], iscrowd=False))
+    rings = coco.loadAnns(coco.getAnnIds(catIds=[SHAPES.category_ids["ring"]], iscrowd=False))
     with_hole = 0
     for annotation in rings:
         mask = coco.annToMask(annotation)
@@ -174,7 +175,7 @@ def test_segmentations_agree_with_the_drawn_masks():
     for index in range(40):
         rng = np.random.default_rng(index)
         for shape in scene(index)[1]:
-            annotation = dataset._annotation(rng, shape)
+            annotation = drawn.mask_annotation(rng, shape, polygons=0.8)
             segmentation = annotation["segmentation"]
             if isinstance(segmentation, list):
                 polygons += 1
@@ -196,18 +197,18 @@ def test_segmentations_agree_with_the_drawn_masks():
 def test_masks_that_one_polygon_cannot_show_get_none(holed):
     mask = np.zeros((32, 32), bool)
     mask[4:28, 4:28] = True
-    assert dataset._polygon(mask) == [4, 4, 4, 28, 28, 28, 28, 4]
+    assert drawn._polygon(mask) == [4, 4, 4, 28, 28, 28, 28, 4]
     if holed:
         mask[12:20, 12:20] = False
     else:
         mask[12:20] = False
-    assert dataset._polygon(mask) is None
+    assert drawn._polygon(mask) is None
 
 
 def test_uncompressed_runs_are_cocos():
     mask = np.array([[1, 0], [1, 1]], bool)
-    assert dataset._uncompressed_counts(mask) == [0, 2, 1, 1]
-    assert dataset._uncompressed_counts(np.zeros((2, 2), bool)) == [4]
+    assert drawn._uncompressed_counts(mask) == [0, 2, 1, 1]
+    assert drawn._uncompressed_counts(np.zeros((2, 2), bool)) == [4]
 
 
 def test_visible_parts_do_not_overlap_and_every_shape_stays_visible():
@@ -299,31 +300,30 @@ def test_other_sizes_work(size):
 # --- cache
 
 
-def ensure(**other):
-    return ensure_shapes(**({"count": 2, "size": (48, 64), "seed": 0, "split": "train"} | other))
+def ensure(shapes=SHAPES, **other):
+    return shapes.ensure(**({"count": 2, "size": (48, 64), "seed": 0, "split": "train"} | other))
 
 
 def test_a_set_is_drawn_once(cache_dir, monkeypatch):
     folder = ensure()
     assert folder.parent == cache_dir
-    monkeypatch.setattr(dataset, "generate_shapes", lambda *a, **k: pytest.fail("drawn twice"))
+    monkeypatch.setattr(drawn.DrawnSet, "generate", lambda *a, **k: pytest.fail("drawn twice"))
     assert ensure() == folder
 
 
-def test_every_parameter_and_the_format_have_a_folder_of_their_own(cache_dir, monkeypatch):
+def test_every_parameter_and_the_format_have_a_folder_of_their_own(cache_dir):
     folders = {ensure(), ensure(count=1), ensure(size=(64, 48)), ensure(seed=1)}
     folders.add(ensure(split="val"))
-    monkeypatch.setattr(dataset, "FORMAT_VERSION", dataset.FORMAT_VERSION + 1)
-    folders.add(ensure())
+    folders.add(ensure(dataclasses.replace(SHAPES, version=SHAPES.version + 1)))
     assert len(folders) == 6
 
 
 def test_a_failing_generation_leaves_nothing(cache_dir, monkeypatch):
-    def fail(folder, **_):
+    def fail(_, folder, **__):
         (folder / "half").write_text("")
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(dataset, "generate_shapes", fail)
+    monkeypatch.setattr(drawn.DrawnSet, "generate", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         ensure()
     assert [p.name for p in cache_dir.iterdir() if p.is_dir()] == []
@@ -331,19 +331,17 @@ def test_a_failing_generation_leaves_nothing(cache_dir, monkeypatch):
 
 # Draws a set with a pause after each image; does not import the models.
 DRAW_SLOWLY = """
-import sys, time
-from solo_d2.data import shapes
-from solo_d2.data.shapes import dataset
+import dataclasses, sys, time
+from solo_d2.data import SHAPES
 
-draw = dataset.draw_scene
 def slowly(*args):
     print("drawing", flush=True)
     time.sleep(0.1)
-    return draw(*args)
-dataset.draw_scene = slowly
+    return SHAPES.draw_scene(*args)
 print("start", flush=True)
 sys.stdin.readline()
-dataset.ensure_shapes(count=6, size=(48, 64), seed=0, split="train")
+slow = dataclasses.replace(SHAPES, draw_scene=slowly)
+slow.ensure(count=6, size=(48, 64), seed=0, split="train")
 """
 
 
@@ -359,7 +357,7 @@ def start_drawing(cache_dir):
 
 
 def test_two_processes_at_once_and_one_killed_half_way_leave_whole_sets(cache_dir, tmp_path):
-    generate_shapes(tmp_path / "expected", count=6, size=(48, 64), seed=0, split="train")
+    SHAPES.generate(tmp_path / "expected", count=6, size=(48, 64), seed=0, split="train")
     processes = [start_drawing(cache_dir) for _ in range(3)]
     for process in processes:
         assert process.stdout.readline() == "start\n"
@@ -397,7 +395,7 @@ def test_a_folder_is_invisible_until_it_is_full(cache_dir):
 
 
 def test_registered_sets_are_drawn_when_loaded(cache_dir):
-    register_shapes(train_images=3, val_images=2, image_size=(64, 96), seed=5)
+    SHAPES.register(train_images=3, val_images=2, image_size=(64, 96), seed=5)
     assert not cache_dir.exists()
     for name, count in (("shapes_train", 3), ("shapes_val", 2)):
         records = DatasetCatalog.get(name)
@@ -418,7 +416,7 @@ def test_registered_sets_are_drawn_when_loaded(cache_dir):
 
 
 def test_the_ground_truth_scores_full_marks(cache_dir):
-    register_shapes(val_images=40, seed=1)
+    SHAPES.register(val_images=40, seed=1)
     records = DatasetCatalog.get("shapes_val")
     evaluator = COCOEvaluator("shapes_val", tasks=("bbox", "segm"), distributed=False)
     evaluator.reset()
@@ -439,23 +437,20 @@ def test_the_ground_truth_scores_full_marks(cache_dir):
 
 
 def test_registering_again_replaces(cache_dir):
-    register_shapes(val_images=1, image_size=(64, 64))
+    SHAPES.register(val_images=1, image_size=(64, 64))
     assert len(DatasetCatalog.get("shapes_val")) == 1
-    register_shapes(val_images=2, image_size=(64, 64))
+    SHAPES.register(val_images=2, image_size=(64, 64))
     assert len(DatasetCatalog.get("shapes_val")) == 2
     assert "-2x64x64-" in MetadataCatalog.get("shapes_val").json_file
 
 
-def test_the_command_writes_a_set(tmp_path, monkeypatch, capsys):
-    from solo_d2.data.shapes import __main__ as command
-
-    monkeypatch.setattr(
-        sys, "argv", ["shapes", "--output", str(tmp_path), "--count", "2", "--size", "48", "64"]
-    )
-    command.main()
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_command_writes_a_set(tmp_path, capsys, name):
+    draw.main([name, "--output", str(tmp_path), "--count", "2", "--size", "48", "64"])
+    suffix = EMBEDDED[name].suffix
     assert sorted(files(tmp_path)) == [
         "annotations/instances_train.json",
-        "train/000001.jpg",
-        "train/000002.jpg",
+        f"train/000001{suffix}",
+        f"train/000002{suffix}",
     ]
     assert str(tmp_path) in capsys.readouterr().out

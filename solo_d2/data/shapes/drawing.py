@@ -12,6 +12,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from ..drawn import DrawnObject
+
 # Pixels per image pixel and axis when a shape is drawn; its anti-aliased edge comes from these.
 _SUPERSAMPLING = 4
 # A shape keeps at least this fraction of its whole area in view, and this many pixels.
@@ -24,14 +26,6 @@ _LARGEST = 0.95
 _TILT = 0.35
 
 Contours = list[NDArray[np.float64]]
-
-
-class Shape(NamedTuple):
-    """One object, or one crowd: many tiny objects of a class that are not told apart."""
-
-    category: int  # index into CLASSES
-    mask: NDArray[np.bool_]  # (H, W), the visible part
-    is_crowd: bool
 
 
 class _Layer(NamedTuple):
@@ -123,7 +117,7 @@ def _rasterise(contours: Contours, size: tuple[int, int]) -> NDArray:
 # --- colours and textures
 
 
-def _noise(rng: Generator, size: tuple[int, int], cells: float, octaves: int = 3) -> NDArray:
+def noise(rng: Generator, size: tuple[int, int], cells: float, octaves: int = 3) -> NDArray:
     """(H, W) smooth noise with values around 0; the coarsest octave has ``cells`` cells a side."""
     total = np.zeros(size, np.float32)
     for octave in range(octaves):
@@ -160,7 +154,7 @@ def _texture(rng: Generator, size: tuple[int, int], colour: NDArray, spread: flo
     elif kind == 2:
         pattern = _stripes(rng, size, 5, 16)
     else:
-        pattern = 0.7 * _noise(rng, size, cells=max(size) / 24)
+        pattern = 0.7 * noise(rng, size, cells=max(size) / 24)
     return colour + pattern[..., None] * rng.uniform(-spread, spread, 3).astype(np.float32)
 
 
@@ -181,14 +175,14 @@ def _background(rng: Generator, size: tuple[int, int]) -> NDArray:
     base = rng.uniform(40, 215, 3).astype(np.float32)
     image = np.tile(base, (*size, 1))
     for pattern, strength in (
-        (_noise(rng, size, rng.uniform(2, 8)), 12),
+        (noise(rng, size, rng.uniform(2, 8)), 12),
         (_gradient(rng, size), 25),
         (_stripes(rng, size, 10, 50), 14 if rng.uniform() < 0.4 else 0),
     ):
         image += pattern[..., None] * rng.uniform(-strength, strength, 3).astype(np.float32)
     # soft blobs: the tops of a noise field, without a sharp edge or a shape of their own
     for _ in range(rng.integers(0, 3)):
-        alpha = np.clip(_noise(rng, size, rng.uniform(3, 6), octaves=1) - 1.2, 0, 1)
+        alpha = np.clip(noise(rng, size, rng.uniform(3, 6), octaves=1) - 1.2, 0, 1)
         image = _blend(image, 0.6 * alpha, base + rng.uniform(-60, 60, 3).astype(np.float32))
     # thin lines and open curves, too thin to be a ring
     for _ in range(rng.integers(0, 6)):
@@ -233,7 +227,9 @@ def _crowd_region(layers: list[_Layer], size: tuple[int, int]) -> NDArray[np.boo
     return closed[9:-9, 9:-9].astype(bool)
 
 
-def draw_scene(rng: Generator, height: int, width: int) -> tuple[NDArray[np.uint8], list[Shape]]:
+def draw_scene(
+    rng: Generator, height: int, width: int
+) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
     """One random scene.
 
     Later shapes cover earlier ones. A shape that would hide too much of another one, or too much
@@ -246,7 +242,7 @@ def draw_scene(rng: Generator, height: int, width: int) -> tuple[NDArray[np.uint
     image = _background(rng, size)
     count = 0 if rng.uniform() < 0.03 else int(rng.integers(3, 8))
 
-    shapes: list[Shape] = []
+    shapes: list[DrawnObject] = []
     whole_areas: list[float] = []
     layers: list[_Layer] = []
     if count and rng.uniform() < 0.08:
@@ -254,7 +250,7 @@ def draw_scene(rng: Generator, height: int, width: int) -> tuple[NDArray[np.uint
         layers = _crowd_layers(rng, category, size)
         region = _crowd_region(layers, size)
         if region.sum() >= MIN_PIXELS:
-            shapes.append(Shape(category, region, True))
+            shapes.append(DrawnObject(category, region, True))
             whole_areas.append(float(region.sum()))
         else:
             layers = []
@@ -276,7 +272,7 @@ def draw_scene(rng: Generator, height: int, width: int) -> tuple[NDArray[np.uint
                 v.sum() >= max(MIN_PIXELS, least * area) for v, area in zip(visible, whole_areas)
             ):
                 shapes = [shape._replace(mask=v) for shape, v in zip(shapes, visible)]
-                shapes.append(Shape(category, mask, False))
+                shapes.append(DrawnObject(category, mask, False))
                 whole_areas.append(layer.area)
                 layers.append(layer)
                 break

@@ -1,0 +1,208 @@
+"""Sets of drawn pictures in COCO's format, made on first use."""
+
+import json
+import logging
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pycocotools.mask as mask_util
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from .cache import cache_folder, ensure_folder
+from .coco_json import load_records, register
+
+# A polygon stands for a mask only if pycocotools draws it back with at least this IoU.
+_POLYGON_IOU = 0.95
+_JPEG_QUALITY = 95
+
+
+class DrawnObject(NamedTuple):
+    """One object, or one crowd: many tiny objects of a class that are not told apart."""
+
+    category: int  # index into the set's classes
+    mask: NDArray[np.bool_]  # (H, W), the visible part
+    is_crowd: bool = False
+
+
+# (random numbers, height, width) -> (H, W, 3) uint8 RGB image, its objects from bottom to top
+DrawScene = Callable[[Generator, int, int], tuple[NDArray[np.uint8], list[DrawnObject]]]
+
+
+@dataclass(frozen=True)
+class DrawnSet:
+    """A data set "<name>_train" and "<name>_val" of random scenes."""
+
+    name: str
+    # Part of the cache folder's name: raise it whenever the same parameters give other files.
+    version: int
+    category_ids: Mapping[str, int]  # of the classes, in their order
+    draw_scene: DrawScene
+    # Defaults of ``register``: images per split; height and width in pixels.
+    train_images: int
+    val_images: int
+    image_size: tuple[int, int]
+    suffix: str = ".png"
+    # Share of the objects whose mask is written as a polygon, if one polygon can show it.
+    polygons: float = 0.0
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.category_ids)
+
+    def generate(
+        self, root: str | Path, *, count: int, size: tuple[int, int], seed: int, split: str
+    ) -> None:
+        """Write ``root/annotations/instances_<split>.json`` and the images in ``root/<split>/``.
+
+        An image and its masks depend on the seed, the split, the index and the size alone.
+
+        Args:
+            root: made if needed.
+            count: number of images.
+            size: height and width in pixels, at least 32.
+            seed: not negative.
+            split: any name; "train" and "val" are disjoint draws.
+
+        Raises:
+            ValueError: a parameter is out of range.
+        """
+        if count < 1 or min(size) < 32 or seed < 0:
+            raise ValueError(
+                f"{self.name} need at least 1 image, sides of 32 pixels and a seed >= 0; "
+                f"got count {count}, size {tuple(size)}, seed {seed}"
+            )
+        root = Path(root)
+        (root / "annotations").mkdir(parents=True, exist_ok=True)
+        (root / split).mkdir(exist_ok=True)
+        logging.getLogger(__name__).info(f"Drawing {count} images of {self.name}_{split}")
+        images: list[dict] = []
+        annotations: list[dict] = []
+        for index in range(count):
+            rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+            image, objects = self.draw_scene(rng, *size)
+            file_name = f"{index + 1:06d}{self.suffix}"
+            quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
+            if not cv2.imwrite(str(root / split / file_name), image[..., ::-1], quality):
+                raise OSError(f"cannot write {root / split / file_name}")
+            images.append(
+                {"id": index + 1, "file_name": file_name, "height": size[0], "width": size[1]}
+            )
+            for thing in objects:
+                ids = {"id": len(annotations) + 1, "image_id": index + 1}
+                category = {"category_id": self.category_ids[self.classes[thing.category]]}
+                annotations.append(ids | category | mask_annotation(rng, thing, self.polygons))
+        document = {
+            "info": {"description": f"solo_d2 {self.name}, {split}", "version": str(self.version)},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for name, i in self.category_ids.items()],
+        }
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+
+    def ensure(self, *, count: int, size: tuple[int, int], seed: int, split: str) -> Path:
+        """The folder of a split in the cache, drawn if it is not there yet.
+
+        The cache is $SOLO_D2_CACHE, or ~/.cache/solo_d2. The folder is complete whenever it is
+        there, also when several processes ask for it at once or one is killed half-way.
+        Arguments and errors are those of ``generate``.
+        """
+        return ensure_folder(
+            self._folder_name(count, size, seed, split),
+            lambda folder: self.generate(folder, count=count, size=size, seed=seed, split=split),
+        )
+
+    def register(
+        self,
+        *,
+        train_images: int | None = None,
+        val_images: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Register "<name>_train" and "<name>_val"; nothing is drawn before they are loaded.
+
+        Registering again replaces them.
+
+        Args:
+            train_images, val_images: images per split.
+            image_size: height and width in pixels.
+            seed: of the drawing.
+        """
+        height, width = image_size or self.image_size
+        size = (int(height), int(width))
+        counts = {
+            "train": train_images or self.train_images,
+            "val": val_images or self.val_images,
+        }
+        for split, count in counts.items():
+            root = cache_folder() / self._folder_name(count, size, seed, split)
+            ids = {category_id: i for i, category_id in enumerate(self.category_ids.values())}
+            json_file = str(root / "annotations" / f"instances_{split}.json")
+            register(
+                f"{self.name}_{split}",
+                partial(self._load, count=count, size=size, seed=seed, split=split),
+                json_file=json_file,
+                image_root=str(root / split),
+                thing_classes=self.classes,
+                thing_dataset_id_to_contiguous_id=ids,
+            )
+
+    def _load(self, *, count: int, size: tuple[int, int], seed: int, split: str) -> list[dict]:
+        root = self.ensure(count=count, size=size, seed=seed, split=split)
+        json_file = str(root / "annotations" / f"instances_{split}.json")
+        ids = {category_id: i for i, category_id in enumerate(self.category_ids.values())}
+        return load_records(json_file, str(root / split), ids, f"{self.name}_{split}")
+
+    def _folder_name(self, count: int, size: tuple[int, int], seed: int, split: str) -> str:
+        return f"{self.name}-v{self.version}-{split}-{count}x{size[0]}x{size[1]}-seed{seed}"
+
+
+def mask_annotation(rng: Generator, thing: DrawnObject, polygons: float) -> dict[str, Any]:
+    """An object as COCO has it; area and box are those of the segmentation as written."""
+    rle = mask_util.encode(np.asfortranarray(thing.mask, np.uint8))
+    segmentation: Any = {"size": list(thing.mask.shape), "counts": rle["counts"].decode()}
+    if thing.is_crowd:  # COCO's crowds are uncompressed
+        segmentation["counts"] = _uncompressed_counts(thing.mask)
+    elif rng.uniform() < polygons:
+        polygon = _polygon(thing.mask)
+        if polygon is not None:
+            segmentation = [polygon]
+            rle = mask_util.frPyObjects(segmentation, *thing.mask.shape)[0]
+    return {
+        "iscrowd": int(thing.is_crowd),
+        "area": int(mask_util.area(rle)),
+        "bbox": mask_util.toBbox(rle).tolist(),
+        "segmentation": segmentation,
+    }
+
+
+def _uncompressed_counts(mask: NDArray[np.bool_]) -> list[int]:
+    """Lengths of the runs of 0, 1, 0, ... down the columns."""
+    flat = np.concatenate([[False], mask.ravel(order="F")])
+    changes = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
+
+
+def _polygon(mask: NDArray[np.bool_]) -> list[float] | None:
+    """x, y, x, y, ... around a mask; None where one polygon cannot stand for it."""
+    doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
+    contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    if len(contours) != 1:  # several parts, or a hole
+        return None
+    # From the centres of boundary pixels, doubled, to the nearest corners of pixels.
+    corners = np.round((contours[0] + 0.5) / 2).astype(np.float32)
+    outline = cv2.approxPolyDP(corners, 0.6, closed=True).reshape(-1, 2)
+    if len(outline) < 3:
+        return None
+    polygon = outline.ravel().tolist()
+    drawn = mask_util.frPyObjects([polygon], *mask.shape)
+    rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    return polygon if mask_util.iou(drawn, [rle], [0])[0, 0] >= _POLYGON_IOU else None

@@ -1,0 +1,182 @@
+"""Rods that cover each other ("toy"), and bent tubes with ellipses ("toy v2"), with exact masks.
+
+Frames: x to the right, y down, pixel (0, 0) covers [0, 1) x [0, 1). All randomness comes from the
+generator that is passed in.
+"""
+
+import cv2
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from ..drawn import DrawnObject
+from ..shapes.drawing import noise
+
+# An object of which less is in view is drawn but not listed.
+MIN_PIXELS = 20
+_SEGMENTS = 10  # of the polyline that stands for a curve
+
+
+class _Canvas:
+    """A picture and the index of the topmost object at each pixel, -1 for none."""
+
+    def __init__(self, image: NDArray):
+        self.image = image  # (H, W, 3) float32 in [0, 255]
+        self.top = np.full(image.shape[:2], -1)
+        self.count = 0
+
+    def add(self, depth: NDArray, corner: tuple[int, int], colour: NDArray, opacity: float) -> None:
+        """
+        Args:
+            depth: (h, w) distance from each pixel's centre to the outline, negative outside.
+            corner: y, x of the window in the picture.
+            colour: (h, w, 3).
+            opacity: 1 hides what is below.
+        """
+        h, w = depth.shape
+        window = np.s_[corner[0] : corner[0] + h, corner[1] : corner[1] + w]
+        alpha = opacity * np.clip(depth + 0.5, 0, 1)[..., None]
+        self.image[window] += alpha * (colour - self.image[window])
+        self.top[window][depth >= 0] = self.count
+        self.count += 1
+
+    def objects(self) -> list[DrawnObject]:
+        """What is in view of each object, from bottom to top."""
+        masks = [self.top == index for index in range(self.count)]
+        return [DrawnObject(0, mask) for mask in masks if mask.sum() >= MIN_PIXELS]
+
+
+def draw_rods(
+    rng: Generator, height: int, width: int
+) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
+    """Straight rods with round ends, red with a blue rim, on white; later ones cover earlier ones.
+
+    8 to 25 of them in 96 x 96 pixels, and as many per area in other sizes. Every second picture
+    is blurred, and every second one gets noise.
+
+    Returns:
+        The image, (H, W, 3) uint8 RGB, and its objects from bottom to top.
+    """
+    canvas = _Canvas(np.full((height, width, 3), 255, np.float32))
+    for _ in range(_number(rng, 8, 25, height * width / 96**2)):
+        centre = rng.uniform(0, 1, 2) * (width, height)
+        angle = rng.uniform(0, np.pi)
+        radius = rng.uniform(3.0, 4.5)
+        half = rng.uniform(15, 37) / 2 - radius
+        step = half * np.array([np.cos(angle), np.sin(angle)])
+        points = np.stack([centre - step, centre + step])
+        depth, corner = _stroke_depth(points, np.full(2, radius), (height, width))
+        rim = rng.uniform(1.0, 1.5)
+        fill = np.array([rng.uniform(200, 240), rng.uniform(20, 50), rng.uniform(20, 50)])
+        blue = np.array([20, 20, rng.uniform(170, 220)])
+        inner = np.clip(depth - rim + 0.5, 0, 1)[..., None]
+        canvas.add(depth, corner, blue + inner * (fill - blue), opacity=1)
+    image = canvas.image
+    if rng.uniform() < 0.5:
+        side = int(rng.integers(2, 5))
+        image = cv2.blur(image, (side, side))
+    if rng.uniform() < 0.5:
+        image = image + rng.uniform(10, 40) * rng.standard_normal(image.shape, np.float32)
+    return _to_uint8(image), canvas.objects()
+
+
+def draw_tubes(
+    rng: Generator, height: int, width: int
+) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
+    """Bent, tapered tubes and some ellipses, blue, with a dark soft rim, slightly transparent.
+
+    12 to 52 of them in 128 x 128 pixels, and as many per area in other sizes, on pale blue. What
+    is seen through an object belongs to the object.
+
+    Returns:
+        The image, (H, W, 3) uint8 RGB, and its objects from bottom to top.
+    """
+    size = (height, width)
+    mottle = noise(rng, size, cells=max(size) / 12)[..., None]
+    canvas = _Canvas(np.array([200, 215, 240], np.float32) + 7 * mottle)
+    for _ in range(_number(rng, 12, 52, height * width / 128**2)):
+        centre = rng.uniform(0, 1, 2) * (width, height)
+        angle = rng.uniform(0, 2 * np.pi)
+        if rng.uniform() < 0.75:
+            points, radii = _bent_tube(rng, centre, angle)
+            depth, corner = _stroke_depth(points, radii, size)
+        else:
+            depth, corner = _ellipse_depth(centre, rng.uniform(4, 10, 2), angle, size)
+        colour = np.array([70, 110, 200]) + rng.uniform(-25, 25, 3)
+        darkness = 0.55 * np.clip(1 - depth / 2.5, 0, 1)[..., None]
+        canvas.add(depth, corner, colour * (1 - darkness), opacity=rng.uniform(0.65, 0.85))
+    image = canvas.image + 3 * rng.standard_normal((*size, 3), np.float32)
+    return _to_uint8(image), canvas.objects()
+
+
+def _number(rng: Generator, low: int, high: int, scale: float) -> int:
+    """Objects in a picture ``scale`` times as large as the published ones; at least 1."""
+    return max(1, round(int(rng.integers(low, high + 1)) * scale))
+
+
+def _bent_tube(
+    rng: Generator, centre: NDArray[np.float64], angle: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Points (n, 2) along a quadratic Bezier curve, and the radius at each."""
+    along = np.array([np.cos(angle), np.sin(angle)])
+    across = np.array([-along[1], along[0]])
+    half = rng.uniform(10, 20)
+    ends = centre - half * along, centre + half * along
+    middle = centre + rng.uniform(-1, 1) * 1.3 * half * across
+    t = np.linspace(0, 1, _SEGMENTS + 1)[:, None]
+    points = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * middle + t**2 * ends[1]
+    thick, thin = rng.uniform(3.5, 4.5), rng.uniform(2.5, 3.5)
+    return points, (thick + t * (thin - thick))[:, 0]
+
+
+def _stroke_depth(
+    points: NDArray[np.float64], radii: NDArray[np.float64], size: tuple[int, int]
+) -> tuple[NDArray[np.float64], tuple[int, int]]:
+    """Depth within a thick polyline.
+
+    Args:
+        points: (n, 2) x, y.
+        radii: (n,) in pixels; linear between the points.
+        size: height and width of the picture.
+
+    Returns:
+        Depth (h, w) in a window of the picture, and the window's corner y, x. The window may be
+        empty.
+    """
+    reach = radii.max() + 1
+    xy, corner = _window(points.min(0) - reach, points.max(0) + reach, size)
+    starts, steps = points[:-1], np.diff(points, axis=0)
+    offsets = xy[..., None, :] - starts  # (h, w, segments, 2)
+    lengths = np.maximum((steps**2).sum(1), 1e-9)
+    t = np.clip((offsets * steps).sum(-1) / lengths, 0, 1)
+    distance = np.linalg.norm(offsets - t[..., None] * steps, axis=-1)
+    return (radii[:-1] + t * np.diff(radii) - distance).max(-1), corner
+
+
+def _ellipse_depth(
+    centre: NDArray[np.float64],
+    radii: NDArray[np.float64],
+    angle: float,
+    size: tuple[int, int],
+) -> tuple[NDArray[np.float64], tuple[int, int]]:
+    """Depth within a filled ellipse, exact at its outline; see ``_stroke_depth``."""
+    reach = radii.max() + 1
+    xy, corner = _window(centre - reach, centre + reach, size)
+    cos, sin = np.cos(angle), np.sin(angle)
+    local = (xy - centre) @ np.array([[cos, -sin], [sin, cos]]) / radii
+    return (1 - np.linalg.norm(local, axis=-1)) * radii.min(), corner
+
+
+def _window(
+    low: NDArray[np.float64], high: NDArray[np.float64], size: tuple[int, int]
+) -> tuple[NDArray[np.float64], tuple[int, int]]:
+    """(h, w, 2) x, y of the centres of the picture's pixels between two corners x, y."""
+    height, width = size
+    left, top = np.clip(np.floor(low).astype(int), 0, (width, height))
+    right, bottom = np.clip(np.ceil(high).astype(int), 0, (width, height))
+    y, x = np.mgrid[top:bottom, left:right] + 0.5
+    return np.stack([x, y], -1), (int(top), int(left))
+
+
+def _to_uint8(image: NDArray) -> NDArray[np.uint8]:
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)
