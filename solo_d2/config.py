@@ -147,6 +147,19 @@ def _add_backbones(cfg: CN) -> None:
     # their statistics do not (the recipe of mmdetection; for small batches).
     cfg.MODEL.BACKBONE.FREEZE_BN_STATS = False
 
+    # Of a stage in RESNETS.DEFORM_ON_PER_STAGE, the blocks whose index this divides are deformable;
+    # 1: all. And whether their 3x3 convolutions have a bias. YOLACT++ with ResNet-101 has 3, True.
+    cfg.MODEL.RESNETS.DEFORM_INTERVAL = 1
+    cfg.MODEL.RESNETS.DEFORM_BIAS = False
+
+    # DarkNet-53 as a bottom-up backbone: res1..res5 at strides 2..32. The stages have 2 to 32 times
+    # the stem's channels; NORM as in RESNETS.
+    cfg.MODEL.DARKNET = CN()
+    cfg.MODEL.DARKNET.DEPTH = 53
+    cfg.MODEL.DARKNET.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.DARKNET.STEM_OUT_CHANNELS = 32
+    cfg.MODEL.DARKNET.NORM = "BN"
+
     # torchvision's MobileNetV2 as a bottom-up backbone: res2..res5 at strides 4..32.
     cfg.MODEL.MOBILENETV2 = CN()
     cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]

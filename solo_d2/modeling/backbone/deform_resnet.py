@@ -18,11 +18,12 @@ class DeformBottleneck(BottleneckBlock):
     works only with its compiled extension.
     """
 
-    def __init__(self, plain: BottleneckBlock, *, modulated: bool):
+    def __init__(self, plain: BottleneckBlock, *, modulated: bool, bias: bool = False):
         """
         Args:
             plain: the block to take over; its layers are reused.
             modulated: DCNv2.
+            bias: give the deformable convolution a bias, zero at first, before its norm.
         """
         nn.Module.__init__(self)
         self.in_channels, self.out_channels = plain.in_channels, plain.out_channels
@@ -38,10 +39,12 @@ class DeformBottleneck(BottleneckBlock):
             padding=old.padding,
             dilation=old.dilation,
             groups=old.groups,
-            bias=False,
+            bias=bias,
             norm=old.norm,
         )
         self.conv2.weight = old.weight
+        if bias:
+            nn.init.zeros_(self.conv2.bias)
         # under Detectron2's name, beside conv2 rather than inside
         self.conv2_offset = self.conv2.offset
         del self.conv2.offset
@@ -58,8 +61,11 @@ class DeformBottleneck(BottleneckBlock):
 def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet with RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED honoured.
 
+    DEFORM_INTERVAL and DEFORM_BIAS are ours; see config.py.
+
     Raises:
-        ValueError: the depth has no bottleneck blocks, or there is more than one deform group.
+        ValueError: the depth has no bottleneck blocks, there is more than one deform group, or the
+            interval is no positive number.
     """
     options = cfg.MODEL.RESNETS
     deform = options.DEFORM_ON_PER_STAGE
@@ -71,14 +77,20 @@ def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
         raise ValueError(
             f"MODEL.RESNETS.DEFORM_NUM_GROUPS must be 1, not {options.DEFORM_NUM_GROUPS}"
         )
+    if options.DEFORM_INTERVAL < 1:
+        raise ValueError(
+            f"MODEL.RESNETS.DEFORM_INTERVAL must be 1 or more, not {options.DEFORM_INTERVAL}"
+        )
     plain_cfg = cfg.clone()
     plain_cfg.defrost()
     plain_cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
     resnet = build_resnet_backbone(plain_cfg, input_shape)
     for stage, deformable in zip(resnet.stages, deform):
         if deformable:
-            for i, block in enumerate(stage):
-                stage[i] = DeformBottleneck(block, modulated=options.DEFORM_MODULATED)
+            for i in range(0, len(stage), options.DEFORM_INTERVAL):
+                stage[i] = DeformBottleneck(
+                    stage[i], modulated=options.DEFORM_MODULATED, bias=options.DEFORM_BIAS
+                )
     # a frozen stage stays frozen with its new layers
     return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 

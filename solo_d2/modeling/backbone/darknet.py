@@ -1,0 +1,125 @@
+"""DarkNet-53 (YOLOv3, arXiv 1804.02767) as a bottom-up backbone."""
+
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+# Residual blocks of res1 to res5.
+_BLOCKS = {53: (1, 2, 8, 8, 4)}
+_STEM_CHANNELS = 32
+
+
+class _ConvNormLeaky(Conv2d):
+    """Convolution without bias, norm, leaky ReLU; keeps the size at stride 1."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, norm: str, stride: int = 1
+    ):
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            bias=False,
+            norm=get_norm(norm, out_channels),
+            activation=nn.LeakyReLU(0.1, inplace=True),
+        )
+        nn.init.kaiming_normal_(self.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+
+
+class DarkNetBlock(nn.Module):
+    """1x1 to half the width, 3x3 back, and the input added; no activation after the sum."""
+
+    def __init__(self, channels: int, *, norm: str):
+        super().__init__()
+        self.conv1 = _ConvNormLeaky(channels, channels // 2, 1, norm=norm)
+        self.conv2 = _ConvNormLeaky(channels // 2, channels, 3, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x))
+
+
+class DarkNet(Backbone):
+    """A stem and the stages "res1" to "res5" at strides 2 to 32, named as those of ResNets are.
+
+    A stage is a 3x3 convolution of stride 2 that doubles the width, then residual blocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int = 53,
+        out_features: list[str],
+        stem_channels: int = _STEM_CHANNELS,
+        norm: str = "BN",
+        freeze_at: int = 0,
+    ):
+        """
+        Args:
+            depth: 53.
+            out_features: of "res1" to "res5"; no stage after the last of them is built.
+            stem_channels: width of the stem; the stages have 2 to 32 times as much.
+            norm: as for ``detectron2.layers.get_norm``.
+            freeze_at: freeze the stem (1 or more) and the stages up to "res<freeze_at>"; 0 freezes
+                none.
+
+        Raises:
+            ValueError: the depth or an output is unknown.
+        """
+        super().__init__()
+        if depth not in _BLOCKS:
+            raise ValueError(f"MODEL.DARKNET.DEPTH must be one of {[*_BLOCKS]}, not {depth}")
+        names = [f"res{k}" for k in range(1, len(_BLOCKS[depth]) + 1)]
+        unknown = [name for name in out_features if name not in names]
+        if unknown or not out_features:
+            raise ValueError(
+                f"MODEL.DARKNET.OUT_FEATURES must be some of {names}, not {[*out_features]}"
+            )
+        self._out_features = list(out_features)
+        self._out_feature_channels = {}
+        self._out_feature_strides = {}
+
+        self.stem = _ConvNormLeaky(3, stem_channels, 3, norm=norm)
+        last = max(names.index(name) for name in out_features)
+        self.stage_names = names[: last + 1]
+        for i, name in enumerate(self.stage_names):
+            width = stem_channels * 2**i
+            entry = _ConvNormLeaky(width, 2 * width, 3, norm=norm, stride=2)
+            blocks = [DarkNetBlock(2 * width, norm=norm) for _ in range(_BLOCKS[depth][i])]
+            self.add_module(name, nn.Sequential(entry, *blocks))
+            if name in out_features:
+                self._out_feature_channels[name] = 2 * width
+                self._out_feature_strides[name] = 2 ** (i + 1)
+        self._freeze(freeze_at)
+
+    def _freeze(self, freeze_at: int) -> None:
+        if freeze_at < 1:
+            return
+        for name in ("stem", *self.stage_names[:freeze_at]):
+            part = getattr(self, name)
+            part.requires_grad_(False)
+            FrozenBatchNorm2d.convert_frozen_batchnorm(part)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> a map (N, C, ceil(H / stride), ceil(W / stride)) per output."""
+        x = self.stem(x)
+        outputs = {}
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            if name in self._out_features:
+                outputs[name] = x
+        return outputs
+
+
+@BACKBONE_REGISTRY.register()
+def build_darknet_backbone(cfg, input_shape: ShapeSpec) -> DarkNet:
+    """DarkNet from ``cfg.MODEL.DARKNET`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``."""
+    options = cfg.MODEL.DARKNET
+    return DarkNet(
+        depth=options.DEPTH,
+        out_features=options.OUT_FEATURES,
+        stem_channels=options.STEM_OUT_CHANNELS,
+        norm=options.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
