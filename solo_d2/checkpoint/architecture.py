@@ -35,7 +35,6 @@ def infer_config(architecture: str, shapes: Shapes) -> dict[str, Any]:
     try:
         return {
             "MODEL.META_ARCHITECTURE": architecture,
-            **_resnet_fpn(shapes),
             **infer(shapes),
         }
     except KeyError as error:
@@ -43,7 +42,23 @@ def infer_config(architecture: str, shapes: Shapes) -> dict[str, Any]:
 
 
 def _resnet_fpn(shapes: Shapes) -> dict[str, Any]:
-    bottom_up = "backbone.bottom_up"
+    bottom_up = _resnet(shapes, "backbone.bottom_up")
+    fpn_norm = ""
+    if "backbone.fpn_lateral2.norm.weight" in shapes:
+        fpn_norm = "BN" if "backbone.fpn_lateral2.norm.running_mean" in shapes else "GN"
+    name = bottom_up["MODEL.BACKBONE.NAME"].removesuffix("_backbone")
+    return {
+        **bottom_up,
+        "MODEL.BACKBONE.NAME": f"{name}_fpn_backbone",
+        "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+        "MODEL.FPN.OUT_CHANNELS": shapes["backbone.fpn_output2.weight"][0],
+        "MODEL.FPN.NORM": fpn_norm,
+    }
+
+
+def _resnet(shapes: Shapes, bottom_up: str) -> dict[str, Any]:
+    """A ResNet without a pyramid whose names begin with ``bottom_up``."""
     blocks = tuple(_count(shapes, rf"{bottom_up}\.res{k}\.(\d+)\.") for k in range(2, 6))
     bottleneck = any(name.endswith(".conv3.weight") for name in shapes)
     depth = _RESNET_DEPTHS.get((blocks, bottleneck))
@@ -53,27 +68,29 @@ def _resnet_fpn(shapes: Shapes) -> dict[str, Any]:
         )
     width, width_per_group = shapes[f"{bottom_up}.res2.0.conv2.weight"][:2]
     out = shapes[f"{bottom_up}.res2.0.conv{3 if bottleneck else 2}.weight"][0]
+    # per stage: deformable block -> outputs of its offset convolution
     offsets = [
-        [shape for name, shape in shapes.items() if re.search(rf"\.res{k}\..*_offset\.bias", name)]
+        {
+            int(match[1]): shape[0]
+            for name, shape in shapes.items()
+            if (match := re.match(rf"{bottom_up}\.res{k}\.(\d+)\.conv2_offset\.bias", name))
+        }
         for k in range(2, 6)
     ]
     deformable = [bool(stage) for stage in offsets]
-    name = "build_deform_resnet_fpn_backbone" if any(deformable) else "build_resnet_fpn_backbone"
-    fpn_norm = ""
-    if "backbone.fpn_lateral2.norm.weight" in shapes:
-        fpn_norm = "BN" if "backbone.fpn_lateral2.norm.running_mean" in shapes else "GN"
+    second = [sorted(stage)[1] for stage in offsets if len(stage) > 1]
     return {
-        "MODEL.BACKBONE.NAME": name,
+        "MODEL.BACKBONE.NAME": f"build_{'deform_' if any(deformable) else ''}resnet_backbone",
         "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.NUM_GROUPS": width // width_per_group,
         "MODEL.RESNETS.WIDTH_PER_GROUP": width_per_group,
         "MODEL.RESNETS.RES2_OUT_CHANNELS": out,
-        "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
         "MODEL.RESNETS.DEFORM_ON_PER_STAGE": deformable,
-        "MODEL.RESNETS.DEFORM_MODULATED": any(s[0] == 27 for stage in offsets for s in stage),
-        "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-        "MODEL.FPN.OUT_CHANNELS": shapes["backbone.fpn_output2.weight"][0],
-        "MODEL.FPN.NORM": fpn_norm,
+        "MODEL.RESNETS.DEFORM_MODULATED": any(27 in stage.values() for stage in offsets),
+        "MODEL.RESNETS.DEFORM_INTERVAL": min(second, default=1),
+        "MODEL.RESNETS.DEFORM_BIAS": any(
+            re.match(rf"{bottom_up}\.res\d\.\d+\.conv2\.bias", name) for name in shapes
+        ),
     }
 
 
@@ -110,6 +127,7 @@ def _solo_family(shapes: Shapes, tower: str) -> dict[str, Any]:
     offsets = [s for n, s in shapes.items() if re.match(r"(head|mask_branch)\..*\.offset\.bias", n)]
     conv_dim, tower_in = shapes[f"head.{tower}_tower.0.weight"][:2]
     return {
+        **_resnet_fpn(shapes),
         "MODEL.SOLO.NUM_CLASSES": shapes["head.category_pred.bias"][0],
         "MODEL.SOLO.NUM_CONVS": _count(shapes, towers),
         "MODEL.SOLO.CONV_DIM": conv_dim,
