@@ -24,6 +24,7 @@ setup(
         "pycocotools>=2.0.6",  # COCO's masks (RLE) and metrics
         "fvcore>=0.1.5.post20221221",  # focal loss, parameter counts; Detectron2 has it anyway
         "shapely>=2.0",  # INPUT.CROP on polygons: fvcore's CropTransform imports it
+        "torchmetrics>=1.4",  # panoptic quality, when AdaptIS is evaluated
         "tqdm>=4.29",  # progress of predict; Detectron2 has it anyway
     ],
 )

@@ -50,6 +50,7 @@ REQUIREMENTS = (
     Requirement("tensorboard", "tensorboard"),
     Requirement("detectron2", "detectron2", "0.6"),
     Requirement("shapely", "shapely", "2.0", required=False),
+    Requirement("torchmetrics", "torchmetrics", "1.4", required=False),
 )
 
 

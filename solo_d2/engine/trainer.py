@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -33,6 +33,10 @@ from .hooks import (
     StepSeed,
 )
 from .loader import TrainLoader, build_train_loader
+from .panoptic_evaluation import PanopticEvaluator
+
+# Architectures whose outputs have "panoptic_seg" for any data set.
+_PANOPTIC_ARCHITECTURES = {"AdaptIS"}
 
 
 class NonFiniteLossError(UserError):
@@ -197,7 +201,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        evaluators = [InstanceEvaluator(dataset_name, output_dir=output_dir)]
+        evaluators: list[DatasetEvaluator] = [
+            InstanceEvaluator(dataset_name, output_dir=output_dir)
+        ]
+        if cfg.MODEL.META_ARCHITECTURE in _PANOPTIC_ARCHITECTURES:
+            evaluators.append(PanopticEvaluator(dataset_name))
         if cfg.TEST.VIS_IMAGES > 0:
             pictures = PredictionPictures(
                 dataset_name,

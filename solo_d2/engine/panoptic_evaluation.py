@@ -1,0 +1,196 @@
+"""Panoptic quality from ``panoptic_seg``, also for data that knows nothing but its instances.
+
+torchmetrics counts the matches; ``panopticapi``, which Detectron2's evaluator needs, is not on
+PyPI. What is done here gives the library's counts COCO's meaning: it takes what a prediction
+leaves open out of the union and forgives the objects missed there, COCO does neither. So pixels
+that a prediction leaves open get a class of their own.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BitMasks
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from tabulate import tabulate
+from torch import Tensor
+
+from solo_d2.errors import UserError
+
+VOID = -1
+
+
+class PanopticEvaluator(DatasetEvaluator):
+    """PQ, SQ and RQ of all classes, things and stuff, under the names of Detectron2's evaluator.
+
+    The truth of a record with "pan_seg_file_name" is that picture. Else it is painted from the
+    annotations, smaller objects over larger ones, where the rest is the first class of stuff and
+    crowds are void.
+
+    Void pixels of the truth do not count in a union, and predictions that lie in them for more
+    than half are not counted. Classes that neither occur nor are predicted are left out of the
+    averages. (panopticapi knows the class of a crowd: it forgives only predictions of that class,
+    and leaves crowds in the union.)
+    """
+
+    def __init__(self, dataset_name: str):
+        """
+        Args:
+            dataset_name: registered. Without ``stuff_classes`` in its metadata it has one class
+                of stuff, the background.
+
+        Raises:
+            UserError: torchmetrics is not installed.
+        """
+        metadata = MetadataCatalog.get(dataset_name)
+        self._things = len(metadata.get("thing_classes") or ())
+        self._stuff = len(metadata.get("stuff_classes") or ("background",))
+        self._dataset_name = dataset_name
+        self._records = {r["file_name"]: r for r in DatasetCatalog.get(dataset_name)}
+        self.reset()
+
+    def reset(self) -> None:
+        try:  # here, because it is slow to import and no other evaluation needs it
+            from torchmetrics.detection import PanopticQuality
+        except ImportError as error:
+            raise UserError(
+                f"panoptic quality needs torchmetrics ({error}): python -m pip install torchmetrics"
+            ) from error
+
+        classes = self._things + self._stuff
+        self._metric = PanopticQuality(
+            things={*range(self._things), classes},  # the last: open in the prediction
+            stuffs=set(range(self._things, classes)),
+            allow_unknown_preds_category=False,
+            sync_on_compute=False,
+        )
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for x, output in zip(inputs, outputs):
+            ids, segments = output["panoptic_seg"]
+            predicted = self._label(ids, segments, void=self._things + self._stuff)
+            truth = self._label(*self.ground_truth(self._records[x["file_name"]]), void=VOID)
+            # on the predictions' device, because sorting all pixels is slow
+            self._metric.to(predicted.device)
+            self._metric.update(predicted[None], truth.to(predicted.device)[None])
+
+    def ground_truth(self, record: dict[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(H, W) ids and the segments that they stand for; ids without a segment are void."""
+        if "pan_seg_file_name" in record:
+            return _read_panoptic(record)
+        size = record["height"], record["width"]
+        return paint_ground_truth(record.get("annotations", ()), size)
+
+    def _label(self, ids: Tensor, segments: Sequence[dict[str, Any]], void: int) -> Tensor:
+        """(H, W, 2): class, things before stuff, and id."""
+        classes = torch.full_like(ids, void, dtype=torch.int64)
+        for segment in segments:
+            shift = 0 if segment["isthing"] else self._things
+            classes[ids == segment["id"]] = segment["category_id"] + shift
+        # Whatever is void is one region.
+        return torch.stack([classes, torch.where(classes == void, 0, ids.long())], dim=-1)
+
+    def counts(self) -> Tensor:
+        """(4, classes), things first, of this process; see ``panoptic_quality``."""
+        metric = self._metric
+        counts = torch.stack(
+            [
+                metric.iou_sum,
+                metric.true_positives.double(),
+                metric.false_positives.double(),
+                metric.false_negatives.double(),
+            ]
+        ).cpu()
+        # torchmetrics has things first too, and the class of what is open last among them
+        return torch.cat([counts[:, : self._things], counts[:, self._things + 1 :]], dim=1)
+
+    def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
+        gathered = comm.gather(self.counts())
+        if not comm.is_main_process():
+            return None
+        total = torch.stack(gathered).sum(0)
+        results = panoptic_quality(total, self._things)
+        rows = [
+            [name, *(results[f"{q}{suffix}"] for q in ("PQ", "SQ", "RQ"))]
+            for name, suffix in (("All", ""), ("Things", "_th"), ("Stuff", "_st"))
+        ]
+        table = tabulate(rows, ["", "PQ", "SQ", "RQ"], tablefmt="pipe", floatfmt=".2f")
+        logging.getLogger(__name__).info(f"Panoptic quality, {self._dataset_name}:\n{table}")
+        return OrderedDict(panoptic_seg=results)
+
+
+def panoptic_quality(counts: Tensor, num_things: int) -> dict[str, float]:
+    """PQ, SQ, RQ in per cent: of all classes, of things ("PQ_th", ...) and of stuff ("PQ_st", ...).
+
+    Args:
+        counts: (4, classes) per class, things first: sum of the IoUs of matches, and the numbers
+            of matches, of predictions and of true segments without one.
+        num_things: how many of the classes are things.
+
+    Returns:
+        Averages over those classes that have any count; NaN where there are none.
+    """
+    iou, matched, extra, missed = counts.double()
+    both = matched + (extra + missed) / 2
+    quality = {
+        "PQ": iou / both,
+        "SQ": torch.where(matched > 0, iou / matched, 0.0),
+        "RQ": matched / both,
+    }
+    parts = {"": slice(None), "_th": slice(num_things), "_st": slice(num_things, None)}
+    return {
+        f"{name}{suffix}": 100 * per_class[part][both[part] > 0].mean().item()
+        for suffix, part in parts.items()
+        for name, per_class in quality.items()
+    }
+
+
+def paint_ground_truth(
+    annotations: Sequence[dict[str, Any]], size: tuple[int, int]
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """One label per pixel from masks that may overlap: smaller ones over larger ones.
+
+    Args:
+        annotations: in Detectron2's format; crowds are left void, below all objects.
+        size: height and width.
+
+    Returns:
+        ids: (H, W) int64; the rest, id 1, is the first class of stuff.
+        segments: as in ``panoptic_seg``.
+    """
+    ids = torch.ones(size, dtype=torch.int64)
+    crowds = [a for a in annotations if a.get("iscrowd", 0)]
+    objects = [a for a in annotations if not a.get("iscrowd", 0)]
+    for mask in _masks(crowds, size):
+        ids[mask] = 0
+    segments = [{"id": 1, "isthing": False, "category_id": 0}]
+    masks = _masks(objects, size)
+    areas = masks.flatten(1).sum(1)
+    for index in torch.argsort(areas, descending=True, stable=True).tolist():
+        category = objects[index]["category_id"]
+        ids[masks[index]] = len(segments) + 1
+        segments.append({"id": len(segments) + 1, "isthing": True, "category_id": category})
+    return ids, segments
+
+
+def _masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tensor:
+    """(N, H, W) bool"""
+    if not annotations:
+        return torch.zeros((0, *size), dtype=torch.bool)
+    masks: BitMasks = annotations_to_instances(annotations, size, mask_format="bitmask").gt_masks
+    return masks.tensor
+
+
+def _read_panoptic(record: dict[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
+    with PathManager.open(record["pan_seg_file_name"], "rb") as file:
+        rgb = np.asarray(Image.open(file).convert("RGB"), dtype=np.int64)
+    ids = torch.from_numpy(rgb @ np.array([1, 256, 256**2]))
+    return ids, [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
