@@ -69,6 +69,7 @@ _NUM_CLASSES_KEYS = {
 def add_solo_d2_config(cfg: CN) -> None:
     """Add every key of solo_d2 to ``cfg``, in place. Call it before ``cfg.merge_from_file``."""
     _add_data(cfg)
+    _add_input(cfg)
     _add_training(cfg)
     _add_backbones(cfg)
     _add_solo(cfg)
@@ -115,6 +116,35 @@ def _add_data(cfg: CN) -> None:
     # Give crowd regions to the model as well, as instances with the field gt_crowd. For those
     # architectures that learn to leave them out (YOLACT, AdaptIS); the others never see them.
     cfg.INPUT.KEEP_CROWD = False
+
+
+def _add_input(cfg: CN) -> None:
+    # Resize to a square of so many pixels, in training and inference, with neither the aspect ratio
+    # kept nor antialiasing; it replaces MIN_SIZE_* and MAX_SIZE_*. YOLACT was published with 550.
+    # 0: off.
+    cfg.INPUT.SQUARE_SIZE = 0
+    # "default" is Detectron2's (CROP, resize, RANDOM_FLIP); "ssd" is YOLACT's (CROP, the three of
+    # INPUT.SSD in their order, RANDOM_FLIP, resize). With "ssd", an image that lost all of its
+    # objects is replaced by another one.
+    cfg.INPUT.AUGMENTATION = "default"
+    cfg.INPUT.SSD = CN()
+    # Change brightness, contrast, saturation and hue.
+    cfg.INPUT.SSD.PHOTOMETRIC = True
+    # Every second image is put on a canvas of up to so many times its sides; 1: none is. The colour
+    # of the canvas is in the order RGB, whatever INPUT.FORMAT is.
+    cfg.INPUT.SSD.MAX_EXPAND = 4.0
+    cfg.INPUT.SSD.FILL = [123.68, 116.78, 103.94]
+    # Cut out a window that holds the centre of an object; objects with their centres outside leave.
+    cfg.INPUT.SSD.CROP = True
+    # Windows must overlap an object by a random minimum of IoU, as in SSD. The published code of
+    # YOLACT tests in a way that never fails.
+    cfg.INPUT.SSD.CROP_IOU_TEST = False
+    # Boxes that are tight around what the window left of the masks, as Detectron2's after a crop.
+    # False: only clipped to the window, as published.
+    cfg.INPUT.SSD.TIGHT_BOXES = True
+    # Objects whose boxes are not wider and higher than this, in pixels of the network's input,
+    # leave. The published code means 4, but drops empty ones only.
+    cfg.INPUT.SSD.MIN_BOX_SIZE = 0.0
 
 
 def _add_training(cfg: CN) -> None:
