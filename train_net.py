@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train and evaluate, with the options of Detectron2's own train_net.py and --data."""
+"""Train and evaluate, with the options of Detectron2's own train_net.py, --data and --then."""
 
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,7 +17,10 @@ from solo_d2.data import setup_datasets
 from solo_d2.engine import (
     Trainer,
     build_checkpointer,
+    chain_stages,
+    is_finished,
     launch,
+    leave_log_files,
     scale_learning_rate,
     write_results,
 )
@@ -66,29 +70,47 @@ def parser() -> argparse.ArgumentParser:
         metavar=("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"),
         help="your own data: COCO json files and image folders (DATASETS.CUSTOM in the config)",
     )
+    result.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="config of a next training, which starts from the final model of the one before; "
+        "KEY VALUE pairs are for all, an OUTPUT_DIR among them gets a folder for each; with "
+        "--resume, those that are finished are not repeated",
+    )
     return result
 
 
 def run(args: argparse.Namespace) -> int:
+    files = [args.config_file, *args.then]
     try:
-        cfg = load_config(args.config_file, data=args.data or (), opts=args.opts)
+        if args.then and args.eval_only:
+            raise UserError("--eval-only evaluates one config, without --then")
+        cfgs = [load_config(file, data=args.data or (), opts=args.opts) for file in files]
+        chain_stages(cfgs, [Path(file).stem for file in files])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
-        launch(
-            main,
-            args.num_gpus,
-            device=cfg.MODEL.DEVICE,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(cfg, args),
-        )
+        for cfg in cfgs:
+            if args.then and args.resume and is_finished(cfg):
+                print(f"{cfg.OUTPUT_DIR} is finished")
+                continue
+            launch(
+                main,
+                args.num_gpus,
+                device=cfg.MODEL.DEVICE,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(cfg, args),
+            )
+            leave_log_files()
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
-    print(f"Results are in {os.path.abspath(cfg.OUTPUT_DIR)}")
+    print(f"Results are in {os.path.abspath(cfgs[-1].OUTPUT_DIR)}")
     return 0
 
 
