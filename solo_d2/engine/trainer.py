@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
@@ -19,8 +19,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from solo_d2.checkpoint.checkpointer import Checkpointer
+from solo_d2.data.mapper import InstanceMapper
 from solo_d2.errors import UserError
 from solo_d2.files import write_whole
 
@@ -197,6 +199,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        mapper = InstanceMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
