@@ -138,6 +138,30 @@ def _solo_family(shapes: Shapes, tower: str) -> dict[str, Any]:
     }
 
 
+def _adaptis(shapes: Shapes) -> dict[str, Any]:
+    """The toy models, the only ones with published weights: U-Net, one class of stuff."""
+    num_stuff = 1
+    encoder = [n for n in shapes if re.match(r"backbone\.encoder\.\d+\.0\.weight", n)]
+    conv_dim, selection_in = shapes["selection_head.convs.0.weight"][:2]
+    feature = shapes["controller.layers.0.weight"][1]
+    settings = {
+        "MODEL.BACKBONE.NAME": "build_adaptis_unet_backbone",
+        "MODEL.UNET.WIDTH": shapes["backbone.encoder.0.0.weight"][0],
+        "MODEL.UNET.MAX_WIDTH": max((shapes[name][0] for name in encoder), default=0),
+        "MODEL.UNET.LEVELS": len(encoder),
+        "MODEL.ADAPTIS.STAGE": "instance",
+        "MODEL.ADAPTIS.NUM_STUFF": num_stuff,
+        "MODEL.ADAPTIS.NUM_THINGS": shapes["semantic_head.predictor.weight"][0] - num_stuff,
+        "MODEL.ADAPTIS.CONV_DIM": conv_dim,
+        "MODEL.ADAPTIS.SEMANTIC_DIM": shapes["semantic_head.convs.0.weight"][0],
+        "MODEL.ADAPTIS.APPEND_DIST": selection_in - feature == 3,
+    }
+    if any(name.startswith("proposal_head.") for name in shapes):
+        settings["MODEL.ADAPTIS.STAGE"] = "proposals"
+        settings["MODEL.ADAPTIS.PROPOSAL_DIM"] = shapes["proposal_head.convs.0.weight"][0]
+    return settings
+
+
 def _outputs(shapes: Shapes, name: str) -> list[int]:
     """Output channels of a conv of the head, per level."""
     levels = range(_count(shapes, rf"head\.{name}\.(\d+)\."))
@@ -150,4 +174,9 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-_ARCHITECTURES = {"SOLOv2": _solov2, "SOLO": _solo, "DecoupledSOLO": _decoupled_solo}
+_ARCHITECTURES = {
+    "SOLOv2": _solov2,
+    "SOLO": _solo,
+    "DecoupledSOLO": _decoupled_solo,
+    "AdaptIS": _adaptis,
+}

@@ -1,8 +1,12 @@
 """How other projects name their tensors, and our names for the same: a table per project."""
 
-from . import solo, torchvision, yolact
+from . import adaptis, solo, torchvision, yolact
 from .source import Rule, Source
 
-SOURCES = {source.name: source for source in (*solo.SOURCES, *torchvision.SOURCES, *yolact.SOURCES)}
+SOURCES = {
+    source.name: source
+    for project in (adaptis, solo, torchvision, yolact)
+    for source in project.SOURCES
+}
 
 __all__ = ["SOURCES", "Rule", "Source"]

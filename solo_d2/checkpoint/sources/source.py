@@ -21,6 +21,8 @@ class Source(NamedTuple):
     rules: Sequence[Rule]
     # Patterns of whole names that have no place in our models.
     dropped: Sequence[str] = ()
+    # Patterns of whole names of ours that no file of this layout has: state of training only.
+    lacking: Sequence[str] = ()
     # Meta-architecture; None for the weights of a backbone alone.
     architecture: str | None = None
     # Config keys that the weights need and that their shapes cannot tell.
