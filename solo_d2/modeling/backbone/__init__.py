@@ -1,8 +1,11 @@
 from .darknet import DarkNet, build_darknet_backbone
 from .deform_resnet import build_deform_resnet_backbone, build_deform_resnet_fpn_backbone
 from .mobilenetv2 import MobileNetV2, build_mobilenetv2_backbone, build_mobilenetv2_fpn_backbone
+from .unet import AdaptISUNet, build_adaptis_unet_backbone
 
 __all__ = [
+    "AdaptISUNet",
+    "build_adaptis_unet_backbone",
     "DarkNet",
     "MobileNetV2",
     "build_darknet_backbone",

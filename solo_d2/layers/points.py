@@ -1,0 +1,62 @@
+"""Feature maps and points in them."""
+
+import torch
+from torch import Tensor
+
+
+def read_at_points(feature: Tensor, points: Tensor, scale: float = 1.0) -> Tensor:
+    """One vector per point, bilinear. Index 0 is the centre of the first cell: no half pixel.
+
+    Args:
+        feature: (B, C, h, w).
+        points: (B, N, 2) rows and columns in image pixels; clamped to the map.
+        scale: cells per image pixel, 1 / stride.
+
+    Returns:
+        (B * N, C), image by image. No gradient flows to the points.
+    """
+    b, c, h, w = feature.shape
+    last = torch.tensor([h - 1, w - 1], dtype=torch.float32, device=feature.device)
+    position = torch.minimum((points.detach().float() * scale).clamp(min=0), last)
+    low = position.floor()
+    fraction = position - low
+    (r0, c0), (r1, c1) = low.long().unbind(-1), torch.minimum(low + 1, last).long().unbind(-1)
+    image = torch.arange(b, device=feature.device)[:, None]
+    vectors = feature.new_zeros((), dtype=torch.float32)
+    for row, wr in ((r0, 1 - fraction[..., 0]), (r1, fraction[..., 0])):
+        for column, wc in ((c0, 1 - fraction[..., 1]), (c1, fraction[..., 1])):
+            vectors = vectors + (wr * wc)[..., None] * feature[image, :, row, column]
+    return vectors.reshape(-1, c).to(feature.dtype)
+
+
+def relative_coordinates(
+    points: Tensor,
+    size: tuple[int, int],
+    *,
+    radius: float,
+    scale: float = 1.0,
+    append_distance: bool = True,
+) -> Tensor:
+    """Offsets of every cell from each point, in units of ``radius``, clamped to [-1, 1].
+
+    Args:
+        points: (P, 2) rows and columns in image pixels.
+        size: height and width of the map.
+        radius: in image pixels.
+        scale: cells per image pixel, 1 / stride.
+        append_distance: add the Euclidean distance, taken before the offsets are clamped.
+
+    Returns:
+        (P, 2 or 3, h, w) float32: row offset, column offset, distance.
+    """
+    offsets = [
+        (torch.arange(n, dtype=torch.float32, device=points.device) - p[:, None] * scale)
+        / (radius * scale)
+        for n, p in zip(size, points.float().unbind(-1))
+    ]
+    shape = (len(points), *size)
+    rows, columns = offsets[0][:, :, None], offsets[1][:, None, :]
+    maps = [rows.expand(shape), columns.expand(shape)]
+    if append_distance:
+        maps.append((rows**2 + columns**2).sqrt())
+    return torch.stack(maps, dim=1).clamp_(-1, 1)

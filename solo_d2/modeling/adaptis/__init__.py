@@ -1,0 +1,4 @@
+from .adaptis import AdaptIS
+from .predictor import AdaptISPredictor
+
+__all__ = ["AdaptIS", "AdaptISPredictor"]

@@ -1,0 +1,352 @@
+"""The heads of AdaptIS. ReLU comes before the norm in most of its layers."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.layers import Conv2d, get_norm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from solo_d2.layers.adain import AdaIN
+from solo_d2.layers.points import read_at_points, relative_coordinates
+
+STYLES = ("toy", "sep")
+
+
+class ConvReLUNorm(nn.Conv2d):
+    """Convolution, ReLU, norm; its size is kept."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, *, norm: str, bias=True
+    ):
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
+        )
+        self.norm = get_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activate(super().forward(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What follows the convolution."""
+        return self.norm(F.relu_(x))
+
+
+class LinearReLUNorm(nn.Linear):
+    """Linear layer, ReLU, batch norm over the vectors."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.norm = nn.BatchNorm1d(out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu_(super().forward(x))
+        if self.training and len(x) == 1:  # one vector has no variance
+            norm = self.norm
+            return F.batch_norm(
+                x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            )
+        return self.norm(x)
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3x3 convolution, pointwise convolution, norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, norm: str):
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False
+        )
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.norm = get_norm(norm, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu_(self.norm(self.pointwise(self.depthwise(x))))
+
+
+class MapController(nn.Module):
+    """Control vectors from a map: 1x1 convolutions everywhere, then read at the points."""
+
+    def __init__(self, in_channels: int, dim: int, *, norm: str, num_layers: int = 3):
+        """
+        Args:
+            in_channels: of the feature.
+            dim: length of the control vector.
+            norm: sees all pixels while training, not the points alone.
+            num_layers: 1x1 convolutions.
+        """
+        super().__init__()
+        widths = [in_channels] + num_layers * [dim]
+        self.layers = nn.Sequential(
+            *(ConvReLUNorm(a, b, 1, norm=norm) for a, b in zip(widths, widths[1:]))
+        )
+
+    def prepare(self, feature: Tensor) -> Tensor:
+        """What is made once per image: (B, in_channels, h, w) -> (B, dim, h, w)."""
+        return self.layers(feature)
+
+    def forward(self, prepared: Tensor, points: Tensor, scale: float) -> Tensor:
+        """See ``read_at_points``: (B * N, dim)."""
+        return read_at_points(prepared, points, scale)
+
+
+class VectorController(nn.Module):
+    """Control vectors from the features at the points: linear layers."""
+
+    def __init__(self, in_channels: int, dim: int, *, num_layers: int = 3):
+        """
+        Args:
+            in_channels: of the feature.
+            dim: length of the control vector.
+            num_layers: linear layers.
+        """
+        super().__init__()
+        widths = [in_channels] + num_layers * [dim]
+        self.layers = nn.Sequential(*(LinearReLUNorm(a, b) for a, b in zip(widths, widths[1:])))
+
+    def prepare(self, feature: Tensor) -> Tensor:
+        """Nothing is made once per image."""
+        return feature
+
+    def forward(self, prepared: Tensor, points: Tensor, scale: float) -> Tensor:
+        """See ``read_at_points``: (B * N, dim)."""
+        return self.layers(read_at_points(prepared, points, scale))
+
+
+class SelectionHead(nn.Module):
+    """The mask of the object under a point, from the feature map and the point's control vector.
+
+    The first convolution sees the coordinates relative to the point before the feature. It is
+    linear: the part of the feature is convolved once per image, that of the coordinates for each
+    point, and no feature map is ever repeated.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        *,
+        style: str = "toy",
+        norm: str = "BN",
+        norm_radius: float = 42.0,
+        append_distance: bool = True,
+        adain_after: Sequence[int] = (3,),
+        adain_eps: float = 1e-5,
+        adain_bias_plus_one: bool = True,
+        rescale: tuple[float, float] = (0.2, -1.7),
+    ):
+        """
+        Args:
+            in_channels: of the feature.
+            dim: width of the first layers, and length of the control vector.
+            style: "toy" (plain 3x3 convolutions) or "sep" (depthwise separable ones).
+            norm: of the layers.
+            norm_radius: unit of the relative coordinates, in image pixels.
+            append_distance: give the distance from the point as a third coordinate.
+            adain_after: numbers of layers after which AdaIN is applied; the figure of the paper
+                has several, all published configurations one after the third.
+            adain_eps, adain_bias_plus_one: see ``AdaIN``.
+            rescale: factor and offset of the logits, so that training starts with low, flat
+                probabilities.
+        """
+        super().__init__()
+        self.num_coordinates = 3 if append_distance else 2
+        self.norm_radius = norm_radius
+        self.adain_after = list(adain_after)
+        self.rescale = tuple(rescale)
+        first = in_channels + self.num_coordinates
+        layers: list[nn.Module]
+        if style == "toy":
+            widths = [first, dim, dim, dim, dim // 2]
+            layers = [ConvReLUNorm(a, b, norm=norm) for a, b in zip(widths, widths[1:])]
+        else:
+            widths = [first, dim, dim, dim, dim, dim // 2, dim // 4]
+            layers = [SeparableConv(a, b, norm=norm) for a, b in zip(widths, widths[1:])]
+            layers[0] = ConvReLUNorm(first, dim, norm=norm)
+            layers[2] = Conv2d(dim, dim, 1, activation=nn.LeakyReLU(0.2))
+        if not all(0 < i <= len(layers) for i in self.adain_after):
+            raise ValueError(
+                f"MODEL.ADAPTIS.ADAIN_AFTER must be within 1 and {len(layers)}, "
+                f"not {self.adain_after}"
+            )
+        self.convs = nn.ModuleList(layers)
+        self.adain = nn.ModuleList(
+            AdaIN(dim, widths[i], eps=adain_eps, bias_plus_one=adain_bias_plus_one)
+            for i in self.adain_after
+        )
+        self.predictor = nn.Conv2d(widths[-1], 1, 1)
+
+    def prepare(self, feature: Tensor) -> Tensor:
+        """What is made once per image: (B, in_channels, h, w) -> (B, dim, h, w)."""
+        first = self.convs[0]
+        weight = first.weight[:, self.num_coordinates :]
+        return F.conv2d(feature, weight, first.bias, padding=1)
+
+    def forward(
+        self,
+        prepared: Tensor,
+        points: Tensor,
+        control: Tensor,
+        scale: float,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            prepared: of ``prepare``.
+            points: (B, N, 2) rows and columns in image pixels.
+            control: (B * N, dim), image by image.
+            scale: cells of the map per image pixel.
+            valid: (B, 1, h, w) bool, the cells that are not padding; None for all.
+
+        Returns:
+            (B * N, 1, h, w) logits, image by image.
+        """
+        num_points = points.shape[1]
+        coordinates = relative_coordinates(
+            points.flatten(0, 1),
+            (prepared.shape[-2], prepared.shape[-1]),
+            radius=self.norm_radius,
+            scale=scale,
+            append_distance=self.num_coordinates == 3,
+        )
+        weight = self.convs[0].weight[:, : self.num_coordinates]
+        x = F.conv2d(coordinates, weight, padding=1)
+        x = (x.unflatten(0, (-1, num_points)) + prepared[:, None]).flatten(0, 1)
+        x = self.convs[0].activate(x)
+        if valid is not None:
+            valid = valid.repeat_interleave(num_points, dim=0)
+        adain = dict(zip(self.adain_after, self.adain))
+        for number, conv in enumerate(self.convs, start=1):
+            if number > 1:
+                x = conv(x)
+            if number in adain:
+                x = adain[number](x, control, valid)
+        factor, offset = self.rescale
+        return self.predictor(x) * factor + offset
+
+
+class DenseHead(nn.Module):
+    """Logits at every cell: the semantic head and the proposal head."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        num_outputs: int,
+        *,
+        num_convs: int,
+        style: str = "toy",
+        norm: str = "BN",
+        dropout: float = 0.0,
+    ):
+        """
+        Args:
+            in_channels: of the feature.
+            dim: width of the layers.
+            num_outputs: channels of the logits.
+            num_convs: layers before the last.
+            style: "toy" (plain 3x3 convolutions) or "sep" (depthwise separable ones).
+            norm: of the layers.
+            dropout: after the first layer.
+        """
+        super().__init__()
+        block = ConvReLUNorm if style == "toy" else SeparableConv
+        widths = [in_channels] + num_convs * [dim]
+        self.convs = nn.ModuleList(block(a, b, norm=norm) for a, b in zip(widths, widths[1:]))
+        self.dropout = dropout
+        self.predictor = nn.Conv2d(dim, num_outputs, 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> (B, num_outputs, h, w)."""
+        x = feature
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            if i == 0:
+                x = F.dropout(x, self.dropout, self.training)
+        return self.predictor(x)
+
+
+class FeatureFusion(nn.Module):
+    """Several levels of a feature pyramid to one map, as in Semantic FPN (arXiv 1901.02446).
+
+    Every level is convolved and doubled until it has the finest stride; then they are summed.
+    """
+
+    def __init__(self, in_channels: Sequence[int], strides: Sequence[int], dim: int, *, norm: str):
+        """
+        Args:
+            in_channels, strides: of the levels, finest first.
+            dim: channels of the result.
+            norm: of the convolutions.
+        """
+        super().__init__()
+        self.levels = nn.ModuleList()
+        for channels, stride in zip(in_channels, strides):
+            doublings = (stride // strides[0]).bit_length() - 1
+            widths = [channels] + max(1, doublings) * [dim]
+            self.levels.append(
+                nn.Sequential(
+                    *(
+                        Conv2d(
+                            a,
+                            b,
+                            3,
+                            padding=1,
+                            bias=not norm,
+                            norm=get_norm(norm, b),
+                            activation=F.relu_,
+                        )
+                        for a, b in zip(widths, widths[1:])
+                    )
+                )
+            )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Maps of the levels, finest first -> (B, dim, h, w) at the finest stride."""
+        size = (features[0].shape[-2], features[0].shape[-1])
+        fused = self.levels[0](features[0])
+        for level, x in zip(self.levels[1:], features[1:]):
+            for conv in level:
+                x = conv(x)
+                x = resize_corners(x, (2 * x.shape[-2], 2 * x.shape[-1]))
+            fused = fused + resize_corners(x, size)
+        return fused
+
+
+def resize_corners(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with aligned corners, as everywhere in AdaptIS; (N, C, h, w)."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def init_weights(module: nn.Module, gain: float = 1.0) -> None:
+    """Xavier, Gaussian, for all convolutions and linear layers; zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_normal_(layer.weight, gain)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, AdaIN):
+            layer.init_weights(gain)
+
+
+def init_uniform(module: nn.Module) -> None:
+    """Xavier, uniform, for all convolutions; zero biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def valid_cells(
+    image_sizes: Sequence[tuple[int, int]], map_size: tuple[int, int], scale: float, device
+) -> Tensor:
+    """(B, 1, h, w) bool: cells whose position lies in the image, not in the padding."""
+    rows = torch.arange(map_size[0], device=device) / scale
+    columns = torch.arange(map_size[1], device=device) / scale
+    sizes = torch.tensor(image_sizes, device=device)
+    inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
+    return inside[:, None]
