@@ -29,6 +29,7 @@ from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.load import load_weights_file
 from solo_d2.config import get_value, load_config, num_classes_keys
 from solo_d2.data import setup_datasets
+from solo_d2.data.augmentation import test_resize
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
 from solo_d2.visualization import draw_instances
@@ -58,16 +59,15 @@ class Categories(NamedTuple):
 class Predictor:
     """Detectron2's ``DefaultPredictor`` on RGB images, for a model that is already loaded."""
 
-    def __init__(self, model: nn.Module, *, min_size: int, max_size: int, input_format: str):
+    def __init__(self, model: nn.Module, *, resize: T.Augmentation, input_format: str):
         """
         Args:
             model: in eval mode.
-            min_size, max_size: of the resized image's sides; 0 for min_size does not resize.
+            resize: brings an image to the size that the model is for.
             input_format: "RGB" or "BGR", the channel order that the model takes.
         """
         self.model = model
-        self.min_size = min_size
-        self.max_size = max_size
+        self.resize = resize
         self.input_format = input_format
 
     @torch.no_grad()
@@ -75,13 +75,11 @@ class Predictor:
         """(H, W, 3) uint8 to the instances of that image, on the CPU."""
         height, width = image_rgb.shape[:2]
         image = image_rgb if self.input_format == "RGB" else image_rgb[:, :, ::-1]
-        if self.min_size > 0:
-            new_size = T.ResizeShortestEdge.get_output_shape(
-                height, width, self.min_size, self.max_size
-            )
-            # A very long image would be left with no pixel across.
-            new_height, new_width = (max(1, side) for side in new_size)
-            image = T.ResizeTransform(height, width, new_height, new_width).apply_image(image)
+        transform = self.resize.get_transform(image)
+        if isinstance(transform, T.ResizeTransform):
+            # a very long image would be left with no pixel across
+            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+        image = transform.apply_image(image)
         tensor = torch.as_tensor(
             np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float32
         )
@@ -269,8 +267,7 @@ def load_predictor(
     Checkpointer(model, thing_classes=names, allow_pickle=allow_pickle).load(weights)
     predictor = Predictor(
         model,
-        min_size=cfg.INPUT.MIN_SIZE_TEST,
-        max_size=cfg.INPUT.MAX_SIZE_TEST,
+        resize=test_resize(cfg),
         input_format=cfg.INPUT.FORMAT,
     )
     count = len(names) if names else get_value(cfg, num_classes_keys(cfg)[0])

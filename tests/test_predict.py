@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -61,9 +62,9 @@ class EmptyModel(TopLeftModel):
         return [{"instances": output["instances"][:0]}]
 
 
-def make_predictor(model=None, **changes):
-    settings = {"min_size": 32, "max_size": 64, "input_format": "RGB", **changes}
-    return Predictor(model or TopLeftModel(), **settings)
+def make_predictor(model=None, *, min_size=32, max_size=64, input_format="RGB"):
+    resize = T.ResizeShortestEdge(min_size, max_size)
+    return Predictor(model or TopLeftModel(), resize=resize, input_format=input_format)
 
 
 def run(inputs, folder, *, model=None, write_json=True):
