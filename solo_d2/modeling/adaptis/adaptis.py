@@ -360,6 +360,13 @@ class AdaptIS(InstanceSegmentor):
 
     # ---- shared by training and inference
 
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        images = super().preprocess_image(batched_inputs)
+        # With channels last, the CPU's batch norm sums far less exactly, and nothing is faster:
+        # what ReLU and pooling pick then differs, and gradients by per cents.
+        images.tensor = images.tensor.contiguous()
+        return images
+
     def encode(self, images: ImageList) -> Encoding:
         """Everything that does not depend on points."""
         features = self.backbone(images.tensor)
@@ -412,10 +419,12 @@ class AdaptIS(InstanceSegmentor):
             ground_truth, batched_inputs, from_one_object=self.points_from_one_object
         )
         logits = resize_corners(self.select(encoding, points), encoding.padded_size)
+        targets = targets.unflatten(0, points.shape[:2])
+        _set_padding(targets, images.image_sizes, IGNORE)
         pixels = points.new_tensor([h * w for h, w in images.image_sizes])
         masks_loss = normalized_focal_loss(
             logits,
-            targets[:, None],
+            targets.flatten(0, 1)[:, None],
             alpha=self.loss_alpha,
             gamma=self.loss_gamma,
             num_pixels=pixels.repeat_interleave(points.shape[1]),
@@ -444,13 +453,15 @@ class AdaptIS(InstanceSegmentor):
             encoding = self.encode(images)
             points, masks = self.point_targets(ground_truth, batched_inputs, from_one_object=True)
             logits = resize_corners(self.select(encoding, points), encoding.padded_size)
-            targets, iou = self.proposal_targets_of(logits[:, 0].float().sigmoid(), masks, points)
+            probs = logits[:, 0].float().sigmoid().unflatten(0, points.shape[:2])
+            _set_padding(probs, encoding.image_sizes, 0)
+            targets, iou = self.proposal_targets_of(probs.flatten(0, 1), masks, points)
         logits = self.proposal_head(encoding.feature)
         if self.dense_proposals:
             sampled = (masks > 0).unflatten(0, (-1, points.shape[1]))[:, 0]
             objects = torch.stack([gt.masks.any(dim=0) for gt in ground_truth])
             targets = dense_targets(points, targets, sampled, objects, **self.dense_options)
-            _ignore_padding(targets, encoding.image_sizes)
+            _set_padding(targets, encoding.image_sizes, IGNORE)
             loss = proposal_loss(resize_corners(logits, encoding.padded_size)[:, 0], targets)
             loss = loss.sum() / (targets != IGNORE).sum().clamp(min=1)
         else:
@@ -515,7 +526,7 @@ class AdaptIS(InstanceSegmentor):
                     ignored,
                     self.num_points,
                     from_one_object=from_one_object,
-                    ignored_prob=self.ignored_point_prob,
+                    ignored_prob=self.ignored_point_prob if self.proposal_head is None else 0.0,
                 )
             )
         if len({len(x.points) for x in drawn}) != 1:
@@ -524,7 +535,6 @@ class AdaptIS(InstanceSegmentor):
                 + ", ".join(str(len(x.points)) for x in drawn)
             )
         masks = torch.stack([x.masks for x in drawn])
-        _ignore_padding(masks, [gt.image_size for gt in ground_truth])
         return torch.stack([x.points for x in drawn]), masks.flatten(0, 1)
 
     def semantic_target(self, gt: GroundTruth, inputs: dict) -> Tensor:
@@ -763,11 +773,11 @@ def to_input_frame(points: Any, original: tuple[int, int], size: tuple[int, int]
     return points.flip(1) * scale
 
 
-def _ignore_padding(maps: Tensor, image_sizes: list[tuple[int, int]]) -> None:
-    """Set (B, ..., H, W) to "ignored" outside the images, in place."""
+def _set_padding(maps: Tensor, image_sizes: list[tuple[int, int]], value: int) -> None:
+    """Fill (B, ..., H, W) outside the images, in place."""
     for image, (h, w) in zip(maps, image_sizes):
-        image[..., h:, :] = IGNORE
-        image[..., w:] = IGNORE
+        image[..., h:, :] = value
+        image[..., w:] = value
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -185,10 +185,13 @@ def mask_iou(probs: Tensor, targets: Tensor, threshold: Tensor | float) -> Tenso
 
 
 def mask_quality(probs: Tensor, targets: Tensor) -> Tensor:
-    """(n,) float64: the mean probability inside each object; 0 for an empty one."""
-    true = (targets > 0).flatten(1)
-    inside = (probs.flatten(1).double() * true).sum(dim=1)
-    return inside / true.sum(dim=1).clamp(min=1)
+    """(n,) float64: the mean probability inside each object; 0 for an empty one.
+
+    Targets are taken as numbers, as published: an ignored pixel, -1, counts against the mask.
+    """
+    weight = targets.flatten(1).double()
+    inside = (probs.flatten(1).double() * weight).sum(dim=1)
+    return inside / weight.sum(dim=1).clamp(min=1)
 
 
 def score_targets(iou: Tensor, quality: Tensor) -> Tensor:
