@@ -72,6 +72,7 @@ def add_solo_d2_config(cfg: CN) -> None:
     _add_input(cfg)
     _add_training(cfg)
     _add_backbones(cfg)
+    _add_vovnet(cfg)
     _add_solo(cfg)
     _add_decoupled_solo(cfg)
     _add_solov2(cfg)
@@ -198,6 +199,24 @@ def _add_backbones(cfg: CN) -> None:
     cfg.MODEL.MOBILENETV2.WIDTH_MULT = 1.0
     # "FrozenBN" or "BN".
     cfg.MODEL.MOBILENETV2.NORM = "FrozenBN"
+
+
+def _add_vovnet(cfg: CN) -> None:
+    # VoVNetV2 as a bottom-up backbone: stem and stage2 at stride 4, stage3..stage5 at 8..32.
+    cfg.MODEL.VOVNET = CN()
+    # "V-19-slim-dw-eSE", "V-19-dw-eSE", "V-19-slim-eSE", "V-19-eSE", "V-39-eSE", "V-57-eSE" or
+    # "V-99-eSE".
+    cfg.MODEL.VOVNET.CONV_BODY = "V-39-eSE"
+    cfg.MODEL.VOVNET.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
+    # Factor on all widths; published weights are for 1.
+    cfg.MODEL.VOVNET.WIDTH_MULT = 1.0
+    # "FrozenBN", "BN", "SyncBN" or "GN".
+    cfg.MODEL.VOVNET.NORM = "FrozenBN"
+    # stage2..stage5 with deformable 3x3 convolutions (no effect on the "dw" bodies), v2 of them,
+    # and groups of offsets, of which there is one.
+    cfg.MODEL.VOVNET.STAGE_WITH_DCN = (False, False, False, False)
+    cfg.MODEL.VOVNET.WITH_MODULATED_DCN = False
+    cfg.MODEL.VOVNET.DEFORMABLE_GROUPS = 1
 
 
 def _add_solo(cfg: CN) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from solo_d2.layers.deform_conv import DeformConv2d
 
-from .fpn import build_fpn
+from .fpn import build_fcos_fpn, build_fpn
 
 
 class DeformBottleneck(BottleneckBlock):
@@ -99,3 +99,9 @@ def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
 def build_deform_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under a feature pyramid P2 to P6."""
     return build_fpn(cfg, build_deform_resnet_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The same under FCOS's feature pyramid, P3 to P7."""
+    return build_fcos_fpn(cfg, build_deform_resnet_backbone(cfg, input_shape))

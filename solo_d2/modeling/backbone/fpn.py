@@ -1,16 +1,75 @@
-"""The feature pyramid over the bottom-up backbones of this package."""
+"""The feature pyramids over the bottom-up backbones of this package."""
+
+import math
 
 from detectron2.modeling import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def build_fpn(cfg, bottom_up: Backbone) -> FPN:
     """P2 to P6 from ``cfg.MODEL.FPN``; P6 is every second pixel of P5."""
+    return _build(cfg, bottom_up, LastLevelMaxPool())
+
+
+def build_fcos_fpn(cfg, bottom_up: Backbone) -> FPN:
+    """FCOS's pyramid, P3 to P7 with its IN_FEATURES: ``cfg.MODEL.FCOS.TOP_LEVELS`` above P5.
+
+    Raises:
+        ValueError: TOP_LEVELS is negative.
+    """
+    top_levels = cfg.MODEL.FCOS.TOP_LEVELS
+    if top_levels < 0:
+        raise ValueError(f"MODEL.FCOS.TOP_LEVELS must be 0 or more, not {top_levels}")
+    top_block = None
+    if top_levels:
+        last = bottom_up.output_shape()[cfg.MODEL.FPN.IN_FEATURES[-1]]
+        top_block = StridedTopBlock(
+            cfg.MODEL.FPN.OUT_CHANNELS,
+            last_level=int(math.log2(last.stride)),
+            num_levels=top_levels,
+        )
+    return _build(cfg, bottom_up, top_block)
+
+
+def _build(cfg, bottom_up: Backbone, top_block: nn.Module | None) -> FPN:
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+
+
+class StridedTopBlock(nn.Module):
+    """Levels above a pyramid's last output: P6 from P5, P7 from ReLU(P6), and so on.
+
+    Detectron2's ``LastLevelP6P7`` always has two; this is the same for any number. The levels'
+    names are those of the convolutions.
+    """
+
+    def __init__(self, channels: int, *, last_level: int, num_levels: int):
+        """
+        Args:
+            channels: of all levels.
+            last_level: of the pyramid: 5 for P5.
+            num_levels: above it.
+        """
+        super().__init__()
+        self.in_feature = f"p{last_level}"
+        self.num_levels = num_levels
+        for level in range(last_level + 1, last_level + 1 + num_levels):
+            conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            weight_init.c2_xavier_fill(conv)
+            self.add_module(f"p{level}", conv)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, C, H, W) -> per level a map of half the size of the one before, rounded up."""
+        outputs: list[Tensor] = []
+        for conv in self.children():
+            outputs.append(conv(F.relu(outputs[-1]) if outputs else x))
+        return outputs

@@ -5,7 +5,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
-from .fpn import build_fpn
+from .fpn import build_fcos_fpn, build_fpn
 
 # Last block of each stride. The final 1x1 conv to 1280 channels serves the classifier and is left
 # out: it would quadruple the width of the coarsest lateral connection.
@@ -84,3 +84,9 @@ def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
 def build_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under a feature pyramid P2 to P6."""
     return build_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The same under FCOS's feature pyramid, P3 to P7."""
+    return build_fcos_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))

@@ -1,0 +1,313 @@
+"""VoVNetV2 (arXiv 1911.06667, section 3.3) as a bottom-up backbone."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from solo_d2.layers.deform_conv import DeformConv2d
+
+from .fpn import build_fcos_fpn, build_fpn
+
+
+class VoVNetBody(NamedTuple):
+    """Widths and depths of a VoVNet; tuples of four are for stage2 to stage5."""
+
+    stem: tuple[int, ...]  # widths of its three convolutions
+    inner: tuple[int, ...]  # widths of the 3x3 convolutions of the modules
+    out: tuple[int, ...]  # widths of the stages
+    layers: int  # 3x3 convolutions per module
+    modules: tuple[int, ...]  # per stage
+    depthwise: bool = False
+
+    def scaled(self, factor: float) -> "VoVNetBody":
+        """The same with all widths multiplied, to multiples of 8."""
+        stem, inner, out = (
+            tuple(max(8, round(width * factor / 8) * 8) for width in widths)
+            for widths in (self.stem, self.inner, self.out)
+        )
+        return self._replace(stem=stem, inner=inner, out=out)
+
+
+_STEM, _DW_STEM = (64, 64, 128), (64, 64, 64)
+_INNER, _OUT = (128, 160, 192, 224), (256, 512, 768, 1024)
+_SLIM_INNER, _SLIM_OUT = (64, 80, 96, 112), (112, 256, 384, 512)
+BODIES = {
+    "V-19-slim-dw-eSE": VoVNetBody(_DW_STEM, _SLIM_INNER, _SLIM_OUT, 3, (1, 1, 1, 1), True),
+    "V-19-dw-eSE": VoVNetBody(_DW_STEM, _INNER, _OUT, 3, (1, 1, 1, 1), True),
+    "V-19-slim-eSE": VoVNetBody(_STEM, _SLIM_INNER, _SLIM_OUT, 3, (1, 1, 1, 1)),
+    "V-19-eSE": VoVNetBody(_STEM, _INNER, _OUT, 3, (1, 1, 1, 1)),
+    "V-39-eSE": VoVNetBody(_STEM, _INNER, _OUT, 5, (1, 1, 2, 2)),
+    "V-57-eSE": VoVNetBody(_STEM, _INNER, _OUT, 5, (1, 1, 4, 3)),
+    "V-99-eSE": VoVNetBody(_STEM, _INNER, _OUT, 5, (1, 3, 9, 3)),
+}
+_STAGES = ("stage2", "stage3", "stage4", "stage5")
+_NORMS = ("FrozenBN", "BN", "SyncBN", "GN")
+
+
+class EffectiveSqueezeExcitation(nn.Module):
+    """eSE: scale each channel by a gate that sees the means of all of them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc = Conv2d(channels, channels, 1)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, 1, 1) in [0, 1]."""
+        return F.hardsigmoid(self.fc(x.mean(dim=(2, 3), keepdim=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class DepthwiseSeparableConv(nn.Module):
+    """A depthwise 3x3 convolution with nothing behind it, then a 1x1 with norm and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str):
+        super().__init__()
+        self.depthwise = Conv2d(
+            in_channels, in_channels, 3, stride, padding=1, groups=in_channels, bias=False
+        )
+        self.pointwise = _conv(in_channels, out_channels, kernel_size=1, norm=norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
+
+
+class OSAModule(nn.Module):
+    """One-shot aggregation: the input and the outputs of a chain of 3x3 convolutions at once.
+
+    They are concatenated, reduced by a 1x1 convolution and gated by eSE.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        inner_channels: int,
+        out_channels: int,
+        *,
+        num_layers: int,
+        conv3x3: Callable[[int, int], nn.Module],
+        norm: str,
+        reduce: bool = False,
+        identity: bool = False,
+    ):
+        """
+        Args:
+            in_channels, inner_channels, out_channels: of the input, the 3x3 convolutions, the
+                output.
+            num_layers: 3x3 convolutions.
+            conv3x3: makes one of them from its numbers of channels.
+            norm: as for ``detectron2.layers.get_norm``.
+            reduce: bring the chain's input to ``inner_channels`` by a 1x1 convolution.
+            identity: add the input to the output; no activation follows.
+        """
+        super().__init__()
+        self.identity = identity
+        chain_in = inner_channels if reduce else in_channels
+        self.reduction = (
+            _conv(in_channels, inner_channels, kernel_size=1, norm=norm) if reduce else None
+        )
+        self.layers = nn.ModuleList(
+            conv3x3(inner_channels if i else chain_in, inner_channels) for i in range(num_layers)
+        )
+        self.concat = _conv(
+            in_channels + num_layers * inner_channels, out_channels, kernel_size=1, norm=norm
+        )
+        self.ese = EffectiveSqueezeExcitation(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
+        outputs = [x]
+        y = x if self.reduction is None else self.reduction(x)
+        for layer in self.layers:
+            y = layer(y)
+            outputs.append(y)
+        z = self.ese(self.concat(torch.cat(outputs, dim=1)))
+        return x + z if self.identity else z
+
+
+class VoVNet(Backbone):
+    """A stem at stride 4 and "stage2" to "stage5" at strides 4 to 32, of OSA modules each.
+
+    Between the stages is a max pooling without padding that rounds up, so a side of n pixels
+    becomes ceil((n - 3) / 2) + 1: half of an even one, less than half of an odd one.
+    """
+
+    def __init__(
+        self,
+        *,
+        body: VoVNetBody,
+        out_features: Sequence[str],
+        in_channels: int = 3,
+        norm: str = "FrozenBN",
+        freeze_at: int = 0,
+        deform_on_per_stage: Sequence[bool] = (False, False, False, False),
+        deform_modulated: bool = False,
+    ):
+        """
+        Args:
+            body: one of ``BODIES``, or another.
+            out_features: of "stem", "stage2" to "stage5"; no stage after the last of them is built.
+            in_channels: of the image.
+            norm: "FrozenBN", "BN", "SyncBN" or "GN".
+            freeze_at: freeze the stem (1 or more) and the stages up to "stage<freeze_at>", with
+                their norms; 0 freezes none.
+            deform_on_per_stage: make all 3x3 convolutions of stage2 to stage5 deformable;
+                depthwise bodies ignore it.
+            deform_modulated: as of DCNv2.
+
+        Raises:
+            ValueError: an output or the norm is unknown, or the norm is not for such widths.
+        """
+        super().__init__()
+        names = ["stem", *_STAGES]
+        unknown = [name for name in out_features if name not in names]
+        if unknown or not out_features:
+            raise ValueError(
+                f"MODEL.VOVNET.OUT_FEATURES must be some of {names}, not {[*out_features]}"
+            )
+        if norm not in _NORMS:
+            raise ValueError(f"MODEL.VOVNET.NORM must be one of {[*_NORMS]}, not {norm!r}")
+        odd = [width for width in (*body.stem, *body.inner, *body.out) if width % 32]
+        if norm == "GN" and odd:
+            raise ValueError(
+                f"MODEL.VOVNET.NORM 'GN' has 32 groups, but this body has {odd[0]} channels"
+            )
+
+        def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Module:
+            if body.depthwise:
+                return DepthwiseSeparableConv(in_channels, out_channels, stride=stride, norm=norm)
+            return _conv(in_channels, out_channels, stride=stride, norm=norm)
+
+        def deform3x3(in_channels: int, out_channels: int) -> nn.Module:
+            return DeformConv2d(
+                in_channels,
+                out_channels,
+                modulated=deform_modulated,
+                kernel_size=3,
+                padding=1,
+                bias=False,
+                norm=get_norm(norm, out_channels),
+                activation=F.relu_,
+            )
+
+        first, second, third = body.stem
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv1=_conv(in_channels, first, stride=2, norm=norm),
+                conv2=conv3x3(first, second),
+                conv3=conv3x3(second, third, stride=2),
+            )
+        )
+        self._out_features = [name for name in names if name in out_features]
+        self._out_feature_channels = {"stem": third}
+        self._out_feature_strides = {"stem": 4}
+        self.stage_names = names[1 : 1 + names.index(self._out_features[-1])]
+        channels = third
+        for i, name in enumerate(self.stage_names):
+            deformable = deform_on_per_stage[i] and not body.depthwise
+            stage = nn.Sequential()
+            for k in range(body.modules[i]):
+                module = OSAModule(
+                    channels,
+                    body.inner[i],
+                    body.out[i],
+                    num_layers=body.layers,
+                    conv3x3=deform3x3 if deformable else conv3x3,
+                    norm=norm,
+                    reduce=body.depthwise and channels != body.inner[i],
+                    # a stage's first module changes the width
+                    identity=k > 0,
+                )
+                stage.add_module(f"osa{k + 1}", module)
+                channels = body.out[i]
+            self.add_module(name, stage)
+            self._out_feature_channels[name] = channels
+            self._out_feature_strides[name] = 4 * 2**i
+        for module in self.modules():
+            if isinstance(module, Conv2d):  # those of the offsets are not, and stay zero
+                nn.init.kaiming_normal_(module.weight)
+        self._freeze(freeze_at)
+
+    def _freeze(self, freeze_at: int) -> None:
+        for name in ["stem", *self.stage_names][: max(freeze_at, 0)]:
+            part = getattr(self, name)
+            part.requires_grad_(False)
+            FrozenBatchNorm2d.convert_frozen_batchnorm(part)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(N, in_channels, H, W) -> a map (N, C, about H / stride, W / stride) per output."""
+        x = self.stem(x)
+        outputs = {"stem": x}
+        for name in self.stage_names:
+            if name != "stage2":
+                x = F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
+            x = getattr(self, name)(x)
+            outputs[name] = x
+        return {name: outputs[name] for name in self._out_features}
+
+
+def _conv(
+    in_channels: int, out_channels: int, *, kernel_size: int = 3, stride: int = 1, norm: str
+) -> Conv2d:
+    """Convolution without bias, norm, ReLU."""
+    return Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride,
+        padding=kernel_size // 2,
+        bias=False,
+        norm=get_norm(norm, out_channels),
+        activation=F.relu_,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_vovnet_backbone(cfg, input_shape: ShapeSpec) -> VoVNet:
+    """VoVNetV2 from ``cfg.MODEL.VOVNET`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``.
+
+    Raises:
+        ValueError: a value is unknown or not supported; see also ``VoVNet``.
+    """
+    options = cfg.MODEL.VOVNET
+    if options.CONV_BODY not in BODIES:
+        raise ValueError(
+            f"MODEL.VOVNET.CONV_BODY must be one of {[*BODIES]}, not {options.CONV_BODY!r}"
+        )
+    if options.DEFORMABLE_GROUPS != 1:
+        raise ValueError(
+            f"MODEL.VOVNET.DEFORMABLE_GROUPS must be 1, not {options.DEFORMABLE_GROUPS}"
+        )
+    if len(options.STAGE_WITH_DCN) != len(_STAGES):
+        raise ValueError(
+            f"MODEL.VOVNET.STAGE_WITH_DCN must have {len(_STAGES)} values, for stage2 to stage5, "
+            f"not {len(options.STAGE_WITH_DCN)}"
+        )
+    return VoVNet(
+        body=BODIES[options.CONV_BODY].scaled(options.WIDTH_MULT),
+        out_features=options.OUT_FEATURES,
+        in_channels=input_shape.channels,
+        norm=options.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        deform_on_per_stage=options.STAGE_WITH_DCN,
+        deform_modulated=options.WITH_MODULATED_DCN,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The same under a feature pyramid P2 to P6."""
+    return build_fpn(cfg, build_vovnet_backbone(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_fcos_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
+    """The same under FCOS's feature pyramid, P3 to P7."""
+    return build_fcos_fpn(cfg, build_vovnet_backbone(cfg, input_shape))
