@@ -16,7 +16,7 @@ from torch import Tensor
 
 from solo_d2.errors import UserError, one_line
 
-from .rename_rules import find_new_name, is_dropped, recognise
+from .rename_rules import find_new_name, is_dropped, join, recognise
 
 _MULTIARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
 # What the pickled arrays of Detectron2's model zoo are made of; none of it can start anything.
@@ -90,13 +90,15 @@ def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> 
     source = recognise(state_dict)
     if source is None or keys.issuperset(state_dict):
         return dict(state_dict)
-    renamed = {name: find_new_name(name, source.rules) or name for name in state_dict}
-    prefix = _prefix_in(keys, renamed.values())
+    state_dict = join(state_dict, source)
+    renamed = {name: find_new_name(name, source.rules) for name in state_dict}
+    prefix = _prefix_in(keys, filter(None, renamed.values()))
     if prefix is None:
         return dict(state_dict)
     adapted, unused = {}, []
     for name, tensor in state_dict.items():
-        target = prefix + renamed[name]
+        new_name = renamed[name]
+        target = name if new_name is None else prefix + new_name
         if target in keys or not is_dropped(name, source):
             adapted[target] = tensor
         elif not name.endswith(".num_batches_tracked"):

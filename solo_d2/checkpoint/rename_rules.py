@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
+
 from solo_d2.errors import UserError
 
 from .sources import SOURCES, Rule, Source
@@ -49,6 +51,22 @@ def is_dropped(name: str, source: Source) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in source.dropped)
 
 
+def join(state_dict: Mapping[str, Value], source: Source) -> dict[str, Value]:
+    """The same tensors, with those in one piece that the layout has in several."""
+    joined: dict[str, Value] = {}
+    pieces: dict[str, list[str]] = {}
+    for name, value in state_dict.items():
+        whole = find_new_name(name, source.joined)
+        if whole is None:
+            joined[name] = value
+        else:
+            pieces.setdefault(whole, []).append(name)
+    for whole, names in pieces.items():
+        names.sort(key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+        joined[whole] = torch.cat([state_dict[name] for name in names])
+    return joined
+
+
 def convert(state_dict: Mapping[str, Value], source: Source | None = None) -> dict[str, Value]:
     """The same tensors under our names, without those that are dropped by rule.
 
@@ -62,6 +80,7 @@ def convert(state_dict: Mapping[str, Value], source: Source | None = None) -> di
     source = source or recognise(state_dict)
     if source is None:
         raise UserError(f"the names are of none of the layouts {', '.join(SOURCES)}")
+    state_dict = join(state_dict, source)
     origin: dict[str, str] = {}
     unused = []
     for name in state_dict:

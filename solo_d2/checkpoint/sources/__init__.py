@@ -1,11 +1,11 @@
 """How other projects name their tensors, and our names for the same: a table per project."""
 
-from . import adaptis, solo, torchvision, yolact
+from . import adaptis, centermask, solo, torchvision, yolact
 from .source import Rule, Source
 
 SOURCES = {
     source.name: source
-    for project in (adaptis, solo, torchvision, yolact)
+    for project in (adaptis, centermask, solo, torchvision, yolact)
     for source in project.SOURCES
 }
 

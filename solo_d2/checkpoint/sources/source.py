@@ -19,6 +19,9 @@ class Source(NamedTuple):
     signature: str
     # The first whose pattern matches counts.
     rules: Sequence[Rule]
+    # Tensors that are to be one, joined along their first dimension in the order of the number in
+    # their names, and their name for it, which then has its rule.
+    joined: Sequence[Rule] = ()
     # Patterns of whole names that have no place in our models.
     dropped: Sequence[str] = ()
     # Patterns of whole names of ours that no file of this layout has: state of training only.
