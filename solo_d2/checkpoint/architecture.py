@@ -174,9 +174,36 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
+def _yolact(shapes: Shapes) -> dict[str, Any]:
+    classes = shapes["semantic_pred.bias"][0]
+    # each anchor has an output per class and one for the background
+    anchors = shapes["head.class_logits.bias"][0] // (classes + 1)
+    plus = "mask_iou_head.predictor.bias" in shapes
+    if "backbone.stem.weight" in shapes:
+        backbone = {
+            "MODEL.BACKBONE.NAME": "build_darknet_backbone",
+            "MODEL.DARKNET.STEM_OUT_CHANNELS": shapes["backbone.stem.weight"][0],
+        }
+    else:
+        backbone = _resnet(shapes, "backbone")
+        backbone["MODEL.RESNETS.OUT_FEATURES"] = ["res3", "res4", "res5"]
+    return {
+        **backbone,
+        "MODEL.YOLACT.NUM_CLASSES": classes,
+        "MODEL.YOLACT.CONV_DIM": shapes["fpn.lateral5.weight"][0],
+        "MODEL.YOLACT.NUM_PROTOTYPES": shapes["protonet.predictor.bias"][0],
+        # of each size there are three, of other aspect ratios
+        "MODEL.YOLACT.ANCHORS_PER_OCTAVE": anchors // 3,
+        # published for ++; the tensors of both kinds are alike
+        "MODEL.YOLACT.SQUARE_ANCHORS": not plus,
+        "MODEL.YOLACT.MASK_IOU.ENABLED": plus,
+    }
+
+
 _ARCHITECTURES = {
     "SOLOv2": _solov2,
     "SOLO": _solo,
     "DecoupledSOLO": _decoupled_solo,
     "AdaptIS": _adaptis,
+    "YOLACT": _yolact,
 }
