@@ -5,6 +5,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from solo_d2.data.augmentation import (
     test_resize,
 )
 from solo_d2.data.mapper import InstanceMapper
+from solo_d2.engine import Trainer
 
 HEIGHT, WIDTH = 72, 96
 FILL = [123.68, 116.78, 103.94]
@@ -42,6 +44,7 @@ def config(**options):
         "INPUT.SQUARE_SIZE": 64,
         "INPUT.SSD.PHOTOMETRIC": False,
         **{f"INPUT.{key.replace('__', '.')}": value for key, value in options.items()},
+        "DATALOADER.NUM_WORKERS": 0,
     }
     return load_config(opts=[x for pair in opts.items() for x in pair])
 
@@ -250,6 +253,13 @@ class TestMapper:
             mapper = InstanceMapper(config(**options), is_train=True)
             instances = mapper(record(folder, polygons, "rle"))["instances"]
             assert sorted(instances.gt_classes.tolist()) == classes
+
+    def test_the_trainers_test_loader_resizes_too(self, folder, request):
+        records = [record(folder, [quad(48, 36, 40, 40, 0.2)], "rle")]
+        DatasetCatalog.register("augmentation_test", lambda: records)
+        request.addfinalizer(lambda: DatasetCatalog.remove("augmentation_test"))
+        (example,) = next(iter(Trainer.build_test_loader(config(), "augmentation_test")))
+        assert example["image"].shape == (3, 64, 64)
 
     def test_inference_resizes_and_nothing_else(self, folder):
         mapper = InstanceMapper(config(), is_train=False)
