@@ -27,4 +27,7 @@ setup(
         "torchmetrics>=1.4",  # panoptic quality, when AdaptIS is evaluated
         "tqdm>=4.29",  # progress of predict; Detectron2 has it anyway
     ],
+    extras_require={
+        "fast": ["faster-coco-eval>=1.8"],  # COCO evaluation in a third of the time or less
+    },
 )

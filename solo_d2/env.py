@@ -51,6 +51,7 @@ REQUIREMENTS = (
     Requirement("detectron2", "detectron2", "0.6"),
     Requirement("shapely", "shapely", "2.0", required=False),
     Requirement("torchmetrics", "torchmetrics", "1.4", required=False),
+    Requirement("faster_coco_eval", "faster-coco-eval", "1.8", required=False),
 )
 
 
