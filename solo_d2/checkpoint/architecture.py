@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from solo_d2.errors import UserError
+from solo_d2.modeling.backbone.vovnet import BODIES, VoVNetBody
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -60,7 +61,9 @@ def _resnet_fpn(shapes: Shapes) -> dict[str, Any]:
 def _resnet(shapes: Shapes, bottom_up: str) -> dict[str, Any]:
     """A ResNet without a pyramid whose names begin with ``bottom_up``."""
     blocks = tuple(_count(shapes, rf"{bottom_up}\.res{k}\.(\d+)\.") for k in range(2, 6))
-    bottleneck = any(name.endswith(".conv3.weight") for name in shapes)
+    bottleneck = any(
+        name.startswith(bottom_up) and name.endswith(".conv3.weight") for name in shapes
+    )
     depth = _RESNET_DEPTHS.get((blocks, bottleneck))
     if depth is None:
         raise UserError(
@@ -162,6 +165,106 @@ def _adaptis(shapes: Shapes) -> dict[str, Any]:
     return settings
 
 
+def _centermask(shapes: Shapes) -> dict[str, Any]:
+    head = r"proposal_generator\.head\."
+    mask_head, iou_head = r"roi_heads\.mask_head\.", r"roi_heads\.mask_iou_head\."
+    num_classes = shapes["proposal_generator.head.class_logits.bias"][0]
+    settings = {
+        **_fcos_pyramid(shapes),
+        "MODEL.PROPOSAL_GENERATOR.NAME": "FCOSProposalGenerator",
+        "MODEL.FCOS.NUM_CLASSES": num_classes,
+        "MODEL.FCOS.NUM_SHARE_CONVS": _count(shapes, rf"{head}share_tower\.(\d+)\."),
+        "MODEL.FCOS.NUM_CLS_CONVS": _count(shapes, rf"{head}class_tower\.(\d+)\."),
+        "MODEL.FCOS.NUM_BOX_CONVS": _count(shapes, rf"{head}box_tower\.(\d+)\."),
+        "MODEL.FCOS.NORM": "GN" if any(re.match(rf"{head}.*\.norm\.", n) for n in shapes) else "",
+        "MODEL.FCOS.USE_SCALE": "proposal_generator.head.scales" in shapes,
+        "MODEL.ROI_HEADS.NAME": "CenterMaskROIHeads",
+        "MODEL.ROI_HEADS.NUM_CLASSES": num_classes,
+        "MODEL.MASK_ON": any(re.match(mask_head, name) for name in shapes),
+        "MODEL.CENTERMASK.MASK_IOU_ON": any(re.match(iou_head, name) for name in shapes),
+    }
+    # the convolutions' numbers begin with 1
+    if settings["MODEL.MASK_ON"]:
+        attention = "roi_heads.mask_head.attention.conv.weight" in shapes
+        outputs, conv_dim = shapes["roi_heads.mask_head.predictor.weight"][:2]
+        settings |= {
+            "MODEL.ROI_MASK_HEAD.NAME": (
+                "SpatialAttentionMaskHead" if attention else "MaskRCNNConvUpsampleHead"
+            ),
+            "MODEL.ROI_MASK_HEAD.NUM_CONV": _count(shapes, rf"{mask_head}mask_fcn(\d+)\.") - 1,
+            "MODEL.ROI_MASK_HEAD.CONV_DIM": conv_dim,
+            "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": outputs == 1 != num_classes,
+        }
+    if settings["MODEL.CENTERMASK.MASK_IOU_ON"]:
+        conv_dim = shapes["roi_heads.mask_iou_head.conv1.weight"][0]
+        settings |= {
+            "MODEL.CENTERMASK.MASK_IOU_NUM_CONV": _count(shapes, rf"{iou_head}conv(\d+)\.") - 1,
+            "MODEL.CENTERMASK.MASK_IOU_CONV_DIM": conv_dim,
+            "MODEL.CENTERMASK.MASK_IOU_FC_DIM": shapes["roi_heads.mask_iou_head.fc1.bias"][0],
+        }
+    return settings
+
+
+def _fcos_pyramid(shapes: Shapes) -> dict[str, Any]:
+    """The pyramid P3 to P7, or of other levels, over a VoVNet or a ResNet."""
+    levels = sorted(
+        int(match[1])
+        for name in shapes
+        if (match := re.fullmatch(r"backbone\.fpn_output(\d)\.weight", name))
+    )
+    if not levels:
+        raise UserError("missing: backbone.fpn_output5.weight")
+    top_levels = max(0, _count(shapes, r"backbone\.top_block\.p(\d)\.") - 1 - levels[-1])
+    if any(name.startswith("backbone.bottom_up.stage2.") for name in shapes):
+        bottom_up, key, stage = _vovnet(shapes, "backbone.bottom_up"), "VOVNET", "stage"
+    else:
+        bottom_up, key, stage = _resnet(shapes, "backbone.bottom_up"), "RESNETS", "res"
+        if bottom_up["MODEL.RESNETS.NUM_GROUPS"] > 1:  # Detectron2's X-101 32x8d
+            bottom_up["MODEL.RESNETS.STRIDE_IN_1X1"] = False
+            bottom_up["MODEL.PIXEL_STD"] = [57.375, 57.12, 58.395]
+    body = "vovnet" if key == "VOVNET" else "resnet"
+    in_features = [f"{stage}{level}" for level in levels]
+    return {
+        **bottom_up,
+        "MODEL.BACKBONE.NAME": f"build_fcos_{body}_fpn_backbone",
+        f"MODEL.{key}.OUT_FEATURES": in_features,
+        "MODEL.FPN.IN_FEATURES": in_features,
+        "MODEL.FPN.OUT_CHANNELS": shapes[f"backbone.fpn_output{levels[-1]}.weight"][0],
+        "MODEL.FCOS.IN_FEATURES": [f"p{k}" for k in range(levels[0], levels[-1] + top_levels + 1)],
+        "MODEL.FCOS.TOP_LEVELS": top_levels,
+        "MODEL.ROI_HEADS.IN_FEATURES": [f"p{level}" for level in levels],
+    }
+
+
+def _vovnet(shapes: Shapes, bottom_up: str) -> dict[str, Any]:
+    """A VoVNet without a pyramid whose names begin with ``bottom_up``."""
+    first = f"{bottom_up}.stage2.osa1.layers.0"
+    depthwise = f"{first}.depthwise.weight" in shapes
+    stem = [f"{bottom_up}.stem.conv{i}.weight" for i in (1, 2, 3)]
+    stages = [rf"{bottom_up}.stage{k}" for k in range(2, 6)]
+    if depthwise:
+        stem[1:] = [f"{bottom_up}.stem.conv{i}.pointwise.weight" for i in (2, 3)]
+    inner = "layers.0.pointwise.weight" if depthwise else "layers.0.weight"
+    body = VoVNetBody(
+        stem=tuple(shapes[name][0] for name in stem),
+        inner=tuple(shapes[f"{stage}.osa1.{inner}"][0] for stage in stages),
+        out=tuple(shapes[f"{stage}.osa1.concat.weight"][0] for stage in stages),
+        layers=_count(shapes, rf"{bottom_up}\.stage2\.osa1\.layers\.(\d+)\."),
+        modules=tuple(_count(shapes, rf"{stage}\.osa(\d+)\.") - 1 for stage in stages),
+        depthwise=depthwise,
+    )
+    names = [name for name, known in BODIES.items() if known == body]
+    if not names:
+        raise UserError(f"missing: no VoVNet has {body}")
+    offsets = [shapes.get(f"{stage}.osa1.layers.0.offset.bias", (0,))[0] for stage in stages]
+    return {
+        "MODEL.BACKBONE.FREEZE_AT": 0,
+        "MODEL.VOVNET.CONV_BODY": names[0],
+        "MODEL.VOVNET.STAGE_WITH_DCN": tuple(outputs > 0 for outputs in offsets),
+        "MODEL.VOVNET.WITH_MODULATED_DCN": 27 in offsets,
+    }
+
+
 def _outputs(shapes: Shapes, name: str) -> list[int]:
     """Output channels of a conv of the head, per level."""
     levels = range(_count(shapes, rf"head\.{name}\.(\d+)\."))
@@ -205,5 +308,6 @@ _ARCHITECTURES = {
     "SOLO": _solo,
     "DecoupledSOLO": _decoupled_solo,
     "AdaptIS": _adaptis,
+    "GeneralizedRCNN": _centermask,
     "YOLACT": _yolact,
 }
