@@ -150,6 +150,7 @@ def upsample_to_binary(
     image_size: tuple[int, int],
     output_size: tuple[int, int],
     threshold: float,
+    direct: bool = False,
 ) -> Tensor:
     """Bring soft masks to the output size and threshold them, in bounded memory.
 
@@ -163,6 +164,7 @@ def upsample_to_binary(
         image_size: the same without padding.
         output_size: height and width of the result.
         threshold: a pixel is set where the soft value exceeds this.
+        direct: one bilinear step from the soft masks to ``output_size``, as YOLACT does.
 
     Returns:
         (N, *output_size) bool.
@@ -170,8 +172,9 @@ def upsample_to_binary(
     n, h, w = soft_masks.shape
     device = soft_masks.device
     out = torch.zeros((n, *output_size), dtype=torch.bool, device=device)
-    rows_of = _resize_matrix(h, padded_size[0], image_size[0], output_size[0], device)
-    columns_of = _resize_matrix(w, padded_size[1], image_size[1], output_size[1], device)
+    weights = _direct_resize_matrix if direct else _resize_matrix
+    rows_of = weights(h, padded_size[0], image_size[0], output_size[0], device)
+    columns_of = weights(w, padded_size[1], image_size[1], output_size[1], device)
     boxes = tight_boxes(soft_masks > threshold).long()
     # On the CPU one mask at a time does the least work; on a GPU large chunks do.
     length = 1 if device.type == "cpu" else chunk_length(output_size[0] * output_size[1])
@@ -195,6 +198,21 @@ def _resize_matrix(size: int, padded: int, image: int, output: int, device: torc
     identity = torch.eye(size, device=device)[None]
     upsampled = F.interpolate(identity, size=padded, mode="linear")[..., :image]
     return F.interpolate(upsampled, size=output, mode="linear")[0]
+
+
+def _direct_resize_matrix(
+    size: int, padded: int, image: int, output: int, device: torch.device
+) -> Tensor:
+    """The same for one resize, to the size at which the part without padding has ``output``."""
+    identity = torch.eye(size, device=device)[None]
+    if padded == image:
+        return F.interpolate(identity, size=output, mode="linear")[0]
+    scale = padded * output / (image * size)
+    # the given scale says where the samples are; rounded sizes would shift them
+    resized = F.interpolate(
+        identity, scale_factor=scale, mode="linear", recompute_scale_factor=False
+    )
+    return resized[0, :, :output]
 
 
 def _reach(weights: Tensor, start: int, stop: int) -> tuple[slice, slice]:

@@ -4,6 +4,7 @@ from . import backbone
 from .adaptis import AdaptIS, AdaptISPredictor
 from .segmentor import GroundTruth, InstanceSegmentor
 from .solo import SOLO, DecoupledSOLO, SOLOv2
+from .yolact import YOLACT
 
 __all__ = [
     "AdaptIS",
@@ -13,5 +14,6 @@ __all__ = [
     "GroundTruth",
     "InstanceSegmentor",
     "SOLOv2",
+    "YOLACT",
     "backbone",
 ]

@@ -9,6 +9,7 @@ from detectron2.modeling import Backbone, build_backbone
 from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from solo_d2.layers.frozen_bn import fold_frozen_batch_norms
 from solo_d2.postprocessing import postprocess
@@ -87,7 +88,8 @@ class InstanceSegmentor(nn.Module):
             with ``pred_masks``, ``pred_boxes``, ``scores``, ``pred_classes``.
         """
         images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
+        with record_function("solo_d2.backbone"):
+            features = self.backbone(images.tensor)
         if self.training:
             return self.losses(images, features, self.prepare_ground_truth(batched_inputs, images))
         results = self.inference(images, features)
@@ -96,7 +98,9 @@ class InstanceSegmentor(nn.Module):
         for instances, inputs in zip(results, batched_inputs):
             height = inputs.get("height", instances.image_size[0])
             width = inputs.get("width", instances.image_size[1])
-            processed.append({"instances": self.postprocess(instances, height, width, padded_size)})
+            with record_function("solo_d2.output"):
+                result = self.postprocess(instances, height, width, padded_size)
+            processed.append({"instances": result})
         return processed
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:

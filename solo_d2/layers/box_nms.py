@@ -1,0 +1,132 @@
+"""Non-maximum suppression of boxes that have a score for each class: Fast NMS and the usual one.
+
+Each function takes N candidates and gives the detections in the order of descending scores. A
+candidate may be detected under several classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+from .boxes import box_ious
+from .masks import chunk_length
+
+
+class Kept(NamedTuple):
+    """Detections, best first."""
+
+    index: Tensor  # (D,) int64, which candidate
+    classes: Tensor  # (D,) int64
+    scores: Tensor  # (D,)
+
+
+def fast_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    iou_threshold: float = 0.5,
+    top_k: int = 200,
+    score_threshold: float = 0.0,
+    max_detections: int | None = 100,
+) -> Kept:
+    """Fast NMS of each class by itself (YOLACT, section 3.3).
+
+    A candidate goes if it overlaps a better one of the class, even one that goes itself, by more
+    than ``iou_threshold``. Of several without area only the best stays.
+
+    Args:
+        boxes: (N, 4) x1, y1, x2, y2 in any unit.
+        scores: (C, N) of each class, without background.
+        iou_threshold: see above.
+        top_k: of each class, the candidates that take part.
+        score_threshold: a candidate counts for a class only above this score; 0 for none.
+        max_detections: of all classes together; None for no limit.
+    """
+    top_k = min(top_k, len(boxes))
+    top, index = scores.topk(top_k, dim=1)
+    keep = _not_overlapped(boxes, index, iou_threshold)
+    if score_threshold > 0:
+        keep &= top > score_threshold
+    classes, rank = keep.nonzero(as_tuple=True)
+    return _best(Kept(index[classes, rank], classes, top[classes, rank]), max_detections)
+
+
+def cross_class_fast_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    iou_threshold: float = 0.5,
+    top_k: int = 200,
+    max_detections: int | None = None,
+) -> Kept:
+    """Fast NMS of all classes together, each candidate under its best class.
+
+    Args as of ``fast_nms``, but ``top_k`` is of all candidates; the published code has no limit
+    beside it.
+    """
+    best, classes = scores.max(dim=0)
+    top, index = best.topk(min(top_k, len(boxes)))
+    keep = _not_overlapped(boxes, index[None], iou_threshold)[0]
+    index = index[keep]
+    return _best(Kept(index, classes[index], top[keep]), max_detections)
+
+
+def traditional_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    iou_threshold: float = 0.5,
+    score_threshold: float = 0.05,
+    max_detections: int | None = 100,
+) -> Kept:
+    """Greedy NMS of each class by itself, as YOLACT's published code does it.
+
+    A candidate goes if a kept, better one of the class overlaps it by ``iou_threshold`` or more,
+    where a box from pixel a to pixel b is b - a + 1 wide.
+
+    Args:
+        boxes: (N, 4) x1, y1, x2, y2 in pixels.
+        scores: (C, N) of each class, without background.
+        iou_threshold: see above.
+        score_threshold: a candidate counts for a class only above this score.
+        max_detections: of all classes together; None for no limit.
+    """
+    pixels = boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    # torchvision drops from above its threshold on: take the next number below
+    below = float(torch.tensor(iou_threshold).nextafter(torch.tensor(0.0)))
+    counts = scores > score_threshold
+    index, classes = [boxes.new_zeros(0, dtype=torch.long)], [boxes.new_zeros(0, dtype=torch.long)]
+    # Class by class, not with boxes moved apart as in batched_nms: that rounds them.
+    for label in counts.any(dim=1).nonzero()[:, 0].tolist():
+        candidates = counts[label].nonzero()[:, 0]
+        kept = candidates[nms(pixels[candidates], scores[label, candidates], below)]
+        index.append(kept)
+        classes.append(torch.full_like(kept, label))
+    index_of, class_of = torch.cat(index), torch.cat(classes)
+    return _best(Kept(index_of, class_of, scores[class_of, index_of]), max_detections)
+
+
+def _not_overlapped(boxes: Tensor, index: Tensor, iou_threshold: float) -> Tensor:
+    """(G, K) bool: no box of an earlier rank in the same group overlaps this one.
+
+    Args:
+        boxes: (N, 4).
+        index: (G, K) groups of boxes, each by descending score.
+        iou_threshold: what overlapping is.
+    """
+    if index.numel() == 0:
+        return torch.zeros_like(index, dtype=torch.bool)
+    keep = []
+    for group in index.split(chunk_length(index.shape[1] ** 2)):
+        ranked = boxes[group]
+        overlap = box_ious(ranked, ranked).triu_(diagonal=1).amax(dim=1)
+        keep.append(overlap <= iou_threshold)  # false for NaN
+    return torch.cat(keep)
+
+
+def _best(found: Kept, limit: int | None) -> Kept:
+    """The first ``limit`` by score; equal ones in the order given."""
+    order = found.scores.sort(descending=True, stable=True).indices[:limit]
+    return Kept(*(field[order] for field in found))

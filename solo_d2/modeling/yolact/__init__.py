@@ -1,0 +1,3 @@
+from .yolact import YOLACT
+
+__all__ = ["YOLACT"]
