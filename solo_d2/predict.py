@@ -6,6 +6,7 @@ import argparse
 import glob
 import itertools
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,8 @@ from solo_d2.data import setup_datasets
 from solo_d2.data.augmentation import test_resize
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
-from solo_d2.visualization import draw_instances
+from solo_d2.modeling import AdaptISPredictor
+from solo_d2.visualization import draw_instances, draw_points
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -41,7 +43,7 @@ EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 class UnreadableError(Exception):
-    """A file that is no image or video, or a kind of image that is not handled."""
+    """A file that is no image or video, a kind that is not handled, or too small for a point."""
 
 
 class Source(NamedTuple):
@@ -85,6 +87,31 @@ class Predictor:
         )
         output = self.model([{"image": tensor, "height": height, "width": width}])[0]
         return output["instances"].to("cpu")
+
+
+class PointsPredictor:
+    """What lies under points, the same ones in each image; one instance per point."""
+
+    def __init__(self, predictor: AdaptISPredictor, points: Sequence[tuple[float, float]]):
+        """
+        Args:
+            predictor: asked once per image.
+            points: x and y in pixels.
+        """
+        self.predictor = predictor
+        self.points = points
+
+    def __call__(self, image_rgb: np.ndarray) -> Instances:
+        """(H, W, 3) uint8 to the instances under the points, on the CPU.
+
+        Raises:
+            UnreadableError: a point is outside the image.
+        """
+        self.predictor.set_image(image_rgb)
+        try:
+            return self.predictor.predict(self.points)
+        except ValueError as error:
+            raise UnreadableError(str(error)) from error
 
 
 class CocoWriter:
@@ -190,7 +217,7 @@ def output_names(sources: Iterable[Source]) -> list[Path]:
 
 
 def predict_sources(
-    predictor: Predictor,
+    predictor: Predictor | PointsPredictor,
     sources: Sequence[Source],
     folder: Path,
     *,
@@ -203,7 +230,8 @@ def predict_sources(
     The json is written as well when this is interrupted or fails, with what was done until then.
 
     Args:
-        score_threshold: of the drawn instances; the json has all.
+        score_threshold: of the drawn instances; the json has all. What was asked for by points is
+            drawn whatever its score, together with the points.
 
     Returns:
         One line for each source that was skipped.
@@ -216,6 +244,9 @@ def predict_sources(
         instances = predictor(image)
         if write_json:
             writer.add(file_name, instances)
+        if isinstance(predictor, PointsPredictor):
+            drawn = draw_instances(image, instances, metadata, score_threshold=0.0)
+            return draw_points(drawn, predictor.points)
         return draw_instances(image, instances, metadata, score_threshold)
 
     progress = tqdm(list(zip(sources, output_names(sources), strict=True)), unit="file")
@@ -239,15 +270,20 @@ def predict_sources(
 
 
 def load_predictor(
-    cfg: CfgNode, weights: str, *, allow_pickle: bool = False
-) -> tuple[Predictor, Categories]:
+    cfg: CfgNode,
+    weights: str,
+    *,
+    points: Sequence[tuple[float, float]] = (),
+    allow_pickle: bool = False,
+) -> tuple[Predictor | PointsPredictor, Categories]:
     """Build the model of ``cfg`` with the classes that its weights were trained for.
 
     Class names come from the checkpoint if it has them, else from the data set's metadata.
 
     Raises:
         UserError: the numbers of classes in config and checkpoint differ, or are unknown.
-        ValueError, OSError: the weights cannot be used; the message names the file.
+        ValueError, OSError: the weights cannot be used (the message names the file), or there are
+            points for a model that takes none.
     """
     checkpoint = load_weights_file(weights, allow_pickle=allow_pickle)
     trained = (checkpoint.get("solo_d2") or {}).get("thing_classes")
@@ -265,11 +301,17 @@ def load_predictor(
     names = trained or (dataset.names if dataset else None)
     model = build_model(cfg).eval()
     Checkpointer(model, thing_classes=names, allow_pickle=allow_pickle).load(weights)
-    predictor = Predictor(
-        model,
-        resize=test_resize(cfg),
-        input_format=cfg.INPUT.FORMAT,
-    )
+    predictor: Predictor | PointsPredictor
+    if points:
+        prompted = AdaptISPredictor(
+            model,
+            min_size=cfg.INPUT.MIN_SIZE_TEST,
+            max_size=cfg.INPUT.MAX_SIZE_TEST,
+            input_format=cfg.INPUT.FORMAT,
+        )
+        predictor = PointsPredictor(prompted, points)
+    else:
+        predictor = Predictor(model, resize=test_resize(cfg), input_format=cfg.INPUT.FORMAT)
     count = len(names) if names else get_value(cfg, num_classes_keys(cfg)[0])
     # The data set's ids belong to its own classes only.
     ids = dataset.ids if dataset and dataset.names == names else list(range(1, count + 1))
@@ -280,13 +322,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see ``--help``)."""
     options = _parser().parse_intermixed_args(arguments)
     try:
+        points, options.inputs = _split_points(options.points, options.inputs)
         cfg, inputs = _configure(options)
         folder = Path(options.output)
         sources = find_sources(inputs, exclude=folder)
         weights = options.weights or cfg.MODEL.WEIGHTS
         if not weights:
             raise UserError("no weights: give --weights, or MODEL.WEIGHTS in the config")
-        predictor, categories = load_predictor(cfg, weights, allow_pickle=options.allow_pickle)
+        predictor, categories = load_predictor(
+            cfg, weights, points=points, allow_pickle=options.allow_pickle
+        )
         folder.mkdir(parents=True, exist_ok=True)
     except (UserError, OSError, ValueError, KeyError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
@@ -329,18 +374,43 @@ def _parser() -> argparse.ArgumentParser:
         help="lowest score that is drawn (default 0.3)",
     )
     parser.add_argument(
+        "--points",
+        nargs="+",
+        default=[],
+        metavar="X,Y",
+        help="draw what lies under these points of each image, in its pixels (AdaptIS only)",
+    )
+    parser.add_argument(
         "--allow-pickle",
         action="store_true",
         help="load weights that can run code; only for files that you trust",
     )
     parser.add_argument(
         "inputs",
-        nargs="+",
+        nargs="*",
         metavar="INPUT",
         help="images, videos, folders (with subfolders), glob patterns; then config overrides as "
         "KEY VALUE pairs",
     )
     return parser
+
+
+def _split_points(
+    words: Sequence[str], inputs: Sequence[str]
+) -> tuple[list[tuple[float, float]], list[str]]:
+    """(points, inputs): inputs may follow the points of --points, which takes them for points."""
+    points = []
+    for word in words:
+        try:
+            x, y = map(float, word.split(","))
+        except ValueError:
+            break
+        if not (math.isfinite(x) and math.isfinite(y)):
+            raise UserError(f"--points {word}: not two finite numbers")
+        points.append((x, y))
+    if words and not points:
+        raise UserError(f"--points {words[0]}: not two numbers with a comma between them")
+    return points, [*words[len(points) :], *inputs]
 
 
 def _configure(options: argparse.Namespace) -> tuple[CfgNode, list[str]]:

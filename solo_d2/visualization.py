@@ -41,6 +41,25 @@ def draw_instances(
     return _draw_predictions(image_rgb, instances, metadata, score_threshold, scale=1.0)
 
 
+def draw_points(image_rgb: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Draw dots over an image.
+
+    Args:
+        image_rgb: (H, W, 3) uint8; it is not changed.
+        points: x and y in pixels, whole numbers being their centres.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    image = np.ascontiguousarray(image_rgb).copy()
+    radius = max(1, round(min(image.shape[:2]) / 120))
+    for x, y in points:
+        centre = (round(x), round(y))
+        for size, colour in ((radius + max(1, radius // 2), (255, 255, 255)), (radius, (0, 0, 0))):
+            cv2.circle(image, centre, size, colour, cv2.FILLED, cv2.LINE_AA)
+    return image
+
+
 def comparison_grid(
     records: Sequence[Mapping[str, Any]],
     predictions: Sequence[Instances | Mapping[str, Instances]],
