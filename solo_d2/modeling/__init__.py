@@ -2,6 +2,7 @@
 
 from . import backbone
 from .adaptis import AdaptIS, AdaptISPredictor
+from .centermask import CenterMaskROIHeads, FCOSProposalGenerator, SpatialAttentionMaskHead
 from .segmentor import GroundTruth, InstanceSegmentor
 from .solo import SOLO, DecoupledSOLO, SOLOv2
 from .yolact import YOLACT
@@ -9,11 +10,14 @@ from .yolact import YOLACT
 __all__ = [
     "AdaptIS",
     "AdaptISPredictor",
+    "CenterMaskROIHeads",
+    "FCOSProposalGenerator",
     "SOLO",
     "DecoupledSOLO",
     "GroundTruth",
     "InstanceSegmentor",
     "SOLOv2",
+    "SpatialAttentionMaskHead",
     "YOLACT",
     "backbone",
 ]

@@ -1,0 +1,114 @@
+"""From the outputs of FCOS's head to boxes."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from detectron2.layers import batched_nms
+from torch import Tensor
+
+from .targets import distances_to_boxes
+
+
+class Detections(NamedTuple):
+    """Boxes of one image."""
+
+    boxes: Tensor  # (n, 4) x1, y1, x2, y2 in input pixels, float32; may reach out of the image
+    scores: Tensor  # (n,) sqrt(class probability * centerness), descending
+    classes: Tensor  # (n,) int64
+    locations: Tensor  # (n, 2) x, y of the locations that they come from
+
+
+def select_boxes(
+    class_logits: Sequence[Tensor],
+    distances: Sequence[Tensor],
+    centerness: Sequence[Tensor],
+    *,
+    strides: Sequence[int],
+    score_threshold: float,
+    threshold_with_centerness: bool = False,
+    pre_nms_topk: int = 1000,
+    nms_threshold: float = 0.6,
+    post_nms_topk: int = 100,
+) -> list[Detections]:
+    """Boxes of each image. A location can give several, one per class.
+
+    Boxes are not clipped to the image, and none is dropped for its size.
+
+    Args:
+        class_logits, distances, centerness: outputs of ``FCOSHead``, per level.
+        strides: of the levels.
+        score_threshold: of the class probability.
+        threshold_with_centerness: of class probability times centerness, instead.
+        pre_nms_topk: candidates per level that enter the NMS.
+        nms_threshold: of two boxes of a class with a higher IoU only the better stays; 0: no NMS.
+        post_nms_topk: boxes per image, more where the last ones are equally good; 0: all.
+    """
+    levels = [
+        _find_candidates(
+            *outputs,
+            stride=stride,
+            score_threshold=score_threshold,
+            threshold_with_centerness=threshold_with_centerness,
+            topk=pre_nms_topk,
+        )
+        for *outputs, stride in zip(class_logits, distances, centerness, strides)
+    ]
+    return [
+        _suppress(Detections(*map(torch.cat, zip(*image))), nms_threshold, post_nms_topk)
+        for image in zip(*levels)
+    ]
+
+
+def _find_candidates(
+    class_logits: Tensor,
+    distances: Tensor,
+    centerness: Tensor,
+    *,
+    stride: int,
+    score_threshold: float,
+    threshold_with_centerness: bool,
+    topk: int,
+) -> list[Detections]:
+    """The best pairs of location and class of one level, per image, in no order."""
+    num_classes, width = class_logits.shape[1], class_logits.shape[3]
+    # Nothing is computed of the other pairs, nearly all. Centerness is at most 1, so that a product
+    # above the threshold needs a class probability above it.
+    above = (class_logits > _logit(score_threshold)).permute(0, 2, 3, 1).flatten(1)
+    candidates = []
+    for i, pairs_above in enumerate(above):
+        pair = pairs_above.nonzero()[:, 0]
+        location, label = pair.div(num_classes, rounding_mode="floor"), pair % num_classes
+        class_probability = class_logits[i].flatten(1)[label, location].float().sigmoid()
+        product = class_probability * centerness[i].flatten()[location].float().sigmoid()
+        if threshold_with_centerness:
+            keep = product > score_threshold
+            location, label, product = location[keep], label[keep], product[keep]
+        if len(product) > topk:
+            product, best = product.topk(topk)
+            location, label = location[best], label[best]
+        column, row = location % width, location.div(width, rounding_mode="floor")
+        points = (torch.stack([column, row], dim=1) * stride + stride // 2).float()
+        pixels = distances[i].flatten(1)[:, location].T.float() * stride
+        boxes = distances_to_boxes(points, pixels)
+        candidates.append(Detections(boxes, product.sqrt(), label, points))
+    return candidates
+
+
+def _suppress(found: Detections, nms_threshold: float, topk: int) -> Detections:
+    """NMS within each class, then the best of all."""
+    if nms_threshold > 0:
+        keep = batched_nms(found.boxes, found.scores, found.classes, nms_threshold)
+    else:
+        keep = found.scores.argsort(descending=True, stable=True)
+    if len(keep) > topk > 0:
+        scores = found.scores[keep]
+        keep = keep[scores >= scores[topk - 1]]
+    return Detections(*(field[keep] for field in found))
+
+
+def _logit(probability: float) -> float:
+    if not 0 < probability < 1:
+        return -math.inf if probability <= 0 else math.inf
+    return math.log(probability / (1 - probability))

@@ -1,0 +1,154 @@
+"""How good a mask is: the head that predicts its IoU and what it learns (Mask Scoring R-CNN).
+
+arXiv 1903.00241; in CenterMask as published, with the IoU to the whole object and not only to the
+part of it in the box.
+"""
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.layers import Conv2d, ROIAlign
+from detectron2.structures import BitMasks, PolygonMasks
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MaskIoUHead(nn.Module):
+    """Predicts for every class the IoU that the mask would have with an object of that class."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        in_size: int,
+        num_classes: int,
+        num_conv: int = 4,
+        conv_dim: int = 256,
+        fc_dim: int = 1024,
+    ):
+        """
+        Args:
+            in_channels: of the pooled features.
+            in_size: their side; the masks have twice that.
+            num_classes: C.
+            num_conv, conv_dim: 3x3 convolutions, the last of stride 2.
+            fc_dim: units of the two linear layers.
+        """
+        super().__init__()
+        self.convs: list[Conv2d] = []
+        channels = in_channels + 1
+        for k in range(1, num_conv + 1):
+            stride = 2 if k == num_conv else 1
+            conv = Conv2d(channels, conv_dim, 3, stride=stride, padding=1, activation=F.relu)
+            weight_init.c2_msra_fill(conv)
+            self.add_module(f"conv{k}", conv)
+            self.convs.append(conv)
+            channels = conv_dim
+        self.fc1 = nn.Linear(conv_dim * ((in_size + 1) // 2) ** 2, fc_dim)
+        self.fc2 = nn.Linear(fc_dim, fc_dim)
+        self.predictor = nn.Linear(fc_dim, num_classes)
+        for fc in (self.fc1, self.fc2):
+            # not c2_xavier_fill
+            nn.init.kaiming_normal_(fc.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(fc.bias)
+        nn.init.normal_(self.predictor.weight, std=0.01)
+        nn.init.zeros_(self.predictor.bias)
+
+    def forward(self, features: Tensor, mask_probs: Tensor) -> Tensor:
+        """
+        Args:
+            features: (n, in_channels, s, s).
+            mask_probs: (n, 2 s, 2 s) in [0, 1].
+
+        Returns:
+            (n, C), not limited to [0, 1].
+        """
+        mask = F.max_pool2d(mask_probs[:, None], kernel_size=2)
+        x = torch.cat([features, mask.to(features.dtype)], dim=1)
+        for conv in self.convs:
+            x = conv(x)
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.predictor(F.relu(self.fc2(x)))
+
+
+def mask_iou_targets(predicted: Tensor, targets: Tensor, visible: Tensor) -> Tensor:
+    """IoU of masks with whole objects, of which a part may lie outside of the boxes.
+
+    Args:
+        predicted, targets: (n, s, s) bool: masks and objects in their boxes.
+        visible: (n,) share of the object's area in its box.
+
+    Returns:
+        (n,) float32 in [0, 1]; 0 for an empty object.
+    """
+    overlap = (predicted & targets).sum(dim=(1, 2))
+    # area of the whole object in pixels of this grid
+    whole = targets.sum(dim=(1, 2)) / visible.clamp(1e-10, 1)
+    union = predicted.sum(dim=(1, 2)) + whole - overlap
+    return overlap / union.clamp(min=1)
+
+
+def crop_masks(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Parts of masks in boxes, resized to squares as Detectron2's ``crop_and_resize`` does.
+
+    Args:
+        masks: M of them.
+        index: (n,) which mask each box is about.
+        boxes: (n, 4).
+        size: side of the result.
+
+    Returns:
+        (n, size, size) bool.
+    """
+    if isinstance(masks, PolygonMasks):
+        return masks[index].crop_and_resize(boxes, size)
+    # a mask that several boxes are about is neither copied nor made float more than once
+    used, inverse = index.unique(return_inverse=True)
+    rois = torch.cat([inverse[:, None].to(boxes.dtype), boxes], dim=1)
+    align = ROIAlign((size, size), spatial_scale=1.0, sampling_ratio=0, aligned=True)
+    return align(masks.tensor[used, None].float(), rois)[:, 0] >= 0.5
+
+
+def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) -> Tensor:
+    """Share of an object's area that lies in a box; 0 for an empty object.
+
+    Polygons are drawn on a grid that begins at the box's corner and has its size rounded down; for
+    bitmasks the corner is rounded to a pixel. Args as of ``crop_masks``.
+
+    Returns:
+        (n,) float32 in [0, 1].
+    """
+    area_of = _polygon_areas if isinstance(masks, PolygonMasks) else _bitmask_areas
+    inside, whole = area_of(masks, index, boxes)
+    return torch.where(whole > 0, inside / whole, 0).clamp(0, 1).to(boxes)
+
+
+def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels inside of the boxes, area of the polygons: (n,) float64; parts are summed up."""
+    corners = boxes[:, :2].cpu().numpy()
+    sizes = (boxes[:, 2:] - boxes[:, :2]).cpu().numpy()
+    whole = masks.area().double()[index.cpu()]
+    inside = []
+    for i, corner, (width, height) in zip(index.tolist(), corners, sizes):
+        if min(width, height) < 1 or not masks.polygons[i]:
+            inside.append(0.0)
+            continue
+        parts = [part - np.resize(corner, part.shape) for part in masks.polygons[i]]
+        inside.append(mask_util.area(mask_util.frPyObjects(parts, int(height), int(width))).sum())
+    return torch.tensor(inside, dtype=torch.float64), whole
+
+
+def _bitmask_areas(masks: BitMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels inside of the boxes, all pixels: (n,) int64."""
+    used, inverse = index.unique(return_inverse=True)
+    sums = masks.tensor[used].cumsum(dim=1, dtype=torch.int32).cumsum_(dim=2)
+    sums = F.pad(sums, (1, 0, 1, 0))
+    height, width = sums.shape[1] - 1, sums.shape[2] - 1
+    low = boxes[:, :2].round()
+    high = low + (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).floor()
+    limit = boxes.new_tensor([width, height])
+    x1, y1 = low.clamp(min=0).minimum(limit).long().unbind(dim=1)
+    x2, y2 = high.clamp(min=0).minimum(limit).long().unbind(dim=1)
+    inside = sums[inverse, y2, x2] - sums[inverse, y1, x2] - sums[inverse, y2, x1]
+    return inside + sums[inverse, y1, x1], sums[inverse, height, width]
