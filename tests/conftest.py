@@ -59,7 +59,10 @@ class Golden:
 
     def masks(self, key: str, shape_key: str = "") -> torch.Tensor:
         shape = tuple(self.arrays[shape_key or f"{key}_shape"].tolist())
-        bits = np.unpackbits(self.arrays[key])[: int(np.prod(shape))]
+        packed = self.arrays[key]
+        # all masks together, or each for itself (rows of a matrix)
+        rest = shape if packed.ndim == 1 else shape[1:]
+        bits = np.unpackbits(packed, axis=-1)[..., : int(np.prod(rest))]
         return torch.from_numpy(bits.reshape(shape).astype(bool))
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .protonet import assemble_masks, inside_boxes
 from .targets import BACKGROUND
 
 
@@ -48,27 +47,7 @@ def class_loss(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
     return F.cross_entropy(logits[chosen], labels[chosen], reduction="sum")
 
 
-def predicted_masks(
-    prototypes: Tensor, coefficients: Tensor, boxes: Tensor, *, padding: float | None
-) -> Tensor:
-    """Soft masks cropped with boxes.
-
-    Args:
-        prototypes: (h, w, K) of one image.
-        coefficients: (n, K).
-        boxes: (n, 4) in pixels of the prototypes.
-        padding: of the crop, in the same; None does not crop.
-
-    Returns:
-        (n, h, w) in 0 to 1, zero outside of the boxes.
-    """
-    masks = assemble_masks(prototypes, coefficients)
-    if padding is None:
-        return masks
-    return masks * inside_boxes(boxes, prototypes.shape[:2], padding=padding)
-
-
-def mask_loss(masks: Tensor, targets: Tensor, areas: Tensor) -> Tensor:
+def mask_loss(masks: Tensor, targets: Tensor, areas: Tensor | float) -> Tensor:
     """Binary cross entropy of soft masks, over all pixels of each, divided by an area of each.
 
     A pixel of the target that was cropped away costs 100 and has no gradient, as published.
@@ -76,7 +55,7 @@ def mask_loss(masks: Tensor, targets: Tensor, areas: Tensor) -> Tensor:
     Args:
         masks: (n, h, w) in 0 to 1.
         targets: (n, h, w) bool.
-        areas: (n,).
+        areas: (n,) in pixels, or one for all.
     """
     loss = F.binary_cross_entropy(masks, targets.float(), reduction="none")
     return (loss.sum(dim=(1, 2)) / areas).sum()

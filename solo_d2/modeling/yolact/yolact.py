@@ -13,6 +13,7 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from solo_d2.layers.boxes import box_areas
 from solo_d2.layers.distributed import normaliser
 from solo_d2.layers.masks import upsample_to_binary
 
@@ -264,77 +265,80 @@ class YOLACT(InstanceSegmentor):
     ) -> dict[str, Tensor]:
         outputs = self.predict(features, images)
         semantic_logits = self.semantic_pred(outputs.finest).float()
-        height, width = images.tensor.shape[-2:]
-        unit = max(height, width)
-        ground_truth = [_without_degenerate(gt) for gt in ground_truth]
-        with torch.no_grad(), record_function("solo_d2.assign"):
-            matches = [self.match(gt, outputs.priors, unit) for gt in ground_truth]
-        labels = torch.stack([found.labels for found in matches])
-        num_positive = (labels > BACKGROUND).sum()
-        if has_event_storage():
-            get_event_storage().put_scalar("yolact/positive_anchors", num_positive.item())
-        scale = normaliser(num_positive)
-
-        # half precision ends here: areas, logarithms and probabilities near 0 and 1 follow
-        with torch.autocast(self.device.type, enabled=False):
-            named = {
-                "loss_class": self.class_loss_weight
-                * losses.class_loss(outputs.class_logits, labels, self.neg_pos_ratio),
-                **self._instance_losses(outputs, matches, ground_truth, unit),
-            }
-            named = {name: loss / scale for name, loss in named.items()}
-            named["loss_semantic"] = self.semantic_loss_weight * self._semantic_loss(
-                semantic_logits, ground_truth
-            )
+        named = self.output_losses(outputs, semantic_logits, ground_truth)
         # a feature that the pyramid leaves out is connected too: processes that train together
         # must have a gradient for every parameter
         idle = [x[:0].sum() for name, x in features.items() if name not in self.fpn.in_features]
         named["loss_class"] = named["loss_class"] + sum(idle)
         return named
 
-    def match(self, gt: GroundTruth, priors: Tensor, unit: float) -> Matches:
-        """Match the anchors with one image's objects; ``unit`` as in ``inference.suppress``."""
+    def output_losses(
+        self, outputs: YOLACTOutputs, semantic_logits: Tensor, ground_truth: list[GroundTruth]
+    ) -> dict[str, Tensor]:
+        """Named losses of raw outputs; ``semantic_logits`` are (N, C, h', w')."""
+        ground_truth = [_without_degenerate(gt) for gt in ground_truth]
+        with torch.no_grad(), record_function("solo_d2.assign"):
+            matches = [self.match(gt, outputs.priors) for gt in ground_truth]
+        labels = torch.stack([found.labels for found in matches])
+        num_positive = (labels > BACKGROUND).sum()
+        if has_event_storage():
+            get_event_storage().put_scalar("yolact/positive_anchors", num_positive.item())
+        # half precision ends here: areas, logarithms and probabilities near 0 and 1 follow
+        with torch.autocast(self.device.type, enabled=False):
+            class_loss = losses.class_loss(outputs.class_logits, labels, self.neg_pos_ratio)
+            sums = {
+                "loss_class": self.class_loss_weight * class_loss,
+                "loss_box": self.box_loss_weight * self._box_loss(outputs, matches, ground_truth),
+                **self._mask_losses(outputs, matches, ground_truth),
+            }
+            scale = normaliser(num_positive)
+            named = {name: total / scale for name, total in sums.items()}
+            semantic_loss = self._semantic_loss(semantic_logits, ground_truth)
+            named["loss_semantic"] = self.semantic_loss_weight * semantic_loss
+        return named
+
+    def match(self, gt: GroundTruth, priors: Tensor) -> Matches:
+        """Match the anchors with one image's objects."""
+        unit = _unit(gt.masks.shape[-2:])
         return match(gt.boxes / unit, gt.classes, gt.crowd_boxes / unit, priors, **self.matching)
 
-    def _instance_losses(
-        self,
-        outputs: YOLACTOutputs,
-        matches: list[Matches],
-        ground_truth: list[GroundTruth],
-        unit: float,
+    def _box_loss(
+        self, outputs: YOLACTOutputs, matches: list[Matches], ground_truth: list[GroundTruth]
+    ) -> Tensor:
+        """Sum over the positive anchors of all images."""
+        total = outputs.box_offsets.new_zeros(())
+        for offsets, found, gt in zip(outputs.box_offsets, matches, ground_truth):
+            positive = found.labels > BACKGROUND
+            boxes = gt.boxes[found.objects[positive]] / _unit(gt.masks.shape[-2:])
+            targets = encode(boxes, outputs.priors[positive])
+            total = total + losses.box_loss(offsets[positive], targets)
+        return total
+
+    def _mask_losses(
+        self, outputs: YOLACTOutputs, matches: list[Matches], ground_truth: list[GroundTruth]
     ) -> dict[str, Tensor]:
-        """Sums over the positive anchors of all images, weighted."""
-        size = tuple(outputs.prototypes.shape[1:3])
-        box_loss, mask_loss, iou_loss = outputs.prototypes.new_zeros(3).unbind()
+        """Sums over the positive anchors of all images: masks, and mask IoUs in YOLACT++."""
+        h, w = outputs.prototypes.shape[1:3]
+        mask_loss, iou_loss = outputs.prototypes.new_zeros(2).unbind()
         for i, (found, gt) in enumerate(zip(matches, ground_truth)):
             positive = (found.labels > BACKGROUND).nonzero()[:, 0]
-            objects = found.objects[positive]
-            targets = encode(gt.boxes[objects] / unit, outputs.priors[positive])
-            box_loss = box_loss + losses.box_loss(outputs.box_offsets[i][positive], targets)
-
             weight = 1.0
             if self.masks_to_train and len(positive) > self.masks_to_train:
                 chosen = torch.randperm(len(positive), device=positive.device)
-                chosen = chosen[: self.masks_to_train]
                 weight = len(positive) / self.masks_to_train
-                positive, objects = positive[chosen], objects[chosen]
-            boxes = gt.boxes[objects] * _ratios(gt.masks.shape[-2:], size, gt.boxes)
-            masks = losses.predicted_masks(
-                outputs.prototypes[i],
-                outputs.coefficients[i][positive],
-                boxes,
-                padding=None if self.crop == "none" else self.crop_padding,
-            )
+                positive = positive[chosen[: self.masks_to_train]]
+            objects = found.objects[positive]
+            boxes = gt.boxes[objects] * _ratios(gt.masks.shape[-2:], (h, w), gt.boxes)
+            masks = assemble_masks(outputs.prototypes[i], outputs.coefficients[i][positive])
+            if self.crop != "none":
+                masks = masks * inside_boxes(boxes, (h, w), padding=self.crop_padding)
             with torch.no_grad(), record_function("solo_d2.reduce"):
-                truth = reduce_masks(gt.masks, size)[objects]
-            sides = boxes[:, 2:] - boxes[:, :2] if self.mask_area_norm else boxes.new_tensor([size])
-            mask_loss = mask_loss + weight * losses.mask_loss(masks, truth, sides.prod(dim=1))
+                truth = reduce_masks(gt.masks, (h, w))[objects]
+            areas = box_areas(boxes) if self.mask_area_norm else h * w
+            mask_loss = mask_loss + weight * losses.mask_loss(masks, truth, areas)
             if self.mask_iou_head is not None:
                 iou_loss = iou_loss + self._mask_iou_loss(masks, truth, gt.classes[objects])
-        named = {
-            "loss_box": self.box_loss_weight * box_loss,
-            "loss_mask": self.mask_loss_weight * mask_loss,
-        }
+        named = {"loss_mask": self.mask_loss_weight * mask_loss}
         if self.mask_iou_head is not None:
             named["loss_mask_iou"] = self.mask_iou_loss_weight * iou_loss
         return named
@@ -379,7 +383,7 @@ class YOLACT(InstanceSegmentor):
             outputs.priors,
             score_threshold=self.score_threshold,
         )
-        return suppress(found, unit=float(max(size)), **self.suppression)
+        return suppress(found, unit=_unit(size), **self.suppression)
 
     def assemble(
         self,
@@ -399,7 +403,7 @@ class YOLACT(InstanceSegmentor):
             Instances with ``pred_boxes`` in pixels of the input, not clipped, and, where there is
             a mask IoU head, ``mask_scores``. Only with crop "prototype" are ``pred_masks`` cropped.
         """
-        boxes = found.boxes * max(size)
+        boxes = found.boxes * _unit(size)
         prototypes = outputs.prototypes[image]
         masks = assemble_masks(prototypes, outputs.coefficients[image][found.priors])
         result = Instances(image_size)
@@ -454,6 +458,11 @@ class YOLACT(InstanceSegmentor):
         result.pred_masks = masks
         result.pred_boxes = Boxes(boxes)
         return result
+
+
+def _unit(size: tuple[int, int]) -> float:
+    """Pixels that relative boxes are in units of, in an input of this height and width."""
+    return float(max(size))
 
 
 def _ratios(before: tuple[int, int], after: tuple[int, int], like: Tensor) -> Tensor:
