@@ -24,7 +24,8 @@ def setup_datasets(cfg: CfgNode) -> None:
     names a json file, "<NAME>_train" and "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by
     nothing, where only one is named).
     With DATASETS.OVERFIT_IMAGES both become the same few images. Where a model of Detectron2's own
-    is told -1 classes, the number of the data takes its place, since it needs a number.
+    is told -1 classes, the number of the data takes its place, since it needs a number. Data
+    without classes of stuff get one, the background, which panoptic outputs refer to.
 
     Raises:
         FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing.
@@ -42,6 +43,9 @@ def setup_datasets(cfg: CfgNode) -> None:
     if cfg.DATASETS.OVERFIT_IMAGES:
         subset = register_subset(cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES)
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (subset,)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if not MetadataCatalog.get(name).get("stuff_classes"):
+            MetadataCatalog.get(name).stuff_classes = ["background"]
     for key in _DETECTRON2_NUM_CLASSES.intersection(num_classes_keys(cfg)):
         if get_value(cfg, key) == -1:
             cfg.merge_from_list([key, num_classes(cfg)])

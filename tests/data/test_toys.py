@@ -170,6 +170,10 @@ def test_the_config_decides_what_is_registered(small_cfg):
     assert (record["height"], record["width"]) == (48, 64)
     metadata = MetadataCatalog.get("rods_val")
     assert metadata.thing_classes == ["rod"]
+    assert metadata.get("stuff_classes") is None
+    small_cfg.DATASETS.TRAIN, small_cfg.DATASETS.TEST = ("rods_train",), ("rods_val",)
+    setup_datasets(small_cfg)
+    assert MetadataCatalog.get("rods_val").stuff_classes == ["background"]
     assert "-2x48x64-seed4" in metadata.json_file
 
 
