@@ -1,0 +1,452 @@
+"""CenterMask against the original's code, with stand-in weights of its checkpoints."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.modeling.postprocessing import detector_postprocess
+from detectron2.modeling.roi_heads import roi_heads, select_foreground_proposals
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+
+from solo_d2 import add_solo_d2_config
+from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognise, rename_key
+from solo_d2.modeling.centermask.mask_iou import crop_masks, mask_iou_targets
+
+pytestmark = pytest.mark.golden
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIG_OF = {
+    "centermask_v39": "CenterMask/CenterMask_V39_3x.yaml",
+    "centermask_lite_v39": "CenterMask/CenterMask_Lite_V39_4x.yaml",
+}
+# name in meta["config"] -> our config key
+KEY_OF = {
+    "fcos.num_classes": "MODEL.FCOS.NUM_CLASSES",
+    "fcos.in_features": "MODEL.FCOS.IN_FEATURES",
+    "fcos.prior_prob": "MODEL.FCOS.PRIOR_PROB",
+    "fcos.inference_th_train": "MODEL.FCOS.SCORE_THRESH_TRAIN",
+    "fcos.inference_th_test": "MODEL.FCOS.SCORE_THRESH_TEST",
+    "fcos.nms_th": "MODEL.FCOS.NMS_THRESH",
+    "fcos.pre_nms_topk_train": "MODEL.FCOS.PRE_NMS_TOPK_TRAIN",
+    "fcos.pre_nms_topk_test": "MODEL.FCOS.PRE_NMS_TOPK_TEST",
+    "fcos.post_nms_topk_train": "MODEL.FCOS.POST_NMS_TOPK_TRAIN",
+    "fcos.post_nms_topk_test": "MODEL.FCOS.POST_NMS_TOPK_TEST",
+    "fcos.top_levels": "MODEL.FCOS.TOP_LEVELS",
+    "fcos.norm": "MODEL.FCOS.NORM",
+    "fcos.use_scale": "MODEL.FCOS.USE_SCALE",
+    "fcos.thresh_with_ctr": "MODEL.FCOS.THRESH_WITH_CENTERNESS",
+    "fcos.loss_alpha": "MODEL.FCOS.FOCAL_LOSS_ALPHA",
+    "fcos.loss_gamma": "MODEL.FCOS.FOCAL_LOSS_GAMMA",
+    "fcos.sizes_of_interest": "MODEL.FCOS.SIZES_OF_INTEREST",
+    "fcos.num_cls_convs": "MODEL.FCOS.NUM_CLS_CONVS",
+    "fcos.num_box_convs": "MODEL.FCOS.NUM_BOX_CONVS",
+    "fcos.num_share_convs": "MODEL.FCOS.NUM_SHARE_CONVS",
+    "fcos.pos_radius": "MODEL.FCOS.CENTER_SAMPLING_RADIUS",
+    "fcos.loc_loss_type": "MODEL.FCOS.BBOX_REG_LOSS_TYPE",
+    "roi_mask_head.pooler_resolution": "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
+    "roi_mask_head.pooler_sampling_ratio": "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO",
+    "roi_mask_head.num_conv": "MODEL.ROI_MASK_HEAD.NUM_CONV",
+    "roi_mask_head.conv_dim": "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "roi_mask_head.norm": "MODEL.ROI_MASK_HEAD.NORM",
+    "roi_mask_head.pooler_type": "MODEL.ROI_MASK_HEAD.POOLER_TYPE",
+    "roi_mask_head.assign_criterion": "MODEL.CENTERMASK.ASSIGN_CRITERION",
+    "roi_maskiou_head.conv_dim": "MODEL.CENTERMASK.MASK_IOU_CONV_DIM",
+    "roi_maskiou_head.num_conv": "MODEL.CENTERMASK.MASK_IOU_NUM_CONV",
+    "roi_heads.num_classes": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "roi_heads.in_features": "MODEL.ROI_HEADS.IN_FEATURES",
+    "roi_heads.iou_thresholds": "MODEL.ROI_HEADS.IOU_THRESHOLDS",
+    "roi_heads.batch_size_per_image": "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    "roi_heads.positive_fraction": "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+    "roi_heads.proposal_append_gt": "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT",
+    "backbone": "MODEL.VOVNET.CONV_BODY",
+    "norm": "MODEL.VOVNET.NORM",
+    "fpn_channels": "MODEL.FPN.OUT_CHANNELS",
+    "pixel_mean": "MODEL.PIXEL_MEAN",
+    "pixel_std": "MODEL.PIXEL_STD",
+    "format": "INPUT.FORMAT",
+}
+CASES = ["t", "e1", "e2", "z"]
+
+
+class Tolerances:
+    """Of the file: atol and rtol of what it names."""
+
+    def __init__(self, golden):
+        text = golden.meta["suggested_tolerance"]
+
+        def number(pattern: str) -> float:
+            return float(re.search(pattern + r" ([\de.-]*\d)", text)[1])
+
+        self.feature = {"atol": number("logits: atol"), "rtol": number("rtol")}
+        self.box = {"atol": number("boxes atol"), "rtol": 0}
+        self.score = {"atol": number("scores"), "rtol": 0}
+        self.loss = {"atol": 1e-9, "rtol": number("losses rtol")}
+        self.mask_iou_loss = {"atol": 1e-9, "rtol": number("except loss_maskiou")}
+        self.mask_iou_target = {"atol": number("t_maskiou_target"), "rtol": 0}
+        self.grad = {"atol": 1e-9, "rtol": number("gradient norms rtol")}
+
+
+def close(actual, expected, tolerance: dict[str, float]) -> None:
+    actual, expected = torch.as_tensor(actual).double(), torch.as_tensor(expected).double()
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def same_masks(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Nearly all pixels of each mask."""
+    different = (actual ^ expected).sum(dim=(1, 2))
+    iou = (actual & expected).sum(dim=(1, 2)) / (actual | expected).sum(dim=(1, 2)).clamp(min=1)
+    assert ((iou >= 0.999) | (different <= 3)).all(), different.tolist()
+
+
+def network_input(image: torch.Tensor) -> torch.Tensor:
+    """uint8 (H, W, 3) BGR -> float (3, H, W)."""
+    return image.permute(2, 0, 1).float()
+
+
+def described(array: torch.Tensor, text: str) -> torch.Tensor:
+    """Apply the slice in a description such as "FPN p3 [0,::16,::2,::2]; full shape (...)"."""
+    if shape := re.search(r"full(?: shape)? \(([\d, ]+)\)", text):
+        assert tuple(array.shape) == tuple(int(n) for n in shape[1].split(","))
+    spec = re.search(r"\[([\d:,s]+)\]", text)[1]
+    if step := re.search(r"s=(\d) for stage3 else (\d)", text):
+        spec = spec.replace("s", step[1] if "bottom-up stage3" in text else step[2])
+    slices = []
+    for part in spec.split(","):
+        slices.append(
+            slice(*(int(n) if n else None for n in part.split(":"))) if ":" in part else int(part)
+        )
+    return array[tuple(slices)]
+
+
+@pytest.fixture(scope="module", params=CONFIG_OF)
+def golden(request, load_golden):
+    return load_golden(request.param)
+
+
+@pytest.fixture(scope="module")
+def tolerance(golden):
+    return Tolerances(golden)
+
+
+@pytest.fixture(scope="module")
+def cfg(golden):
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    table = golden.meta["config"]["keys_table"].removesuffix(".keys.tsv")
+    cfg.merge_from_file(str(CONFIGS / CONFIG_OF[table]))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", (), "DATASETS.TEST", ()])
+    cfg.MODEL.FCOS.NUM_CLASSES = golden.meta["config"]["fcos"]["num_classes"]
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def model(golden, cfg, stand_in_weights):
+    table = golden.meta["config"]["keys_table"].removesuffix(".keys.tsv")
+    model = build_model(cfg)
+    model.load_state_dict(convert(stand_in_weights(table, golden.meta["seed_of_weights"])))
+    return model.eval()
+
+
+def test_the_config_is_the_originals(golden, cfg):
+    differing = {}
+    for name, key in KEY_OF.items():
+        value, node = golden.meta["config"], cfg
+        for part in name.split("."):
+            value = value[part]
+        for part in key.split("."):
+            node = node[part]
+        node = list(node) if isinstance(node, tuple) else node
+        if node != value and not (key == "MODEL.ROI_HEADS.NUM_CLASSES" and node == -1):
+            differing[key] = (node, value)
+    assert not differing
+
+
+class Stages:
+    """What one image becomes on its way through the model, in evaluation mode."""
+
+    @torch.no_grad()
+    def __init__(self, model, image: torch.Tensor, size: list[int]):
+        height, width = size
+        inputs = [{"image": image, "height": height, "width": width}]
+        self.images = model.preprocess_image(inputs)
+        self.body = model.backbone.bottom_up(self.images.tensor)
+        self.features = model.backbone(self.images.tensor)
+        fcos, heads = model.proposal_generator, model.roi_heads
+        self.outputs = fcos.head([self.features[name] for name in fcos.in_features])
+        (self.found,) = fcos.detect(self.outputs, self.images.image_sizes)
+        boxes = [self.found.pred_boxes]
+        self.level = heads.mask_pooler.assign(boxes, self.images.image_sizes)
+        self.pooled = heads.pool(self.features, boxes, [self.found])
+        (self.result,) = heads.forward_with_given_boxes(self.features, [self.found])
+        copy = Instances(self.result.image_size, **self.result.get_fields())
+        copy.pred_boxes = self.result.pred_boxes.clone()
+        self.output = detector_postprocess(copy, height, width)
+
+
+@pytest.fixture(scope="module")
+def stages(golden, model):
+    """Case -> its stages: a is the whole image, b a part that needs padding."""
+    image = network_input(golden["a_image"])
+    text = golden.meta["cases"]["b_"]
+    rows, columns = map(int, re.search(r"first (\d+) rows and (\d+) columns", text).groups())
+    parts = {"a": image, "b": image[:, :rows, :columns]}
+    return {
+        case: Stages(model, part, golden[f"{case}_out_size"].tolist())
+        for case, part in parts.items()
+    }
+
+
+def compare_stats(array, golden, key, tolerance):
+    if key in golden:
+        stats = [array.mean(), array.std(), array.min(), array.max()]
+        close(torch.stack(stats), golden[key], tolerance)
+
+
+def test_body_and_pyramid(golden, stages, tolerance):
+    run = stages["a"]
+    arrays = golden.meta["arrays"]
+    assert list(run.images.tensor.shape) == golden["a_input_padded_shape"].tolist()
+    image = described(run.images.tensor, arrays["a_input_norm_slice"])
+    close(image, golden["a_input_norm_slice"], tolerance.feature)
+    for prefix, features in (("a_bu", run.body), ("a_fpn", run.features)):
+        for name, feature in features.items():
+            key = f"{prefix}_{name}"
+            close(described(feature, arrays[key]), golden[key], tolerance.feature)
+            compare_stats(feature, golden, f"{key}_stats", tolerance.feature)
+
+
+def test_head_outputs(golden, stages, tolerance, model):
+    outputs = stages["a"].outputs
+    for i, name in enumerate(model.proposal_generator.in_features):
+        logits = outputs.class_logits[i]
+        some = described(logits, golden.meta["arrays"][f"a_logits_{name}"])
+        close(some, golden[f"a_logits_{name}"], tolerance.feature)
+        close(logits[0].amax(dim=0), golden[f"a_logits_max_{name}"], tolerance.feature)
+        close(outputs.distances[i][0], golden[f"a_reg_{name}"], tolerance.feature)
+        close(outputs.centerness[i][0, 0], golden[f"a_ctr_{name}"], tolerance.feature)
+        threshold = golden.meta["config"]["fcos"]["inference_th_test"]
+        assert (logits.sigmoid() > threshold).sum() == golden["a_n_candidates"][i]
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_detections(golden, stages, tolerance, case):
+    found = stages[case].found
+    assert found.pred_classes.tolist() == golden[f"{case}_det_classes"].tolist()
+    close(found.pred_boxes.tensor, golden[f"{case}_det_boxes"], tolerance.box)
+    close(found.scores, golden[f"{case}_det_scores"], tolerance.score)
+    assert torch.equal(found.locations, golden[f"{case}_det_locations"])
+    assert stages[case].level.tolist() == golden[f"{case}_roi_level"].tolist()
+
+
+@torch.no_grad()
+def test_mask_branch(golden, stages, tolerance, model):
+    run, heads = stages["a"], model.roi_heads
+    arrays, classes = golden.meta["arrays"], run.found.pred_classes
+    pooled = described(run.pooled, arrays["a_roi_feat"])
+    close(pooled, golden["a_roi_feat"], tolerance.feature)
+    feature = run.pooled
+    for conv in heads.mask_head.conv_norm_relus:
+        feature = conv(feature)
+    attention = heads.mask_head.attention
+    close(attention.attention(feature)[:, 0], golden["a_sam_attention"], tolerance.feature)
+    attended = described(attention(feature), arrays["a_sam_out"])
+    close(attended, golden["a_sam_out"], tolerance.feature)
+    logits = heads.mask_head.class_logits(run.pooled, classes)
+    close(logits, golden["a_mask_logits_cls"], tolerance.feature)
+    every_class = described(heads.mask_head.layers(run.pooled), arrays["a_mask_logits_all"])
+    close(every_class, golden["a_mask_logits_all"], tolerance.feature)
+    ious = heads.mask_iou_head(run.pooled, logits.sigmoid())
+    close(ious, golden["a_maskiou_all"], tolerance.feature)
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_results(golden, stages, tolerance, case):
+    run = stages[case]
+    close(run.result.mask_scores, golden[f"{case}_mask_scores_raw"], tolerance.score)
+    out = run.output
+    assert out.pred_classes.tolist() == golden[f"{case}_out_classes"].tolist()
+    close(out.pred_boxes.tensor, golden[f"{case}_out_boxes"], tolerance.box)
+    close(out.scores, golden[f"{case}_out_scores"], tolerance.score)
+    close(out.mask_scores, golden[f"{case}_out_mask_scores"], tolerance.score)
+    expected = golden.masks(f"{case}_out_masks_packed", f"{case}_out_masks_shape")
+    same_masks(out.pred_masks, expected)
+
+
+def annotations(golden, i: int, size: tuple[int, int]) -> Instances:
+    xy, objects = golden.arrays[f"t_gt{i}_polygon_xy"], golden[f"t_gt{i}_polygon_obj"].tolist()
+    ends = np.cumsum(golden.arrays[f"t_gt{i}_polygon_len"])
+    polygons: list[list] = [[] for _ in golden[f"t_gt{i}_classes"]]
+    for index, polygon in zip(objects, np.split(xy, ends[:-1])):
+        polygons[index].append(polygon)
+    return Instances(
+        size,
+        gt_boxes=Boxes(golden[f"t_gt{i}_boxes"]),
+        gt_classes=golden[f"t_gt{i}_classes"].long(),
+        gt_masks=PolygonMasks(polygons),
+    )
+
+
+def without_objects(size: tuple[int, int]) -> Instances:
+    return Instances(size, gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0).long())
+
+
+def in_order(labels, num_samples, positive_fraction, bg_label):
+    positive = ((labels != -1) & (labels != bg_label)).nonzero()[:, 0]
+    positive = positive[: int(num_samples * positive_fraction)]
+    return positive, (labels == bg_label).nonzero()[:, 0][: num_samples - len(positive)]
+
+
+class Training:
+    """The batch of all training cases: its features and head outputs, computed once."""
+
+    def __init__(self, golden, model):
+        image = network_input(golden["a_image"])
+        y1, y2, x1, x2 = map(
+            int,
+            re.search(r"a_image\[(\d+):(\d+), (\d+):(\d+)\]", golden.meta["cases"]["t_"]).groups(),
+        )
+        inputs = [{"image": image}, {"image": image[:, y1:y2, x1:x2].flip(-1)}]
+        self.model = model
+        self.images = model.preprocess_image(inputs)
+        self.features = model.backbone(self.images.tensor)
+        fcos = model.proposal_generator
+        self.outputs = fcos.head([self.features[name] for name in fcos.in_features])
+        sizes = self.images.image_sizes
+        both = [annotations(golden, i, size) for i, size in enumerate(sizes)]
+        none = [without_objects(size) for size in sizes]
+        self.targets = {"t": both, "e1": [both[0], none[1]], "e2": none, "z": both}
+        self.threshold = float(re.search(r"threshold at ([\d.]+)", golden.meta["cases"]["z_"])[1])
+
+    def propose(self, case: str) -> list[Instances]:
+        fcos = self.model.proposal_generator
+        threshold = fcos.select_train["score_threshold"]
+        try:
+            if case == "z":
+                fcos.select_train["score_threshold"] = self.threshold
+            return fcos.propose(self.outputs, self.images.image_sizes)
+        finally:
+            fcos.select_train["score_threshold"] = threshold
+
+    def sample(self, case: str) -> list[Instances]:
+        heads = self.model.roi_heads
+        return heads.label_and_sample_proposals(self.propose(case), self.targets[case])
+
+    def losses(self, case: str) -> dict[str, torch.Tensor]:
+        losses = self.model.proposal_generator.losses(self.outputs, self.targets[case])
+        heads = self.model.roi_heads
+        losses |= heads.mask_losses(self.features, self.sample(case), self.targets[case])
+        return losses
+
+
+@pytest.fixture(scope="module")
+def training(golden, model):
+    # Its gradients are those of training mode: every norm is frozen or has no statistics.
+    model.requires_grad_(True)
+    with pytest.MonkeyPatch.context() as patch, EventStorage():
+        patch.setattr(roi_heads, "subsample_labels", in_order)
+        yield Training(golden, model)
+    model.zero_grad()
+
+
+@pytest.mark.parametrize("case", ["t", "z"])
+def test_training_proposals(golden, training, tolerance, case):
+    for i, found in enumerate(training.propose(case)):
+        close(found.proposal_boxes.tensor, golden[f"{case}_prop{i}_boxes"], tolerance.box)
+        close(found.objectness_logits, golden[f"{case}_prop{i}_scores"], tolerance.score)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_number_of_sampled_boxes(golden, training, case):
+    background = training.model.roi_heads.num_classes
+    counts = torch.zeros(2)
+    for found in training.sample(case):
+        is_background = (found.gt_classes == background).sum()
+        counts += torch.tensor([len(found) - is_background, is_background])
+    assert torch.equal(counts / len(training.targets[case]), golden[f"{case}_roi_counts"])
+
+
+@pytest.mark.parametrize("case", ["t", "z"])
+def test_foreground_and_its_targets(golden, training, tolerance, case):
+    heads = training.model.roi_heads
+    sampled = training.sample(case)
+    foreground, _ = select_foreground_proposals(sampled, heads.num_classes)
+    size = 2 * heads.mask_pooler.output_size[0]
+    masks, visible = heads.mask_targets(foreground, training.targets[case], size)
+    labels = torch.cat([x.gt_classes for x in foreground])
+    assert labels.tolist() == golden[f"{case}_fg_labels"].tolist()
+    expected, share = [], []
+    for i, found in enumerate(foreground):
+        close(found.proposal_boxes.tensor, golden[f"{case}_fg{i}_boxes"], tolerance.box)
+        assert found.gt_classes.tolist() == golden[f"{case}_fg{i}_gt_classes"].tolist()
+        matched = training.targets[case][i].gt_boxes.tensor[found.gt_index]
+        close(matched, golden[f"{case}_fg{i}_gt_boxes"], tolerance.box)
+        bits = np.unpackbits(golden.arrays[f"{case}_fg{i}_target28_packed"])
+        bits = bits[: len(found) * size * size].reshape(-1, size, size)
+        expected.append(torch.from_numpy(bits.astype(bool)))
+        share.append(golden[f"{case}_fg{i}_area_in_box"] / golden[f"{case}_fg{i}_area_full"])
+    # a corner of a box moves by rounding, and with it a pixel of a polygon drawn in it
+    assert (masks ^ torch.cat(expected)).sum() <= 3
+    close(visible, torch.cat(share).clamp(0, 1), {"atol": 1e-3, "rtol": 0})
+
+    with torch.no_grad():
+        boxes = [x.proposal_boxes for x in foreground]
+        pooled = heads.pool(training.features, boxes, foreground)
+        logits = heads.mask_head.class_logits(pooled, labels)
+    target = mask_iou_targets(logits > 0, masks, visible)
+    close(target, golden[f"{case}_maskiou_target"], tolerance.mask_iou_target)
+
+
+def our_parameter(name: str, model) -> tuple[torch.nn.Parameter, tuple]:
+    """The parameter of an original's name, and which part of it that is."""
+    source = recognise([name, "proposal_generator.fcos_head.cls_logits.bias"])
+    part: tuple = ()
+    if joined := find_new_name(name, source.joined):
+        part = (int(re.search(r"\.(\d+)\.", name)[1]),)
+        name = joined
+    return model.get_parameter(rename_key(name, source.rules)), part
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients(golden, training, tolerance, case):
+    losses = training.losses(case)
+    names = golden.arrays[f"{case}_loss_names"].tolist()
+    assert set(losses) == set(names)
+    for name, expected in zip(names, golden[f"{case}_loss_values"].tolist()):
+        limits = tolerance.mask_iou_loss if name == "loss_maskiou" else tolerance.loss
+        close(losses[name].detach(), expected, limits)
+
+    for key, loss in (
+        ("grad_maskiou_only", losses["loss_maskiou"]),
+        ("grad", sum(losses.values())),
+    ):
+        if f"{case}_{key}_names" not in golden:
+            continue
+        names = golden.arrays[f"{case}_{key}_names"].tolist()
+        wanted = [our_parameter(name, training.model) for name in names]
+        grads = torch.autograd.grad(loss, [parameter for parameter, _ in wanted], retain_graph=True)
+        norms = [grad[part].norm() for grad, (_, part) in zip(grads, wanted)]
+        close(torch.stack(norms), golden[f"{case}_{key}_norms"], tolerance.grad)
+
+
+def test_bitmask_targets_are_close_to_those_of_polygons(golden, training):
+    """What training on bitmasks changes; the original knows polygons only."""
+    heads = training.model.roi_heads
+    foreground, _ = select_foreground_proposals(training.sample("t"), heads.num_classes)
+    for i, found in enumerate(foreground):
+        target, boxes = training.targets["t"][i], found.proposal_boxes.tensor
+        height, width = target.image_size
+        bitmasks = golden.masks(f"t_gt{i}_masks_packed", f"t_gt{i}_masks_shape")
+        assert tuple(bitmasks.shape[1:]) == (height, width)
+        share, masks = [], []
+        for gt_masks in (target.gt_masks, BitMasks(bitmasks)):
+            target.gt_masks = gt_masks
+            masks.append(crop_masks(gt_masks, found.gt_index, boxes, 28))
+            _, visible = heads.mask_targets([found], [target], 28)
+            share.append(visible)
+        assert (share[0] - share[1]).abs().max() < 0.02  # seen: 0.017
+        assert (masks[0] ^ masks[1]).float().mean() < 0.02  # seen: 0.009
