@@ -29,13 +29,23 @@ class InstanceEvaluator(COCOEvaluator):
 
     It asks the predictions which tasks there are; an untrained model may make none. It uses
     faster-coco-eval where that is installed, which changes no digit.
+
+    Instances may have ``mask_scores`` besides ``scores``: these rank boxes, those masks. In the
+    results file they are "mask_score" and "score".
     """
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        for output in outputs:
-            if "instances" in output and output["instances"].has("pred_masks"):
+        for x, output in zip(inputs, outputs):
+            super().process([x], [output])
+            if "instances" not in output:
+                continue
+            instances = output["instances"]
+            if instances.has("pred_masks"):
                 self._tasks = ("bbox", "segm")
-        super().process(inputs, outputs)
+            if instances.has("mask_scores"):
+                results = self._predictions[-1]["instances"]
+                for result, score in zip(results, instances.mask_scores.tolist()):
+                    result["mask_score"] = score
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
         """What Detectron2 does, with ``evaluate_coco``; fills ``_results``."""
@@ -55,10 +65,11 @@ class InstanceEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             self._logger.info("The data set has no annotations to evaluate with")
             return
+        by_mask = [{**x, "score": x.get("mask_score", x["score"])} for x in results]
         for task in sorted(tasks):
             evaluation = evaluate_coco(
                 self._coco_api,
-                results,
+                by_mask if task == "segm" else results,
                 task,
                 max_dets=self._max_dets_per_image,
                 image_ids=img_ids,

@@ -448,5 +448,5 @@ def test_bitmask_targets_are_close_to_those_of_polygons(golden, training):
             masks.append(crop_masks(gt_masks, found.gt_index, boxes, 28))
             _, visible = heads.mask_targets([found], [target], 28)
             share.append(visible)
-        assert (share[0] - share[1]).abs().max() < 0.02  # seen: 0.017
+        assert (share[0] - share[1]).abs().max() < 0.01  # seen: 0.004
         assert (masks[0] ^ masks[1]).float().mean() < 0.02  # seen: 0.009

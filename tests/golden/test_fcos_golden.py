@@ -357,7 +357,7 @@ def test_bitmasks_show_about_the_same_share_as_their_polygons(golden):
     bitmasks = BitMasks.from_polygon_masks(masks, height, width)
     index, boxes = golden["msk_gt_index"].long(), golden["msk_boxes"]
     difference = visible_share(bitmasks, index, boxes) - visible_share(masks, index, boxes)
-    assert difference.abs().max() < 0.01  # seen: 0.0062
+    assert difference.abs().max() < 0.01
 
 
 def test_spatial_attention(golden, close):

@@ -113,8 +113,9 @@ def crop_masks(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor, siz
 def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) -> Tensor:
     """Share of an object's area that lies in a box; 0 for an empty object.
 
-    Polygons are drawn on a grid that begins at the box's corner and has its size rounded down; for
-    bitmasks the corner is rounded to a pixel. Args as of ``crop_masks``.
+    The box's size is rounded down to pixels. Polygons are drawn on a grid of that size that begins
+    at its corner, as in the published code; of bitmasks the area is taken, which differs from that
+    by less than 0.01 of the object. Args as of ``crop_masks``.
 
     Returns:
         (n,) float32 in [0, 1].
@@ -140,15 +141,24 @@ def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[T
 
 
 def _bitmask_areas(masks: BitMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels inside of the boxes, all pixels: (n,) int64."""
-    used, inverse = index.unique(return_inverse=True)
+    """Area inside of the boxes, whole area: (n,) float32."""
+    used, mask = index.unique(return_inverse=True)
     sums = masks.tensor[used].cumsum(dim=1, dtype=torch.int32).cumsum_(dim=2)
-    sums = F.pad(sums, (1, 0, 1, 0))
+    sums = F.pad(sums, (1, 0, 1, 0))  # at (y, x): the pixels above and to the left of that corner
     height, width = sums.shape[1] - 1, sums.shape[2] - 1
-    low = boxes[:, :2].round()
-    high = low + (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).floor()
-    limit = boxes.new_tensor([width, height])
-    x1, y1 = low.clamp(min=0).minimum(limit).long().unbind(dim=1)
-    x2, y2 = high.clamp(min=0).minimum(limit).long().unbind(dim=1)
-    inside = sums[inverse, y2, x2] - sums[inverse, y1, x2] - sums[inverse, y2, x1]
-    return inside + sums[inverse, y1, x1], sums[inverse, height, width]
+
+    def area_before(x: Tensor, y: Tensor) -> Tensor:
+        """Of the pixels above y and to the left of x, with fractions of those in between."""
+        x, y = x.clamp(0, width), y.clamp(0, height)
+        left, above = x.long().clamp(max=width - 1), y.long().clamp(max=height - 1)
+        dx, dy = x - left, y - above
+        upper = torch.lerp(sums[mask, above, left].float(), sums[mask, above, left + 1].float(), dx)
+        above = above + 1
+        lower = torch.lerp(sums[mask, above, left].float(), sums[mask, above, left + 1].float(), dx)
+        return torch.lerp(upper, lower, dy)
+
+    x1, y1 = boxes[:, 0], boxes[:, 1]
+    x2 = x1 + (boxes[:, 2] - x1).floor().clamp(min=0)
+    y2 = y1 + (boxes[:, 3] - y1).floor().clamp(min=0)
+    inside = area_before(x2, y2) - area_before(x1, y2) - area_before(x2, y1) + area_before(x1, y1)
+    return inside, sums[mask, height, width].float()
