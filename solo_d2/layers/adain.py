@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class AdaIN(nn.Module):
@@ -30,7 +31,7 @@ class AdaIN(nn.Module):
         super().__init__()
         self.scale = nn.Linear(control_dim, channels)
         self.bias = nn.Linear(control_dim, channels)
-        self.eps = eps
+        self.eps = max(eps, 1e-12)  # the MXNet formula has none, and fails for constant channels
         self.bias_plus_one = bias_plus_one
 
     def init_weights(self, gain: float = 1.0) -> None:
@@ -52,13 +53,27 @@ class AdaIN(nn.Module):
         Returns:
             (n, channels, h, w) of the type of ``x``; the statistics are taken in float32.
         """
-        wide = x.float()
-        if valid is None:
-            var, mean = torch.var_mean(wide, dim=(2, 3), correction=0, keepdim=True)
-        else:
-            weight = valid.float() / valid.sum(dim=(2, 3), keepdim=True).clamp(min=1)
-            mean = (wide * weight).sum(dim=(2, 3), keepdim=True)
-            var = ((wide - mean) ** 2 * weight).sum(dim=(2, 3), keepdim=True)
-        scale = self.scale(control).float()[:, :, None, None] * (var + self.eps).rsqrt()
-        bias = self.bias(control).float()[:, :, None, None] + float(self.bias_plus_one)
-        return torch.addcmul(bias, wide - mean, scale).to(x.dtype)
+        n, channels, h, w = x.shape
+        scale = self.scale(control).float()
+        bias = self.bias(control).float() + float(self.bias_plus_one)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.float()
+            # a batch norm whose batch is one sample, and whose channels are those of all; with
+            # channels last, the CPU's sums are off in the second digit
+            if valid is None and wide.is_contiguous():
+                maps = wide.view(1, n * channels, h, w)
+                y = F.batch_norm(
+                    maps, None, None, scale.flatten(), bias.flatten(), training=True, eps=self.eps
+                )
+                return y.view(x.shape).to(x.dtype)
+            centered = wide - _mean(wide, valid)
+            scale = scale[:, :, None, None] * (_mean(centered**2, valid) + self.eps).rsqrt()
+            return torch.addcmul(bias[:, :, None, None], centered, scale).to(x.dtype)
+
+
+def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+    """(n, C, 1, 1): the mean of each channel over the cells that count."""
+    if valid is None:
+        return x.mean(dim=(2, 3), keepdim=True)
+    share = valid.float() / valid.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+    return (x * share).sum(dim=(2, 3), keepdim=True)

@@ -362,9 +362,10 @@ class AdaptIS(InstanceSegmentor):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         images = super().preprocess_image(batched_inputs)
-        # With channels last, the CPU's batch norm sums far less exactly, and nothing is faster:
-        # what ReLU and pooling pick then differs, and gradients by per cents.
-        images.tensor = images.tensor.contiguous()
+        if self.training:
+            # With channels last, the CPU's batch norms sum far less exactly: ReLU and pooling then
+            # pick other pixels, and some gradients differ by per cents.
+            images.tensor = images.tensor.contiguous()
         return images
 
     def encode(self, images: ImageList) -> Encoding:

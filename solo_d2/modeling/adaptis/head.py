@@ -6,6 +6,7 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
@@ -28,8 +29,15 @@ class ConvReLUNorm(nn.Conv2d):
         return self.activate(super().forward(x))
 
     def activate(self, x: Tensor) -> Tensor:
-        """What follows the convolution."""
-        return self.norm(F.relu_(x))
+        """What follows the convolution; ``x`` may be overwritten."""
+        x = F.relu_(x)
+        norm = self.norm
+        if norm.training or torch.is_grad_enabled() or not isinstance(norm, _BatchNorm):
+            return norm(x)
+        # the same in place: new memory for each map takes longer than the arithmetic
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.bias - norm.running_mean * scale
+        return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
 
 
 class LinearReLUNorm(nn.Linear):
@@ -118,7 +126,7 @@ class SelectionHead(nn.Module):
 
     The first convolution sees the coordinates relative to the point before the feature. It is
     linear: the part of the feature is convolved once per image, that of the coordinates for each
-    point, and no feature map is ever repeated.
+    point.
     """
 
     def __init__(
@@ -180,7 +188,11 @@ class SelectionHead(nn.Module):
         """What is made once per image: (B, in_channels, h, w) -> (B, dim, h, w)."""
         first = self.convs[0]
         weight = first.weight[:, self.num_coordinates :]
-        return F.conv2d(feature, weight, first.bias, padding=1)
+        prepared = F.conv2d(feature, weight, first.bias, padding=1)
+        if feature.device.type == "cpu" and not self.training:
+            # convolutions take half the time so; batch norms that train would be inexact
+            prepared = prepared.contiguous(memory_format=torch.channels_last)
+        return prepared
 
     def forward(
         self,
@@ -209,9 +221,11 @@ class SelectionHead(nn.Module):
             scale=scale,
             append_distance=self.num_coordinates == 3,
         )
+        if prepared.is_contiguous(memory_format=torch.channels_last):
+            coordinates = coordinates.contiguous(memory_format=torch.channels_last)
         weight = self.convs[0].weight[:, : self.num_coordinates]
         x = F.conv2d(coordinates, weight, padding=1)
-        x = (x.unflatten(0, (-1, num_points)) + prepared[:, None]).flatten(0, 1)
+        x = x + (prepared if len(prepared) == 1 else prepared.repeat_interleave(num_points, dim=0))
         x = self.convs[0].activate(x)
         if valid is not None:
             valid = valid.repeat_interleave(num_points, dim=0)
