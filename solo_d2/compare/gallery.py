@@ -108,39 +108,35 @@ class Entry:
         return svg(columns * cell[0] - gap, rows * cell[1], *children)
 
     def _draw(self, objects: Sequence[Mapping[str, Any]]) -> Markup:
-        """Objects in the order of their scores, best first: labels of the better are kept."""
+        """Objects in the order of their scores, best first: it is on top and has a label."""
         threshold = score_threshold(self._report)
-        groups: list[Markup] = []
-        labels: list[Box] = []
+        bounds = (0.0, 0.0, self.width, self.height)
+        shapes: list[Markup] = []
+        labels: list[Markup] = []
+        taken: list[Box] = []
         for item in objects:
             score = item.get("score")
             name = item["class"] + (" (crowd)" if item.get("crowd") else "")
             name += "" if score is None else f" {score:.2f}"
-            path, box = outline(item["rle"], self._scale)
-            parts = [
-                element(
-                    "path",
-                    d=path,
-                    fill=item["color"],
-                    fill_opacity=0.35,
-                    stroke=item["color"],
-                    stroke_width=2,
-                    stroke_dasharray="5 3" if item["dashed"] else None,
-                )
-            ]
-            label = shorten(name, 24)
-            place = free_place(_label_places(label, box), labels, (0, 0, self.width, self.height))
-            if place:
-                labels.append(place)
-                style: dict[str, Any] = {"fill": "#fff", "stroke": "#000", "stroke_width": 2.5}
-                style |= {"paint_order": "stroke", "font_size": _FONT, "font_weight": 600}
-                parts.append(text(place[0] + 1, place[3] - 3, label, **style))
-            tip = name + ("\nmatches no object" if score is not None and item["dashed"] else "")
             hidden = score is not None and score < threshold
-            attributes = {"class_": "object", "data_score": score, "data_tip": tip}
-            groups.append(element("g", *parts, hidden=hidden, **attributes))
+            path, box = outline(item["rle"], self._scale)
+            style: dict[str, Any] = {"stroke": item["color"], "stroke_width": 2}
+            style |= {"stroke_dasharray": "5 3" if item["dashed"] else None}
+            shape = element("path", d=path, fill=item["color"], fill_opacity=0.35, **style)
+            tip = name + ("\nmatches no object" if score is not None and item["dashed"] else "")
+            more = {"class_": "object", "data_score": score, "data_tip": tip}
+            shapes.append(element("g", shape, hidden=hidden, **more))
+            label = shorten(name, 24)
+            place = free_place(_label_places(label, box), taken, bounds)
+            if place:
+                taken.append(place)
+                style = {"fill": "#fff", "stroke": "#000", "stroke_width": 2.5}
+                style |= {"paint_order": "stroke", "font_size": _FONT, "font_weight": 600}
+                style |= {"data_score": score, "hidden": hidden}
+                labels.append(text(place[0] + 1, place[3] - 3, label, **style))
         size = {"width": self.width, "height": self.height}
-        return svg(self.width, self.height, element("use", href=f"#{self.key}", **size), *groups)
+        image = element("use", href=f"#{self.key}", **size)
+        return svg(self.width, self.height, image, *reversed(shapes), *labels)
 
 
 def score_threshold(report: Report) -> float:

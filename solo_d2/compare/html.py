@@ -130,9 +130,13 @@ def _sort_header(title: object, note: str = "", better: str = "", **more: object
 
 
 def _model_header(report: Report, index: int) -> Markup:
-    # A narrow column may break the name after an underscore.
-    pieces = re.split(r"(?<=[_/])", report["models"][index]["name"])
-    return join(_swatch(index), Markup("<wbr>".join(map(escape, pieces))))
+    name = _breakable(report["models"][index]["name"])
+    return element("span", _swatch(index), name, class_="name")
+
+
+def _breakable(name: str) -> Markup:
+    """A narrow column may break the name after an underscore, a dot or a slash."""
+    return Markup("<wbr>".join(map(escape, re.split(r"(?<=[_./])", name))))
 
 
 def _table(report: Report, columns: Sequence[Column], label: str, **attributes: object) -> Markup:
@@ -153,7 +157,7 @@ def _table(report: Report, columns: Sequence[Column], label: str, **attributes: 
         note = "" if state == "finished" else f", {state}"
         name = element(
             "th",
-            element("span", _model_header(report, i), class_="name"),
+            _model_header(report, i),
             element("small", f"{model.get('architecture') or ''}{note}"),
             scope="row",
             data_v=model["name"],
@@ -354,7 +358,7 @@ def _difference_table(report: Report, differences: Sequence[Mapping[str, Any]]) 
             element("td", setting(values.get(name)), data_model=i) for i, name in enumerate(names)
         ]
         why = element("td", difference.get("reason") or "", class_="why") if reasons else None
-        key = element("th", element("code", difference["key"]), scope="row")
+        key = element("th", element("code", _breakable(difference["key"])), scope="row")
         rows.append(element("tr", key, *cells, why))
     table = element(
         "table", element("thead", element("tr", *head)), element("tbody", *rows), class_="settings"
@@ -394,7 +398,7 @@ def _gallery(report: Report, gallery: Sequence[Entry]) -> Markup | None:
     )
     count = f"{len(figures)} of {len(report['gallery'])}"
     text = (
-        f"{count} images, those that the models disagree about most first. An object has the same"
+        f"Images shown: {count}, largest disagreement first. An object has the same"
         f" colour in every panel; what covers no object (IoU below {MATCH_IOU:g}) or one that a"
         f" better detection has found is pink and dashed. At most {MOST_OBJECTS} detections per"
         f" panel. Disagreement and mean IoU are for scores from {threshold:.2f}. Click a panel to"

@@ -70,7 +70,7 @@ class Axis:
     def around(cls, label: str, values: Sequence[float], log_from: float = math.inf) -> Axis:
         """With a margin; logarithmic when the largest is ``log_from`` times the smallest."""
         low, high = min(values, default=0.0), max(values, default=1.0)
-        if low > 0 and high / low >= log_from:
+        if 0 < low * log_from <= high:
             margin = (high / low) ** 0.08
             return cls(label, low / margin, high * margin, log=True)
         margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0

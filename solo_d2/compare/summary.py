@@ -104,8 +104,9 @@ def summary_columns(report: Report) -> list[Column]:
     columns += [_latency(batch) for batch in batches(report)]
     columns += [_memory("inference", memory_note), _memory("training", memory_note)]
     columns += [
-        _step("step", "step, ms", "one training step, timed in turns with the other models"),
-        _step("seconds_per_iteration", "logged step, ms", "one training step, as it was logged"),
+        _step("step", "step, ms", "one training step, timed in turns with the other models")
+        if any(get(m, "training", "step") for m in report["models"])
+        else _step("seconds_per_iteration", "logged step, ms", "one iteration, median of the log"),
         Column("training", "total, min", "iterations times the logged time of one", _total, "min"),
     ]
     return _measured(columns, report["models"])
@@ -227,7 +228,8 @@ def statistic(stat: Any) -> Cell:
     """A cell of ``{"mean", "std", "values"}`` or of None."""
     values = get(stat, "values") or []
     tip = f"{len(values)} runs: {', '.join(number(v, 2) for v in values)}" if values[1:] else ""
-    return Cell(get(stat, "mean"), get(stat, "std"), tip)
+    mean, spread = get(stat, "mean"), get(stat, "std")
+    return Cell(mean if finite(mean) else None, spread if finite(spread) else None, tip)
 
 
 def _metric(task: str, key: str) -> Column:
