@@ -304,13 +304,20 @@ class FCOSProposalGenerator(nn.Module):
         return torch.cat(levels), torch.cat(strides)
 
 
+class _GroupNorm(nn.GroupNorm):
+    """PyTorch's, without its refusal of groups of one value: P7 of a small image is one pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def _tower(num_convs: int, channels: int, norm: str) -> nn.Sequential:
     return nn.Sequential(
         *(
             _conv3x3(
                 channels,
                 channels,
-                norm=get_norm(norm, channels),
+                norm=_GroupNorm(32, channels) if norm == "GN" else get_norm(norm, channels),
                 activation=nn.ReLU(inplace=True),
             )
             for _ in range(num_convs)

@@ -6,6 +6,8 @@ from detectron2.structures import Boxes
 from torch import Tensor
 
 CRITERIA = ("ratio", "area")
+# Boxes are not followed further out of the image, in its sides.
+_MAX_REACH = 16
 
 
 def assign_by_ratio(
@@ -63,6 +65,9 @@ class AdaptiveROIPooler(ROIPooler):
         # Detectron2's RoIAlign brings boxes to the type of the features, and half precision has
         # but 11 bits for a coordinate.
         x = [feature.float() for feature in x]
+        # The samples of RoIAlign grow with a box's area, which in a model that diverges has no end.
+        limit = _MAX_REACH * max(max(size) for size in image_sizes)
+        box_lists = [Boxes(boxes.tensor.clamp(-limit, limit)) for boxes in box_lists]
         if self.criterion == "area":
             return super().forward(x, box_lists)
         rois = convert_boxes_to_pooler_format(box_lists)
