@@ -10,6 +10,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
+from solo_d2.layers.distributed import normaliser
 from solo_d2.layers.masks import chunk_length, tight_boxes
 from solo_d2.layers.points import read_at_points
 from solo_d2.layers.resample import resize
@@ -464,7 +465,7 @@ class AdaptIS(InstanceSegmentor):
             targets = dense_targets(points, targets, sampled, objects, **self.dense_options)
             _set_padding(targets, encoding.image_sizes, IGNORE)
             loss = proposal_loss(resize_corners(logits, encoding.padded_size)[:, 0], targets)
-            loss = loss.sum() / (targets != IGNORE).sum().clamp(min=1)
+            loss = loss.sum() / normaliser((targets != IGNORE).sum())
         else:
             at_points = read_at_points(logits, points, 1 / self.stride)
             loss = proposal_loss(at_points[:, 0], targets.flatten()).mean()
@@ -516,18 +517,15 @@ class AdaptIS(InstanceSegmentor):
                 points = to_input_frame(inputs["points"], (height, width), gt.image_size)
                 drawn.append(targets_of_points(points.to(self.device), gt.masks))
                 continue
-            masks, ignored = gt.masks, gt.crowd_masks
-            if self.min_object_area > 0:
-                small = masks.flatten(1).sum(dim=1) < self.min_object_area
-                # hidden pixels of the others are those of the small ones that lie on them
-                masks, ignored = masks[~small], torch.cat([ignored, masks[small]])
+            first_stage = self.proposal_head is None
             drawn.append(
                 draw_points(
-                    masks,
-                    ignored,
+                    gt.masks,
+                    gt.crowd_masks,
                     self.num_points,
                     from_one_object=from_one_object,
-                    ignored_prob=self.ignored_point_prob if self.proposal_head is None else 0.0,
+                    min_area=self.min_object_area,
+                    ignored_prob=self.ignored_point_prob if first_stage else 0.0,
                 )
             )
         if len({len(x.points) for x in drawn}) != 1:

@@ -39,10 +39,11 @@ def topmost(masks: Tensor) -> Tensor:
 
 def draw_points(
     masks: Tensor,
-    ignored: Tensor,
+    crowds: Tensor,
     num_points: int,
     *,
     from_one_object: bool = False,
+    min_area: int = 0,
     ignored_prob: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> PointTargets:
@@ -53,35 +54,38 @@ def draw_points(
 
     Args:
         masks: (M, H, W) bool, of the objects.
-        ignored: (K, H, W) bool, of regions that are neither object nor background.
+        crowds: (K, H, W) bool, of regions that are neither object nor background.
         num_points: N.
         from_one_object: draw one object for all points.
-        ignored_prob: of drawing one of the ignored regions instead; its pixels have target -1.
+        min_area: objects of which fewer pixels are visible are ignored, as crowds are.
+        ignored_prob: of drawing an ignored region in place of an object: its pixels have target -1,
+            all others 0.
         generator: on the CPU; default: PyTorch's own.
     """
     device = masks.device
     # drawn on the CPU, so that a seed means the same points on every device
     random = torch.rand((num_points, 3), generator=generator, dtype=torch.float64).to(device)
+    which = random[:1, 0].expand(num_points) if from_one_object else random[:, 0]
     owner = topmost(masks)
-    candidates = owner[owner >= 0].unique()
+    visible = owner[owner >= 0].bincount(minlength=len(masks))
+    candidates = (visible >= max(1, min_area)).nonzero()[:, 0]
     if len(candidates) == 0:
         points = torch.zeros((num_points, 2), device=device)
-        nothing = torch.full((num_points, *masks.shape[1:]), IGNORE, device=device)
-        return PointTargets(points, nothing.to(torch.int8))
-    which = random[:1, 0].expand(num_points) if from_one_object else random[:, 0]
+        nothing = torch.full((1, *masks.shape[1:]), IGNORE, dtype=torch.int8, device=device)
+        return PointTargets(points, nothing.repeat(num_points, 1, 1))
     chosen = candidates[(which * len(candidates)).long()]
     points = _draw_pixels(owner, chosen, random[:, 1])
     targets = masks[chosen].to(torch.int8)
-
-    ignored = ignored[ignored.flatten(1).sum(dim=1) >= _MIN_IGNORED_AREA]
-    if ignored_prob > 0 and len(ignored):
-        region = topmost(ignored)
-        regions = region.unique()
-        regions = regions[regions >= 0]
-        swapped = random[:, 2] < ignored_prob
-        drawn = regions[(which[swapped] * len(regions)).long()]
-        points[swapped] = _draw_pixels(region, drawn, random[swapped, 1])
-        targets[swapped] = -ignored[drawn].to(torch.int8)
+    if ignored_prob > 0:
+        small = ((visible > 0) & (visible < min_area)).nonzero()[:, 0]
+        regions = torch.cat([crowds, owner == small[:, None, None]])
+        regions = regions[regions.flatten(1).sum(dim=1) >= _MIN_IGNORED_AREA]
+        owner = topmost(regions)
+        candidates = owner[owner >= 0].unique()
+        swapped = (random[:, 2] < ignored_prob) & (len(candidates) > 0)
+        chosen = candidates[(which[swapped] * len(candidates)).long()]
+        points[swapped] = _draw_pixels(owner, chosen, random[swapped, 1])
+        targets[swapped] = -regions[chosen].to(torch.int8)
     return PointTargets(points, targets)
 
 
