@@ -185,12 +185,9 @@ def _centermask(shapes: Shapes) -> dict[str, Any]:
     }
     # the convolutions' numbers begin with 1
     if settings["MODEL.MASK_ON"]:
-        attention = "roi_heads.mask_head.attention.conv.weight" in shapes
         outputs, conv_dim = shapes["roi_heads.mask_head.predictor.weight"][:2]
         settings |= {
-            "MODEL.ROI_MASK_HEAD.NAME": (
-                "SpatialAttentionMaskHead" if attention else "MaskRCNNConvUpsampleHead"
-            ),
+            "MODEL.ROI_MASK_HEAD.NAME": "SpatialAttentionMaskHead",
             "MODEL.ROI_MASK_HEAD.NUM_CONV": _count(shapes, rf"{mask_head}mask_fcn(\d+)\.") - 1,
             "MODEL.ROI_MASK_HEAD.CONV_DIM": conv_dim,
             "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": outputs == 1 != num_classes,

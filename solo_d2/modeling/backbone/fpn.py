@@ -1,6 +1,7 @@
 """The feature pyramids over the bottom-up backbones of this package."""
 
 import math
+from collections.abc import Callable
 
 from detectron2.modeling import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
@@ -11,36 +12,41 @@ from torch.nn import functional as F
 
 def build_fpn(cfg, bottom_up: Backbone) -> FPN:
     """P2 to P6 from ``cfg.MODEL.FPN``; P6 is every second pixel of P5."""
-    return _build(cfg, bottom_up, LastLevelMaxPool())
+    return _build(cfg, bottom_up, lambda last_level: LastLevelMaxPool())
 
 
 def build_fcos_fpn(cfg, bottom_up: Backbone) -> FPN:
     """FCOS's pyramid, P3 to P7 with its IN_FEATURES: ``cfg.MODEL.FCOS.TOP_LEVELS`` above P5.
 
     Raises:
-        ValueError: TOP_LEVELS is negative.
+        ValueError: TOP_LEVELS is negative, or the backbone has no such features.
     """
-    top_levels = cfg.MODEL.FCOS.TOP_LEVELS
+    channels, top_levels = cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FCOS.TOP_LEVELS
     if top_levels < 0:
         raise ValueError(f"MODEL.FCOS.TOP_LEVELS must be 0 or more, not {top_levels}")
-    top_block = None
-    if top_levels:
-        last = bottom_up.output_shape()[cfg.MODEL.FPN.IN_FEATURES[-1]]
-        top_block = StridedTopBlock(
-            cfg.MODEL.FPN.OUT_CHANNELS,
-            last_level=int(math.log2(last.stride)),
-            num_levels=top_levels,
-        )
+
+    def top_block(last_level: int) -> nn.Module | None:
+        if top_levels == 0:
+            return None
+        return StridedTopBlock(channels, last_level=last_level, num_levels=top_levels)
+
     return _build(cfg, bottom_up, top_block)
 
 
-def _build(cfg, bottom_up: Backbone, top_block: nn.Module | None) -> FPN:
+def _build(cfg, bottom_up: Backbone, top_block: Callable[[int], nn.Module | None]) -> FPN:
+    """``top_block`` is made from the last level of the pyramid, 5 for P5."""
+    shapes, names = bottom_up.output_shape(), cfg.MODEL.FPN.IN_FEATURES
+    for name in names:
+        if name not in shapes:
+            raise ValueError(
+                f"MODEL.FPN.IN_FEATURES has {name!r}, the backbone's outputs are {[*shapes]}"
+            )
     return FPN(
         bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        in_features=names,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
+        top_block=top_block(int(math.log2(shapes[names[-1]].stride))),
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 
