@@ -300,7 +300,8 @@ def _heat_map(report: Report, task: str, choice: str) -> Markup:
     rows = []
     for name, row in zip(names, table):
         values = [c.value for c in row if c.value is not None]
-        best = number(max(values), 1) if len(values) > 1 else None
+        shown = {number(v, 1) for v in values}
+        best = number(max(values), 1) if len(shown) > 1 else None
         cells = []
         for i, cell in zip(models, row):
             text = number(cell.value, 1)

@@ -187,13 +187,13 @@ def svg(width: float, height: float, *children: object, **attributes: object) ->
 def curves(
     title: str, x: Axis, y: Axis, series: Sequence[Series], choice: str | None = None, **extra: str
 ) -> Markup:
-    """Lines; with few points these are marked."""
+    """Lines; with few points these are marked, but not those of curves to choose from (PR)."""
     lines = []
     for s in series:
         points = [_place(x, y, p) for p in _thin(s.points)]
         dots = [
             element("circle", cx=_round(px), cy=_round(py), r=3.5, fill=color(s.model))
-            for px, py in (points if len(points) <= 12 else [])
+            for px, py in (points if len(points) <= 12 and s.choice is None else [])
         ]
         line = element(
             "polyline",
