@@ -73,7 +73,7 @@ class View(NamedTuple):
 
     encoding: Encoding
     semantic: Tensor  # (K, H, W) probabilities
-    proposals: Tensor | None  # (H, W) squared probabilities
+    proposals: Tensor | None  # (H, W) squared probabilities, if they are used
 
 
 @META_ARCH_REGISTRY.register()
@@ -573,7 +573,7 @@ class AdaptIS(InstanceSegmentor):
         encoding = self.encode(images)
         semantic = self.semantic_head(encoding.feature).float().softmax(dim=1)
         proposals = None
-        if self.proposal_head is not None:
+        if self.proposal_head is not None and self.test_mode == "proposals":
             logits = self.proposal_head(encoding.feature).float()
             proposals = self._to_image(logits, encoding)[0, 0].sigmoid() ** 2
         return View(encoding, self._to_image(semantic, encoding)[0], proposals)
@@ -681,7 +681,7 @@ class AdaptIS(InstanceSegmentor):
         def predict(points: Tensor) -> Tensor:
             return self.mask_probabilities(views, points)
 
-        if self.test_mode == "proposals" and proposals is not None:
+        if proposals is not None:
             threshold = self.greedy["mask_threshold"]
             occupied = torch.zeros(proposals.shape, dtype=torch.bool, device=self.device)
             masks = select_greedily(

@@ -1,0 +1,597 @@
+"""AdaptIS on tiny inputs: its two stages, its three uses, bad input, options."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from solo_d2.config import load_config
+from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.points import relative_coordinates
+from solo_d2.modeling import SOLOv2
+from solo_d2.modeling.adaptis import AdaptIS, AdaptISPredictor
+from solo_d2.modeling.adaptis.adaptis import to_input_frame
+
+SIZE = (40, 56)
+
+UNET = {
+    "MODEL.BACKBONE.NAME": "build_adaptis_unet_backbone",
+    "MODEL.UNET.WIDTH": 8,
+    "MODEL.UNET.LEVELS": 3,
+}
+FPN = {
+    "MODEL.BACKBONE.NAME": "build_mobilenetv2_fpn_backbone",
+    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
+    "MODEL.MOBILENETV2.NORM": "BN",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ADAPTIS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.ADAPTIS.FUSE_DIM": 16,
+    "MODEL.ADAPTIS.HEAD": "sep",
+    "MODEL.ADAPTIS.CONTROLLER": "fc",
+    "MODEL.ADAPTIS.RESCALE": (1.0, 0.0),
+}
+BACKBONES = {"unet": UNET, "fpn": FPN}
+PROPOSALS = {"MODEL.ADAPTIS.STAGE": "proposals"}
+every_backbone = pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
+
+
+def tiny_config(*parts: dict):
+    options = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.META_ARCHITECTURE": "AdaptIS",
+        "MODEL.PIXEL_MEAN": [127.5] * 3,
+        "MODEL.PIXEL_STD": [127.5] * 3,
+        "MODEL.ADAPTIS.NUM_THINGS": 3,
+        "MODEL.ADAPTIS.NUM_POINTS": 4,
+        "MODEL.ADAPTIS.CONV_DIM": 8,
+        "MODEL.ADAPTIS.SEMANTIC_DIM": 8,
+        "MODEL.ADAPTIS.PROPOSAL_DIM": 8,
+        "MODEL.ADAPTIS.NORM_RADIUS": 20.0,
+        "DATASETS.TRAIN": (),
+        "DATASETS.TEST": (),
+    }
+    for part in parts:
+        options |= part
+    return load_config(opts=[x for item in options.items() for x in item])
+
+
+def tiny_model(*parts: dict) -> AdaptIS:
+    torch.manual_seed(0)
+    return build_model(tiny_config(*parts))
+
+
+def finds_all(model: AdaptIS) -> AdaptIS:
+    """An untrained model that takes a part of the image for things, and its masks for good."""
+    model.eval()
+    with torch.no_grad():
+        model.semantic_head.predictor.bias[1] += 1.0
+    model.selection_head.rescale = (3.0, 1.0)
+    model.search |= {"min_things_prob": 0.1, "min_value": 0.01}
+    model.greedy |= {"mask_threshold": 0.5, "max_occupied": 0.99}
+    model.random |= {"min_things_prob": 0.1, "min_free": 0.05}
+    model.assembly |= {"stuff_prob_mult": 0.5}
+    return model
+
+
+def image(size=SIZE, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, *size), generator=generator).float()
+
+
+def annotations(size=SIZE, count: int = 3) -> Instances:
+    instances = Instances(size)
+    masks = torch.zeros((count, *size), dtype=torch.bool)
+    for i, mask in enumerate(masks):
+        mask[4 + 8 * i : 16 + 8 * i, 6 + 10 * i : 20 + 10 * i] = True
+    instances.gt_masks = BitMasks(masks)
+    instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+    instances.gt_classes = torch.arange(count) % 3
+    return instances
+
+
+def batch(*sizes) -> list[dict]:
+    return [
+        {"image": image(size, seed), "instances": annotations(size)}
+        for seed, size in enumerate(sizes or (SIZE, SIZE))
+    ]
+
+
+def losses_of(model, inputs) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return model(inputs)
+
+
+def check_step(model, inputs) -> dict[str, torch.Tensor]:
+    """Losses are finite and reach every trainable parameter, with finite gradients."""
+    model.zero_grad(set_to_none=True)
+    losses = losses_of(model, inputs)
+    assert all(loss.isfinite() for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    return losses
+
+
+# ---- training
+
+
+@every_backbone
+@pytest.mark.parametrize("stage", [{}, PROPOSALS], ids=["instance", "proposals"])
+def test_every_step_is_finite_and_complete_whatever_the_annotations(backbone, stage):
+    model = tiny_model(backbone, stage).train()
+    ordinary = batch()
+    check_step(model, ordinary)
+    check_step(model, batch(SIZE, (33, 47)))
+
+    bare = Instances(SIZE)  # as Detectron2's mapper leaves an image without annotations
+    bare.gt_boxes, bare.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0, dtype=torch.long)
+    hidden = annotations()
+    hidden.gt_masks.tensor[:] = False
+    crowd = annotations()
+    crowd.gt_crowd = torch.ones(3, dtype=torch.bool)
+    for instances in (bare, hidden, crowd):
+        inputs = {"image": image(), "instances": instances}
+        losses = check_step(model, [inputs])
+        for name in ("loss_instance", "loss_proposal"):
+            assert losses.get(name, torch.zeros(())).item() == 0
+        check_step(model, [inputs, ordinary[0]])
+
+
+@every_backbone
+def test_a_step_works_in_mixed_precision(backbone):
+    for stage in ({}, PROPOSALS):
+        model = tiny_model(backbone, stage).train()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = check_step(model, batch())
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+
+
+def test_one_point_of_one_image_has_no_batch_statistics_but_trains():
+    model = tiny_model(FPN, {"MODEL.ADAPTIS.NUM_POINTS": 1}).train()
+    check_step(model, batch(SIZE))
+
+
+def test_a_few_steps_lower_the_losses():
+    model = tiny_model(UNET).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
+    inputs = batch()
+    totals = []
+    for _ in range(15):
+        losses = check_step(model, inputs)
+        totals.append(float(sum(losses.values()).detach()))
+        optimizer.step()
+    assert totals[-1] < 0.75 * totals[0]
+
+
+def test_given_points_take_the_place_of_drawn_ones():
+    model = tiny_model(UNET).train()
+    inputs = batch()
+    for x in inputs:
+        x["points"] = torch.tensor([[8.0, 6.0], [8.0, 6.0]])
+    images = model.preprocess_image(inputs)
+    ground_truth = model.prepare_ground_truth(inputs, images)
+    points, masks = model.point_targets(ground_truth, inputs, from_one_object=False)
+    assert points.shape == (2, 2, 2) and points[0, 0].tolist() == [6, 8]
+    assert torch.equal(masks[0] == 1, ground_truth[0].masks[0])
+    inputs[0]["points"] = torch.tensor([[8.0, 6.0]])
+    with pytest.raises(ValueError, match="same number of points, not 1, 2"):
+        model(inputs)
+
+
+def test_padding_counts_in_no_loss():
+    model = tiny_model(UNET).train()
+    seen = {}
+
+    def record(name):
+        def hook(module, arguments, output):
+            seen[name] = output
+
+        return hook
+
+    model.semantic_head.register_forward_hook(record("semantic"))
+    inputs = batch((40, 56), (24, 32))
+    losses = losses_of(model, inputs)
+    gradient = torch.autograd.grad(sum(losses.values()), seen["semantic"])[0]
+    assert not gradient[1, :, 24:].any() and not gradient[1, :, :, 32:].any()
+    assert gradient[0, :, 24:].any()
+
+
+def test_semantic_labels_are_taken_if_there_are_any_and_painted_otherwise():
+    model = tiny_model(UNET)
+    inputs = batch()[0]
+    gt = model.prepare_ground_truth([inputs], model.preprocess_image([inputs]))[0]
+    painted = model.semantic_target(gt, inputs)
+    assert painted[5, 7] == 1 and painted[0, 0] == 0 and painted.max() == 3
+    sem_seg = torch.full(SIZE, 2)
+    sem_seg[0, :3] = torch.tensor([255, -1, 4])
+    labels = model.semantic_target(gt, inputs | {"sem_seg": sem_seg})
+    assert labels[0, :4].tolist() == [-1, -1, -1, 2]
+
+
+def test_several_stuff_classes_need_semantic_labels():
+    model = tiny_model(UNET, {"MODEL.ADAPTIS.NUM_STUFF": 2}).train()
+    inputs = batch()
+    inputs[0]["file_name"] = "a.png"
+    with pytest.raises(ValueError, match="NUM_STUFF is 2, but image a.png has no 'sem_seg'"):
+        model(inputs)
+    for x in inputs:
+        x["sem_seg"] = torch.zeros(SIZE, dtype=torch.long)
+    check_step(model, inputs)
+
+
+# ---- the second stage
+
+
+@every_backbone
+@pytest.mark.parametrize("freeze_bn", [True, False])
+def test_the_second_stage_trains_the_proposal_head_alone(backbone, freeze_bn):
+    model = tiny_model(backbone, PROPOSALS, {"MODEL.ADAPTIS.FREEZE_BN": freeze_bn}).train()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"proposal_head"}
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    check_step(model, batch())
+    optimizer.step()
+    changed = {name for name, x in model.state_dict().items() if not torch.equal(x, before[name])}
+    drifted = {name for name in changed if not name.startswith("proposal_head.")}
+    assert changed > drifted
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert all(name.endswith(statistics) for name in drifted - {"iou_threshold.value"})
+    assert any(name.endswith("running_mean") for name in drifted) != freeze_bn
+    assert model.backbone.training != freeze_bn
+
+
+def test_a_checkpoint_of_the_first_stage_has_all_but_the_proposal_head():
+    first, second = tiny_model(UNET), tiny_model(UNET, PROPOSALS)
+    result = second.load_state_dict(first.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    lacking = {name.split(".")[0] for name in result.missing_keys}
+    assert lacking == {"proposal_head", "iou_threshold"}
+
+
+@pytest.mark.parametrize("target", ["score", "top20", "dual"])
+@pytest.mark.parametrize("dense", [{}, {"MODEL.ADAPTIS.PROPOSAL.DENSE": True}])
+def test_every_rule_trains_the_proposal_head(target, dense):
+    rule = {"MODEL.ADAPTIS.PROPOSAL.TARGET": target, "MODEL.ADAPTIS.NUM_POINTS": 10}
+    model = tiny_model(UNET, PROPOSALS, rule, dense).train()
+    with torch.no_grad():
+        model.selection_head.predictor.bias += 8.0  # masks that fit a little
+    loss = check_step(model, batch())["loss_proposal"]
+    assert loss > 0
+
+
+def test_objects_without_points_are_no_negatives_of_the_dense_loss():
+    dense = {"MODEL.ADAPTIS.PROPOSAL.DENSE": True}
+    model = tiny_model(UNET, PROPOSALS, dense).train()
+    with torch.no_grad():
+        model.selection_head.predictor.bias += 8.0
+    seen = {}
+    model.proposal_head.register_forward_hook(lambda m, a, out: seen.update(logits=out))
+    inputs = batch(SIZE)
+    loss = losses_of(model, inputs)["loss_proposal"]
+    reached = torch.autograd.grad(loss, seen["logits"])[0][0, 0] != 0
+    masks = inputs[0]["instances"].gt_masks.tensor
+    assert any(torch.equal(reached, mask) for mask in masks)
+
+
+# ---- points
+
+
+@every_backbone
+def test_a_point_gives_one_instance_each_in_their_order(backbone):
+    model = finds_all(tiny_model(backbone))
+    points = [[3.0, 4.0], [50.0, 30.0], [3.0, 4.0], [55.9, 39.9], [0.0, 0.0]]
+    inputs = {"image": image(), "points": points}
+    instances = model([inputs])[0]["instances"]
+    assert len(instances) == 5 and instances.image_size == SIZE
+    assert instances.pred_masks.shape == (5, *SIZE) and instances.pred_masks.dtype == torch.bool
+    assert torch.equal(instances.pred_masks, instances.mask_probabilities > model.mask_threshold)
+    assert ((instances.scores >= 0) & (instances.scores <= 1)).all()
+    torch.testing.assert_close(instances.scores[0], instances.scores[2])
+    for i, point in enumerate(points):
+        alone = model([inputs | {"points": [point]}])[0]["instances"]
+        torch.testing.assert_close(
+            alone.mask_probabilities[0], instances.mask_probabilities[i], atol=1e-5, rtol=0
+        )
+        assert alone.pred_classes[0] == instances.pred_classes[i]
+
+
+def test_points_are_x_and_y_in_pixels_of_the_original_image():
+    model = finds_all(tiny_model(UNET))
+    small = {"image": image(), "points": [[10.0, 4.0]]}
+    expected = model([small])[0]["instances"].mask_probabilities
+    large = small | {"height": 80, "width": 112, "points": [[20.0, 8.0]]}
+    instances = model([large])[0]["instances"]
+    assert instances.image_size == (80, 112)
+    shrunk = torch.nn.functional.avg_pool2d(instances.mask_probabilities[None], 2)[0]
+    assert (shrunk - expected).abs().mean() < 0.02
+    assert to_input_frame([[20.0, 8.0]], (80, 112), SIZE).tolist() == [[4.0, 10.0]]
+
+
+@pytest.mark.parametrize(
+    "points, message",
+    [
+        ([], "no points"),
+        (np.zeros((0, 2)), "no points"),
+        ([[1.0, 2.0, 3.0]], r"must be \(N, 2\)"),
+        ([1.0, 2.0], r"must be \(N, 2\)"),
+        ([[1.0, 2.0], [56.0, 2.0]], r"point 1 \(x=56, y=2\) is outside .* 56 x 40 pixels"),
+        ([[1.0, -0.5]], r"point 0 \(x=1, y=-0.5\) is outside"),
+        ([[2.0, 40.0]], r"point 0 \(x=2, y=40\) is outside"),
+        ([[float("nan"), 2.0]], r"point 0 \(x=nan, y=2\) is not a number"),
+        ([[float("inf"), 2.0]], r"point 0 \(x=inf, y=2\) is outside"),
+    ],
+)
+def test_bad_points_are_one_clear_line(points, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        to_input_frame(points, SIZE, SIZE)
+    assert "\n" not in str(caught.value)
+
+
+def test_many_points_are_made_in_chunks_that_change_nothing(monkeypatch, largest_float):
+    model = finds_all(tiny_model(UNET))
+    views = model.views({"image": image()})
+    points = torch.rand(40, 2) * torch.tensor([39.0, 55.0])
+    at_once = model.mask_probabilities(views, points)
+    head_map = 8 * SIZE[0] * SIZE[1] * 4
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * head_map)
+    with largest_float() as largest:
+        chunked = model.mask_probabilities(views, points)
+    torch.testing.assert_close(chunked, at_once, atol=1e-5, rtol=0)
+    assert largest.bytes <= max(3 * head_map, chunked.numel() * 4)
+
+
+def test_the_predictor_runs_the_backbone_once_per_image():
+    model = finds_all(tiny_model(UNET))
+    runs = []
+    model.backbone.register_forward_hook(lambda *_: runs.append("backbone"))
+    model.semantic_head.register_forward_hook(lambda *_: runs.append("semantic"))
+    predictor = AdaptISPredictor(model, min_size=0, max_size=0, input_format="BGR")
+    rgb = image().permute(1, 2, 0).numpy().astype(np.uint8)
+    predictor.set_image(rgb)
+    first = predictor.predict([[3, 4]])
+    second = predictor.predict(torch.tensor([[30.0, 20.0], [3.0, 4.0]]))
+    assert runs == ["backbone", "semantic"]
+    assert len(first) == 1 and len(second) == 2
+    torch.testing.assert_close(first.mask_probabilities[0], second.mask_probabilities[1])
+    # the same as the model's own way, channels in its order
+    inputs = {"image": image().flip(0), "points": [[3, 4]]}
+    direct = model([inputs])[0]["instances"]
+    torch.testing.assert_close(direct.mask_probabilities, first.mask_probabilities)
+    predictor.set_image(rgb[::-1])
+    assert not torch.equal(predictor.predict([[3, 4]]).mask_probabilities, first.mask_probabilities)
+
+
+def test_the_predictor_resizes_and_answers_in_the_original_frame():
+    model = finds_all(tiny_model(UNET))
+    predictor = AdaptISPredictor(model, min_size=20, max_size=100, input_format="RGB")
+    predictor.set_image(np.zeros((60, 90, 3), dtype=np.uint8))
+    instances = predictor.predict([[89.5, 59.5]])
+    assert instances.image_size == (60, 90) and instances.pred_masks.shape == (1, 60, 90)
+    with pytest.raises(ValueError, match="outside the image; the image has 90 x 60 pixels"):
+        predictor.predict([[89.5, 60.5]])
+    # an error leaves the image as it is
+    assert len(predictor.predict([[1, 1]])) == 1
+
+
+def test_the_predictor_needs_an_image_and_a_model_that_takes_points():
+    model = tiny_model(UNET).eval()
+    predictor = AdaptISPredictor(model, min_size=0, max_size=0, input_format="RGB")
+    with pytest.raises(ValueError, match="call set_image first"):
+        predictor.predict([[1, 1]])
+    other = object.__new__(SOLOv2)
+    with pytest.raises(ValueError, match="points need an AdaptIS model, not SOLOv2"):
+        AdaptISPredictor(other, min_size=0, max_size=0, input_format="RGB")
+
+
+# ---- automatic
+
+
+@every_backbone
+@pytest.mark.parametrize("stage", [{}, PROPOSALS], ids=["random", "proposals"])
+def test_the_automatic_mode_has_instances_panoptic_and_semantic_outputs(backbone, stage):
+    model = finds_all(tiny_model(backbone, stage))
+    assert model.test_mode == ("proposals" if stage else "random")
+    output = model([{"image": image(), "height": 60, "width": 84}])[0]
+    instances, (ids, segments) = output["instances"], output["panoptic_seg"]
+    assert len(instances) > 0 and instances.image_size == (60, 84)
+    assert instances.pred_masks.dtype == torch.bool
+    assert instances.pred_masks.sum(dim=0).max() == 1
+    boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
+    assert torch.equal(instances.pred_boxes.tensor, boxes.tensor)
+    assert instances.pred_classes.max() < 3 and (instances.scores > 0).all()
+    assert ids.shape == (60, 84) and ids.dtype == torch.int32
+    assert sum(s["isthing"] for s in segments) == len(instances)
+    assert {*ids.unique().tolist()} - {0} == {s["id"] for s in segments}
+    assert output["sem_seg"].shape == (4, 60, 84)
+    torch.testing.assert_close(output["sem_seg"].sum(dim=0), torch.ones(60, 84))
+    again = model([{"image": image(), "height": 60, "width": 84}])[0]
+    assert torch.equal(again["panoptic_seg"][0], ids)
+
+
+def test_the_random_mode_is_an_option_of_a_model_with_proposals():
+    options = PROPOSALS | {"MODEL.ADAPTIS.TEST.MODE": "random"}
+    model = finds_all(tiny_model(UNET, options))
+    ran = []
+    model.proposal_head.register_forward_hook(lambda *_: ran.append(True))
+    assert len(model([{"image": image()}])[0]["instances"]) > 0
+    assert not ran
+
+
+def test_raw_masks_may_overlap_and_have_the_same_scores():
+    model = finds_all(tiny_model(UNET, PROPOSALS))
+    disjoint = model([{"image": image()}])[0]["instances"]
+    model.disjoint_masks = False
+    raw = model([{"image": image()}])[0]["instances"]
+    assert len(raw) >= len(disjoint)
+    for score, mask in zip(disjoint.scores, disjoint.pred_masks):
+        assert (raw.scores == score).any()
+        assert mask.any()
+
+
+def test_no_objects_are_found_where_there_are_none():
+    for stage in ({}, PROPOSALS):
+        model = tiny_model(UNET, stage).eval()
+        with torch.no_grad():
+            model.semantic_head.predictor.bias[0] += 50
+        output = model([{"image": image()}])[0]
+        assert len(output["instances"]) == 0
+        assert output["instances"].pred_masks.shape == (0, *SIZE)
+        ids, segments = output["panoptic_seg"]
+        assert (ids == 1).all()
+        assert segments == [
+            {"id": 1, "isthing": False, "area": SIZE[0] * SIZE[1], "category_id": 0}
+        ]
+
+
+@every_backbone
+def test_images_of_different_sizes_give_the_same_masks_together_and_alone(backbone):
+    model = finds_all(tiny_model(backbone, PROPOSALS))
+    inputs = [{"image": image(size, 3)} for size in ((40, 56), (33, 47), (64, 20))]
+    points = [[[3.0, 4.0], [15.0, 30.0]]] * 3
+    for together, alone in zip(model(inputs), [model([x])[0] for x in inputs]):
+        assert torch.equal(together["panoptic_seg"][0], alone["panoptic_seg"][0])
+        assert torch.equal(together["instances"].scores, alone["instances"].scores)
+    prompts = [x | {"points": p} for x, p in zip(inputs, points)]
+    for together, x in zip(model(prompts), prompts):
+        alone = model([x])[0]["instances"]
+        assert torch.equal(together["instances"].mask_probabilities, alone.mask_probabilities)
+
+
+def test_padding_does_not_enter_the_statistics_of_masks():
+    """With the features as they are: a batch's padding changes those through the backbone."""
+    model = finds_all(tiny_model(UNET))
+    images = model.preprocess_image([{"image": image((40, 56))}, {"image": image((24, 32), 1)}])
+    points = torch.tensor([[[3.0, 4.0]], [[9.0, 20.0]]])
+    with torch.no_grad():
+        encoding = model.encode(images)
+        assert encoding.valid.flatten(1).sum(1).tolist() == [40 * 56, 24 * 32]
+        x = torch.rand(2, 8, 40, 56)
+        control = model.controller(encoding.control, points, 1.0)
+        layer = model.selection_head.adain[0]
+        masked = layer(x, control, encoding.valid)[1, :, :24, :32]
+        torch.testing.assert_close(
+            masked, layer(x[1:, :, :24, :32], control[1:])[0], atol=1e-5, rtol=1e-4
+        )
+
+
+@every_backbone
+def test_the_mirror_image_gives_the_mirrored_result(backbone):
+    # no padding: that is always at the right
+    size = (64, 96)
+    model = finds_all(tiny_model(backbone, PROPOSALS, {"MODEL.ADAPTIS.TEST.FLIP": True}))
+    plain, mirrored = (model.views({"image": x}) for x in (image(size), image(size).flip(-1)))
+    points = torch.tensor([[10.0, 20.0], [60.0, 3.0]])
+    flipped = torch.stack([points[:, 0], 95 - points[:, 1]], dim=1)
+    torch.testing.assert_close(
+        model.mask_probabilities(mirrored, flipped).flip(-1),
+        model.mask_probabilities(plain, points),
+        atol=1e-4,
+        rtol=0,
+    )
+    for a, b in zip(model.mean_of_views(plain), model.mean_of_views(mirrored)):
+        torch.testing.assert_close(b.flip(-1), a, atol=1e-5, rtol=0)
+
+
+def test_the_published_mirror_point_is_one_pixel_off():
+    right = finds_all(tiny_model(UNET, {"MODEL.ADAPTIS.TEST.FLIP": True}))
+    published = copy.deepcopy(right)
+    published.flip_original = True
+    views = right.views({"image": image()})
+    points = torch.tensor([[10.0, 20.0]])
+    assert not torch.allclose(
+        right.mask_probabilities(views, points), published.mask_probabilities(views, points)
+    )
+
+
+def test_extreme_images_are_survived():
+    for backbone in BACKBONES.values():
+        model = finds_all(tiny_model(backbone, PROPOSALS))
+        for size in ((9, 200), (200, 9)):
+            output = model([{"image": image(size)}])[0]
+            assert output["panoptic_seg"][0].shape == size
+            prompt = {"image": image(size), "points": [[size[1] - 0.5, size[0] - 0.5]]}
+            assert model([prompt])[0]["instances"].pred_masks.shape == (1, *size)
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"MODEL.ADAPTIS.APPEND_DIST": False},
+        {"MODEL.ADAPTIS.ADAIN_AFTER": [1, 2, 4]},
+        {"MODEL.ADAPTIS.ADAIN_BIAS_ONE": False, "MODEL.ADAPTIS.ADAIN_EPS": 0.0},
+        {"MODEL.ADAPTIS.CONTROLLER": "fc"},
+        {"MODEL.ADAPTIS.POINTS_FROM_ONE_OBJECT": True},
+        {"MODEL.ADAPTIS.MIN_OBJECT_AREA": 100, "MODEL.ADAPTIS.IGNORED_POINT_PROB": 0.5},
+        {"MODEL.ADAPTIS.HEAD": "sep"},
+        {"MODEL.UNET.LEVELS": 5, "MODEL.UNET.MAX_WIDTH": 16},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_train_and_predict(options):
+    model = tiny_model(UNET, options).train()
+    check_step(model, batch(SIZE, (35, 51)))
+    model.eval()
+    instances = model([{"image": image(), "points": [[3.0, 4.0]]}])[0]["instances"]
+    assert instances.mask_probabilities.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("STAGE", "both", "STAGE must be one of instance, proposals, not 'both'"),
+        ("HEAD", "city", "HEAD must be one of toy, sep"),
+        ("CONTROLLER", "mlp", "CONTROLLER must be one of map, fc"),
+        ("PROPOSAL.TARGET", "best", "PROPOSAL.TARGET must be one of score, top20, dual"),
+        ("TEST.MODE", "grid", "TEST.MODE must be one of proposals, random"),
+        ("TEST.CLASS_VOTE", "max", "TEST.CLASS_VOTE must be one of mean, majority"),
+        ("TEST.MASKS", "soft", "TEST.MASKS must be one of disjoint, raw"),
+        ("IN_FEATURES", ["p2"], r"IN_FEATURES is \['p2'\], but the backbone has \['unet'\]"),
+        ("IN_FEATURES", [], r"IN_FEATURES is \[\]"),
+        ("NUM_STUFF", 0, "NUM_STUFF must be 1 or more, not 0"),
+        ("ADAIN_AFTER", [0], r"ADAIN_AFTER must be within 1 and 4, not \[0\]"),
+    ],
+)
+def test_an_unknown_choice_is_one_clear_line(key, value, message):
+    with pytest.raises(ValueError, match=f"MODEL.ADAPTIS.{message}"):
+        tiny_model(UNET, {f"MODEL.ADAPTIS.{key}": value})
+
+
+def test_the_first_selection_layer_is_that_of_the_concatenated_map():
+    """Split in two for speed, it must be the plain convolution over coordinates and feature."""
+    model = tiny_model(UNET).eval()
+    head = model.selection_head
+    feature, points = torch.rand(2, 8, 12, 10), torch.rand(2, 3, 2) * 9
+    coordinates = relative_coordinates(points.flatten(0, 1), (12, 10), radius=20.0)
+    joined = torch.cat([coordinates, feature.repeat_interleave(3, dim=0)], dim=1)
+    first = head.convs[0]
+    activate, seen = first.activate, []
+
+    def record(x):
+        seen.append(x.clone())
+        return activate(x)
+
+    first.activate = record
+    with torch.no_grad():
+        head(head.prepare(feature), points, torch.rand(6, 8), 1.0)
+        plain = torch.nn.functional.conv2d(joined, first.weight, first.bias, padding=1)
+    torch.testing.assert_close(seen[0], plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (13, 16), (16, 13), (7, 9), (1, 5), (75, 101)])
+def test_the_unet_takes_any_size(size):
+    model = tiny_model({**UNET, "MODEL.UNET.LEVELS": 5, "MODEL.UNET.WIDTH": 4}).eval()
+    with torch.no_grad():
+        feature = model.backbone(torch.rand(1, 3, *size))["unet"]
+    assert feature.shape == (1, 4, *size)
+    assert model.backbone.output_shape()["unet"].stride == 1
