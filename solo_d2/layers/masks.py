@@ -151,6 +151,7 @@ def upsample_to_binary(
     output_size: tuple[int, int],
     threshold: float,
     direct: bool = False,
+    windows: Tensor | None = None,
 ) -> Tensor:
     """Bring soft masks to the output size and threshold them, in bounded memory.
 
@@ -165,32 +166,68 @@ def upsample_to_binary(
         output_size: height and width of the result.
         threshold: a pixel is set where the soft value exceeds this.
         direct: one bilinear step from the soft masks to ``output_size``, as YOLACT does.
+        windows: (N, 4) int64 x1, y1, x2, y2, right and bottom exclusive; no pixel of the result is
+            set outside of its mask's window.
 
     Returns:
         (N, *output_size) bool.
     """
+    soft_masks = soft_masks.detach()
     n, h, w = soft_masks.shape
     device = soft_masks.device
     out = torch.zeros((n, *output_size), dtype=torch.bool, device=device)
+    if n == 0:
+        return out
     weights = _direct_resize_matrix if direct else _resize_matrix
     rows_of = weights(h, padded_size[0], image_size[0], output_size[0], device)
     columns_of = weights(w, padded_size[1], image_size[1], output_size[1], device)
-    boxes = tight_boxes(soft_masks > threshold).long()
+    (top_of, bottom_of), (left_of, right_of) = _taps(rows_of), _taps(columns_of)
+
+    # the outputs (x1, y1, x2, y2) that some soft value above the threshold reaches
+    x1, y1, x2, y2 = tight_boxes(soft_masks > threshold).long().T.contiguous()
+    reached = torch.stack(
+        [
+            torch.searchsorted(right_of, x1),
+            torch.searchsorted(bottom_of, y1),
+            torch.searchsorted(left_of, x2),
+            torch.searchsorted(top_of, y2),
+        ],
+        dim=1,
+    )
+    if windows is not None:
+        start, stop = reached.split(2, dim=1)
+        reached = torch.cat([start.maximum(windows[:, :2]), stop.minimum(windows[:, 2:])], dim=1)
     # On the CPU one mask at a time does the least work; on a GPU large chunks do.
     length = 1 if device.type == "cpu" else chunk_length(output_size[0] * output_size[1])
-    for start in range(0, n, length):
-        chunk = slice(start, start + length)
-        x1, y1 = boxes[chunk, :2].amin(dim=0).tolist()
-        x2, y2 = boxes[chunk, 2:].amax(dim=0).tolist()
-        if x1 == x2 or y1 == y2:
+    bounds = torch.stack(
+        [torch.cat([c[:, :2].amin(dim=0), c[:, 2:].amax(dim=0)]) for c in reached.split(length)]
+    )
+    top, bottom = top_of.tolist(), bottom_of.tolist()
+    left, right = left_of.tolist(), right_of.tolist()
+    for i, (x1, y1, x2, y2) in enumerate(bounds.tolist()):
+        if x1 >= x2 or y1 >= y2:
             continue
-        y_in, y_out = _reach(rows_of, y1, y2)
-        x_in, x_out = _reach(columns_of, x1, x2)
+        chunk = slice(i * length, (i + 1) * length)
+        y_in, x_in = slice(top[y1], bottom[y2 - 1] + 1), slice(left[x1], right[x2 - 1] + 1)
         with torch.autocast(device.type, enabled=False):
-            soft = rows_of[y_in, y_out].T @ soft_masks[chunk, y_in, x_in].float()
-            soft = soft @ columns_of[x_in, x_out]
-        out[chunk, y_out, x_out] = soft > threshold
+            soft = rows_of[y_in, y1:y2].T @ soft_masks[chunk, y_in, x_in].float()
+            soft = soft @ columns_of[x_in, x1:x2]
+        hit = out[chunk, y1:y2, x1:x2]
+        torch.gt(soft, threshold, out=hit)
+        if windows is not None and length > 1:
+            rows = torch.arange(y1, y2, device=device)
+            columns = torch.arange(x1, x2, device=device)
+            low_x, low_y, high_x, high_y = windows[chunk, :, None].unbind(1)
+            hit &= ((low_y <= rows) & (rows < high_y))[:, :, None]
+            hit &= ((low_x <= columns) & (columns < high_x))[:, None, :]
     return out
+
+
+def _taps(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(outputs,) first and last input that each output depends on; both ascend."""
+    used = weights > 0
+    index = torch.arange(len(weights), device=weights.device)[:, None]
+    return torch.where(used, index, len(weights)).amin(dim=0), (used * index).amax(dim=0)
 
 
 def _resize_matrix(size: int, padded: int, image: int, output: int, device: torch.device) -> Tensor:
@@ -213,15 +250,3 @@ def _direct_resize_matrix(
         identity, scale_factor=scale, mode="linear", recompute_scale_factor=False
     )
     return resized[0, :, :output]
-
-
-def _reach(weights: Tensor, start: int, stop: int) -> tuple[slice, slice]:
-    """Outputs that depend on the inputs ``start:stop``, and all inputs that these depend on.
-
-    An output mixes at most three neighbouring inputs, so two more on either side are enough.
-    """
-    inputs = slice(max(0, start - 2), min(len(weights), stop + 2))
-    hit = (weights[start:stop] > 0).any(dim=0).nonzero()
-    if len(hit) == 0:  # wholly in the padding
-        return inputs, slice(0, 0)
-    return inputs, slice(int(hit[0]), int(hit[-1]) + 1)

@@ -128,16 +128,6 @@ def output_boxes(
     return result.trunc() if rounding == "int" else result
 
 
-def crop_to_boxes(masks: Tensor, boxes: Tensor) -> None:
-    """Clear what is outside of the boxes, in place.
-
-    A pixel is inside if its middle is.
-
-    Args:
-        masks: (n, H, W) bool.
-        boxes: (n, 4) x1, y1, x2, y2 in pixels.
-    """
-    for axis, dim in ((1, 1), (0, 2)):
-        middle = torch.arange(masks.shape[dim], device=masks.device) + 0.5
-        low, high = boxes[:, axis, None], boxes[:, axis + 2, None]
-        masks &= ((low <= middle) & (middle < high)).unsqueeze(3 - dim)
+def pixel_windows(boxes: Tensor) -> Tensor:
+    """(n, 4) boxes -> int64 x1, y1, x2, y2 of the pixels whose middles lie inside."""
+    return (boxes - 0.5).ceil().long()

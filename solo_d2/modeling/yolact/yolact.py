@@ -26,9 +26,9 @@ from .inference import (
     BOX_ROUNDINGS,
     NMS_TYPES,
     Detections,
-    crop_to_boxes,
     find_candidates,
     output_boxes,
+    pixel_windows,
     suppress,
 )
 from .mask_iou import MaskIoUHead
@@ -437,23 +437,15 @@ class YOLACT(InstanceSegmentor):
         # published for COCO's json, but by the area, which is positive if both sides are negative
         visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         instances, boxes = instances[visible], boxes[visible]
-        soft = instances.pred_masks
-        if self.crop == "output":
-            # what no bilinear sample inside of the box reaches is not worth resizing
-            size = tuple(soft.shape[-2:])
-            at_prototypes = boxes * _ratios((height, width), instances.image_size, boxes)
-            at_prototypes = at_prototypes * _ratios(padded_size, size, boxes)
-            soft = soft * inside_boxes(at_prototypes, size, padding=2.0)
         masks = upsample_to_binary(
-            soft,
+            instances.pred_masks,
             padded_size=padded_size,
             image_size=instances.image_size,
             output_size=(height, width),
             threshold=self.mask_threshold,
             direct=True,
+            windows=pixel_windows(boxes) if self.crop == "output" else None,
         )
-        if self.crop == "output":
-            crop_to_boxes(masks, boxes)
         result = Instances((height, width), **instances.get_fields())
         result.pred_masks = masks
         result.pred_boxes = Boxes(boxes)
