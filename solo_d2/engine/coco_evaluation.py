@@ -79,8 +79,9 @@ class FastCOCOeval(COCOevalMaxDets):
         return counts
 
 
-def is_fast_evaluation_available() -> bool:
-    return COCOeval_faster is not None
+def mask_score(result: Mapping[str, Any]) -> float:
+    """What ranks the mask of a detection in COCO's format: its own score, if it has one."""
+    return result.get("mask_score", result["score"])
 
 
 def evaluate_coco(
@@ -96,7 +97,8 @@ def evaluate_coco(
 
     Args:
         ground_truth: of pycocotools.
-        results: in COCO's format; stay as they are.
+        results: in COCO's format; stay as they are. For "segm", a "mask_score" takes the place of
+            the "score".
         iou_type: "bbox" or "segm".
         max_dets: three numbers of detections per image and class; the last is AP's.
         image_ids: of the images to evaluate; None for all.
@@ -105,12 +107,14 @@ def evaluate_coco(
     Returns:
         A ``COCOeval`` with ``eval`` and ``stats``; None without results, which COCO cannot digest.
     """
-    # Masks have areas of their own: pycocotools would take a box's where there is one.
-    without = {"bbox"} if iou_type == "segm" else set()
-    copies = [{k: v for k, v in result.items() if k not in without} for result in results]
+    copies = [dict(result) for result in results]
+    for result in copies if iou_type == "segm" else ():
+        # masks have areas of their own: pycocotools would take a box's where there is one
+        result.pop("bbox", None)
+        result["score"] = mask_score(result)
     if not copies:
         return None
-    fast = is_fast_evaluation_available() if fast is None else fast
+    fast = COCOeval_faster is not None if fast is None else fast
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = (FastCOCOeval if fast else COCOevalMaxDets)(
             ground_truth, ground_truth.loadRes(copies), iou_type

@@ -28,11 +28,15 @@ class InstanceEvaluator(COCOEvaluator):
     """Detectron2's COCO evaluator that also gives a mask table when nothing is found.
 
     It asks the predictions which tasks there are; an untrained model may make none. It uses
-    faster-coco-eval where that is installed, which changes no digit.
+    faster-coco-eval where that is installed, which changes no digit, and not the evaluation that
+    is in Detectron2's compiled part, which may.
 
     Instances may have ``mask_scores`` besides ``scores``: these rank boxes, those masks. In the
     results file they are "mask_score" and "score".
     """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, use_fast_impl=False, **options)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for x, output in zip(inputs, outputs):
@@ -65,11 +69,10 @@ class InstanceEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             self._logger.info("The data set has no annotations to evaluate with")
             return
-        by_mask = [{**x, "score": x.get("mask_score", x["score"])} for x in results]
         for task in sorted(tasks):
             evaluation = evaluate_coco(
                 self._coco_api,
-                by_mask if task == "segm" else results,
+                results,
                 task,
                 max_dets=self._max_dets_per_image,
                 image_ids=img_ids,
