@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="solo_d2",
     version="0.1.0",
-    description="The SOLO family of instance segmentation models for Detectron2",
+    description="SOLO, SOLOv2, YOLACT, CenterMask and AdaptIS for Detectron2",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -25,6 +25,7 @@ setup(
         "pycocotools>=2.0.6",  # COCO's masks (RLE) and metrics
         "fvcore>=0.1.5.post20221221",  # focal loss, parameter counts; Detectron2 has it anyway
         "shapely>=2.0",  # INPUT.CROP on polygons: fvcore's CropTransform imports it
+        "matplotlib>=3.5",  # figures of a comparison; Detectron2 has it anyway
         "torchmetrics>=1.4",  # panoptic quality, when AdaptIS is evaluated
         "tqdm>=4.29",  # progress of predict; Detectron2 has it anyway
     ],

@@ -1,15 +1,30 @@
-"""SOLOv2 and its relatives as models of Detectron2. Importing this package registers them."""
+"""Instance segmentation models for Detectron2. Importing this package registers them."""
 
 from .env import require_detectron2
 
 if require_detectron2():
     from . import data, modeling
     from .config import add_solo_d2_config
-    from .modeling import SOLO, DecoupledSOLO, InstanceSegmentor, SOLOv2
+    from .modeling import (
+        SOLO,
+        YOLACT,
+        AdaptIS,
+        AdaptISPredictor,
+        CenterMaskROIHeads,
+        DecoupledSOLO,
+        FCOSProposalGenerator,
+        InstanceSegmentor,
+        SOLOv2,
+    )
 
     __all__ = [
         "SOLO",
+        "YOLACT",
+        "AdaptIS",
+        "AdaptISPredictor",
+        "CenterMaskROIHeads",
         "DecoupledSOLO",
+        "FCOSProposalGenerator",
         "InstanceSegmentor",
         "SOLOv2",
         "add_solo_d2_config",
