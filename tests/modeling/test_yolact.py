@@ -1,0 +1,532 @@
+"""YOLACT on tiny inputs: bad input, options, frames, batches, half precision, frozen norms."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from solo_d2 import add_solo_d2_config
+from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.masks import tight_boxes, upsample_to_binary
+from solo_d2.modeling.yolact.inference import output_boxes, pixel_windows
+from solo_d2.modeling.yolact.mask_iou import MaskIoUHead
+
+SIZE = (64, 96)
+PLUS = {
+    "MODEL__YOLACT__MASK_IOU__ENABLED": True,
+    "MODEL__YOLACT__ANCHORS_PER_OCTAVE": 3,
+    "MODEL__YOLACT__SQUARE_ANCHORS": False,
+}
+VERSIONS = {"YOLACT": {}, "YOLACT++": PLUS}
+
+
+def tiny_config(**options):
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    cfg.merge_from_list(
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "YOLACT"),
+            *("MODEL.BACKBONE.NAME", "build_mobilenetv2_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),
+            *("MODEL.MOBILENETV2.WIDTH_MULT", 0.25, "MODEL.MOBILENETV2.NORM", "BN"),
+            *("MODEL.MOBILENETV2.OUT_FEATURES", ["res3", "res4", "res5"]),
+            *("MODEL.YOLACT.NUM_CLASSES", 3, "MODEL.YOLACT.CONV_DIM", 32),
+            *("MODEL.YOLACT.NUM_PROTOTYPES", 8),
+            *("MODEL.YOLACT.ANCHOR_SIZES", [12, 24, 48, 96, 192]),
+            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
+        ]
+    )
+    for key, value in options.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return cfg
+
+
+def tiny_model(**options):
+    torch.manual_seed(0)
+    return build_model(tiny_config(**options))
+
+
+@pytest.fixture(scope="module", params=VERSIONS.values(), ids=VERSIONS)
+def model(request):
+    return tiny_model(**request.param)
+
+
+def example(masks: torch.Tensor, boxes=None, size=SIZE, crowds: int = 0) -> dict:
+    """A training input; the last ``crowds`` masks are crowd regions."""
+    instances = Instances(size)
+    instances.gt_boxes, instances.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0).long()
+    if len(masks):  # like Detectron2's mapper: without annotations there is no gt_masks
+        instances = Instances(size)
+        boxes = tight_boxes(masks) if boxes is None else torch.as_tensor(boxes).float()
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.arange(len(masks)) % 3
+        instances.gt_masks = BitMasks(masks)
+        instances.gt_crowd = torch.arange(len(masks)) >= len(masks) - crowds
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(1)) * 255
+    return {"image": image, "instances": instances}
+
+
+def rectangle(x1, y1, x2, y2, size=SIZE) -> torch.Tensor:
+    mask = torch.zeros(1, *size, dtype=torch.bool)
+    mask[:, y1:y2, x1:x2] = True
+    return mask
+
+
+NONE = torch.zeros(0, *SIZE, dtype=torch.bool)
+EMPTY = torch.zeros(1, *SIZE, dtype=torch.bool)
+ORDINARY = rectangle(10, 10, 50, 50)
+
+
+def many(n: int) -> torch.Tensor:
+    corners = torch.randint(0, 56, (n, 2), generator=torch.Generator().manual_seed(2)).tolist()
+    return torch.cat([rectangle(x, y, x + 8, y + 8) for x, y in corners])
+
+
+BATCHES = {
+    "one ordinary image": [example(ORDINARY)],
+    "no instance at all": [example(NONE), example(NONE)],
+    "half-empty": [example(ORDINARY), example(NONE)],
+    "crowd only": [example(ORDINARY, crowds=1)],
+    "crowd beside an object": [example(torch.cat([ORDINARY, many(2)]), crowds=2)],
+    "mask empty after cropping": [example(EMPTY, boxes=[[10, 10, 50, 50]])],
+    "1-pixel mask": [example(rectangle(5, 5, 6, 6))],
+    "zero-area box": [example(ORDINARY, boxes=[[10, 10, 10, 50]])],
+    "inverted box": [example(ORDINARY, boxes=[[50, 50, 10, 10]])],
+    "box out of the image": [example(ORDINARY, boxes=[[200, 200, 260, 260]])],
+    "500 instances": [example(many(500))],
+    "object far beyond the image": [example(ORDINARY, boxes=[[-3000, -3000, 3000, 3000]])],
+    "mask that vanishes at the prototypes": [example(rectangle(4, 4, 5, 40))],
+    "images of different sizes": [
+        example(ORDINARY),
+        example(rectangle(0, 0, 30, 30, size=(33, 70)), size=(33, 70)),
+    ],
+}
+
+
+def check_gradients(model) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_training_gives_finite_losses_whose_gradient_reaches_every_parameter(model, name):
+    model.train()
+    model.zero_grad()
+    losses = model(copy.deepcopy(BATCHES[name]))
+    expected = {"loss_class", "loss_box", "loss_mask", "loss_semantic"}
+    if model.mask_iou_head is not None:
+        expected.add("loss_mask_iou")
+    assert set(losses) == expected
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    check_gradients(model)
+
+
+@pytest.mark.parametrize("masks, crowds", [(NONE, 0), (ORDINARY, 1), (EMPTY, 0)])
+def test_an_image_without_objects_trains_the_semantic_branch_only(model, masks, crowds):
+    model.train()
+    boxes = [[10.0, 10, 10, 10]] if masks is EMPTY else None
+    losses = model([example(masks, boxes=boxes, crowds=crowds)])
+    assert losses.pop("loss_semantic") > 0
+    assert all(loss == 0 for loss in losses.values())
+
+
+def test_an_input_without_annotations_is_named(model):
+    model.train()
+    with pytest.raises(ValueError, match=r"street\.jpg"):
+        model([{"image": torch.zeros(3, *SIZE), "file_name": "street.jpg"}])
+
+
+def test_polygons_and_bit_masks_give_the_same_losses(model):
+    model.train()
+    with_bits = example(ORDINARY)
+    with_polygons = copy.deepcopy(with_bits)
+    polygon = [[10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]]
+    with_polygons["instances"].gt_masks = PolygonMasks([polygon])
+    model.eval()  # batch statistics apart
+    model.training = True
+    assert model([with_bits]) == model([with_polygons])
+
+
+def test_training_in_half_precision_is_finite(model):
+    model.train()
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model([example(ORDINARY), example(NONE)])
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    check_gradients(model)
+
+
+def eager(**options):
+    """A model that takes nearly every anchor for an object."""
+    model = tiny_model(MODEL__YOLACT__SCORE_THRESH_TEST=0.01, **options).eval()
+    nn.init.normal_(model.head.class_logits.weight, std=0.3)
+    nn.init.normal_(model.head.coefficient_pred.weight, std=0.3)
+    if model.mask_iou_head is not None:
+        nn.init.constant_(model.mask_iou_head.predictor.bias, 0.3)
+    return model
+
+
+def inputs_of(sizes, outputs=None) -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    inputs = [{"image": torch.rand(3, *size, generator=generator) * 255} for size in sizes]
+    for x, (height, width) in zip(inputs, outputs or sizes):
+        x["height"], x["width"] = height, width
+    return inputs
+
+
+@torch.no_grad()
+def run(model, sizes=(SIZE,), outputs=None) -> list[Instances]:
+    return [x["instances"] for x in model(inputs_of(sizes, outputs))]
+
+
+def check_output(instances: Instances, size, integer: bool = True) -> None:
+    n = len(instances)
+    assert instances.image_size == size
+    assert instances.pred_masks.shape == (n, *size)
+    assert instances.pred_masks.dtype == torch.bool
+    assert instances.scores.shape == instances.pred_classes.shape == (n,)
+    assert (instances.scores[:-1] >= instances.scores[1:]).all()
+    boxes = instances.pred_boxes.tensor
+    assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes >= 0).all()
+    assert (boxes[:, [3, 2]] <= torch.tensor(size)).all()
+    if integer:
+        assert torch.equal(boxes, boxes.round())
+
+
+def check_inside(instances: Instances) -> None:
+    """No pixel lies outside of its box, by its middle."""
+    tight, boxes = tight_boxes(instances.pred_masks), instances.pred_boxes.tensor
+    filled = instances.pred_masks.flatten(1).any(dim=1)
+    tight, boxes = tight[filled], boxes[filled]
+    assert filled.any()
+    assert (tight[:, :2] + 0.5 >= boxes[:, :2]).all()
+    assert (tight[:, 2:] - 0.5 < boxes[:, 2:]).all()
+
+
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
+def test_inference_gives_well_shaped_instances_at_the_output_size(version):
+    sizes, outputs = [SIZE, (33, 70)], [(128, 200), (20, 31)]
+    for instances, size in zip(run(eager(**version), sizes, outputs), outputs):
+        assert 0 < len(instances) <= 100
+        check_output(instances, size)
+        check_inside(instances)
+        assert instances.has("mask_scores") == bool(version)
+
+
+@pytest.mark.parametrize("threshold", [2.0, 0.0])
+def test_no_candidates_and_all_candidates_are_ordinary(threshold):
+    for nms_type in ("fast", "cross_class", "traditional"):
+        options = {
+            "MODEL__YOLACT__SCORE_THRESH_TEST": threshold,
+            "MODEL__YOLACT__NMS_TYPE": nms_type,
+        }
+        (instances,) = run(tiny_model(**PLUS, **options).eval())
+        check_output(instances, SIZE)
+        assert (len(instances) == 0) == (threshold > 1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
+def test_tiny_and_long_images_pass(size):
+    (instances,) = run(eager(**PLUS), [size])
+    check_output(instances, size)
+
+
+def test_offsets_and_logits_that_are_no_numbers_give_no_detections():
+    model = eager()
+    nn.init.constant_(model.head.box_pred.bias, float("nan"))
+    assert len(run(model)[0]) == 0
+    model = eager()
+    nn.init.constant_(model.head.class_logits.bias, float("nan"))
+    assert len(run(model)[0]) == 0
+
+
+def same(a: Instances, b: Instances) -> None:
+    assert torch.equal(a.pred_classes, b.pred_classes)
+    torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+    assert (a.pred_boxes.tensor - b.pred_boxes.tensor).abs().max() <= 1
+    assert (a.pred_masks ^ b.pred_masks).float().mean() < 1e-3
+
+
+def test_images_of_one_size_give_the_results_of_one_by_one():
+    model = eager(**PLUS)
+    inputs = inputs_of([SIZE] * 3)
+    with torch.no_grad():
+        together = [x["instances"] for x in model(inputs)]
+        alone = [model([x])[0]["instances"] for x in inputs]
+    assert all(len(x) for x in alone)
+    for a, b in zip(together, alone):
+        same(a, b)
+
+
+def test_the_largest_image_of_a_batch_is_as_if_alone_and_padding_has_no_content():
+    model = eager()
+    large, small, other = inputs_of([SIZE, (40, 50), SIZE])
+    with torch.no_grad():
+        first, second = (x["instances"] for x in model([large, small]))
+        same(first, model([large])[0]["instances"])
+        # what an image gives depends on the padded size, not on the other images
+        same(second, model([small, other])[0]["instances"])
+    check_output(second, (40, 50))
+
+
+def test_a_padded_image_gives_boxes_and_masks_in_its_own_frame():
+    """One and the same padded tensor, once with its image size told and once without."""
+    model = eager(MODEL__YOLACT__BOX_ROUNDING="float", MODEL__YOLACT__CROP="none")
+    (padded,) = inputs_of([SIZE])
+    h, w = 40, 60
+    padded["image"][:, h:], padded["image"][:, :, w:] = 0, 0
+    padded["image"] += model.pixel_mean * (padded["image"] == 0)
+    cropped = {"image": padded["image"][:, :h, :w].clone(), "height": 2 * h, "width": 2 * w}
+    padded["height"], padded["width"] = 2 * SIZE[0], 2 * SIZE[1]
+    with torch.no_grad():
+        whole = model([padded])[0]["instances"]
+        part = model([cropped, padded])[0]["instances"]
+    visible = whole.pred_boxes.tensor.clone()
+    visible[:, 2].clamp_(max=2 * w)
+    visible[:, 3].clamp_(max=2 * h)
+    whole = whole[(visible[:, 2:] > visible[:, :2]).all(dim=1)]
+    assert len(whole) == len(part) > 0
+    difference = whole.pred_masks[:, : 2 * h, : 2 * w] ^ part.pred_masks
+    assert difference.float().mean() < 1e-3
+
+
+def test_results_do_not_depend_on_the_chunks(monkeypatch):
+    model = eager()
+    (whole,) = run(model)
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 1000)
+    (chunked,) = run(model)
+    assert torch.equal(whole.pred_masks, chunked.pred_masks)
+    assert torch.equal(whole.scores, chunked.scores)
+
+
+def test_crops_differ_as_they_should():
+    by_crop = {}
+    for crop in ("output", "prototype", "none"):
+        model = eager(MODEL__YOLACT__CROP=crop)
+        (by_crop[crop],) = run(model, outputs=[(256, 384)])
+    inner, padded, whole = (by_crop[crop].pred_masks for crop in ("output", "prototype", "none"))
+    check_inside(by_crop["output"])
+    assert not (inner & ~whole).any() and not (padded & ~whole).any()
+    assert (whole & ~padded).any() and (padded & ~inner).any()
+
+
+def test_float_boxes_are_the_integer_ones_before_truncation():
+    (whole,) = run(eager())
+    (exact,) = run(eager(MODEL__YOLACT__BOX_ROUNDING="float"))
+    check_output(exact, SIZE, integer=False)
+    check_inside(exact)
+    boxes = exact.pred_boxes.tensor
+    exact = exact[(boxes.trunc()[:, 2:] > boxes.trunc()[:, :2]).all(dim=1)]
+    assert torch.equal(exact.pred_boxes.tensor.trunc(), whole.pred_boxes.tensor)
+
+
+def test_boxes_are_clipped_at_one_end_each_and_swapped_and_truncated():
+    boxes = torch.tensor([[-5.0, 20.4, 30.9, 10.2], [80.0, 5.0, 90.0, 8.0]])
+    ours = output_boxes(boxes, (40, 60), (40, 60), rounding="int")
+    assert ours.tolist() == [[0, 10, 30, 20], [80, 5, 60, 8]]
+    doubled = output_boxes(boxes, (40, 60), (80, 120), rounding="float")
+    torch.testing.assert_close(doubled[0], torch.tensor([0.0, 20.4, 61.8, 40.8]))
+
+
+@given(st.integers(0, 10**6), st.booleans(), st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_masks_are_resized_inside_of_their_windows_only(seed, padded, height, width):
+    g = torch.Generator().manual_seed(seed)
+    soft = torch.rand(5, 8, 12, generator=g)
+    sizes = {
+        "padded_size": (32, 48),
+        "image_size": (20, 37) if padded else (32, 48),
+        "output_size": (height, width),
+    }
+    corners = torch.rand(5, 2, 2, generator=g) * 1.4 - 0.2
+    boxes = (corners * torch.tensor([width, height])).sort(dim=1).values.flatten(1)
+    windows = pixel_windows(boxes)
+    inside = torch.zeros(5, height, width, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(inside, boxes.tolist()):
+        rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+        mask |= ((y1 <= rows) & (rows < y2))[:, None] & ((x1 <= columns) & (columns < x2))
+    for direct in (False, True):
+        whole = upsample_to_binary(soft, threshold=0.5, direct=direct, **sizes)
+        within = upsample_to_binary(soft, threshold=0.5, direct=direct, windows=windows, **sizes)
+        # sums of the same numbers in another order
+        assert ((whole & inside) ^ within).sum() <= 1
+
+
+def test_direct_resize_of_a_padded_map_samples_where_the_image_is():
+    soft = torch.linspace(0, 1, 12).expand(1, 8, 12)
+    options = {"padded_size": (32, 48), "output_size": (50, 74), "threshold": 0.4, "direct": True}
+    mask = upsample_to_binary(soft, image_size=(25, 37), **options)
+    # column c shows input column (c + 0.5) / 2, which is map column that / 4 - 0.5, of value / 11
+    values = ((torch.arange(74) + 0.5) / 8 - 0.5).clamp(0, 11) / 11
+    assert torch.equal(mask[0, 0], values > 0.4)
+
+
+def test_limits_are_kept():
+    (few,) = run(eager(TEST__DETECTIONS_PER_IMAGE=5))
+    assert len(few) <= 5
+    cross = {"MODEL__YOLACT__NMS_TYPE": "cross_class", "TEST__DETECTIONS_PER_IMAGE": 2}
+    (unlimited,) = run(eager(**cross))
+    (limited,) = run(eager(**cross, MODEL__YOLACT__LIMIT_CROSS_CLASS=True))
+    assert len(unlimited) > 2 >= len(limited)
+    lowest = float(unlimited.scores.median())
+    (better,) = run(eager(**cross, MODEL__YOLACT__MIN_SCORE_TEST=lowest))
+    assert 0 < len(better) < len(unlimited) and (better.scores > lowest).all()
+
+
+def test_rescoring_multiplies_the_class_scores_and_sorts_again():
+    (plain,) = run(eager(**PLUS))
+    (rescored,) = run(eager(**PLUS, MODEL__YOLACT__MASK_IOU__RESCORE_BOXES=True))
+    assert not torch.equal(plain.mask_scores, plain.scores)
+    assert torch.equal(rescored.scores, rescored.mask_scores)
+    check_output(rescored, SIZE)
+    ordered = plain.mask_scores.sort(descending=True).values
+    torch.testing.assert_close(rescored.scores, ordered)
+
+
+def test_mask_iou_network_takes_masks_of_any_size():
+    head = MaskIoUHead(num_classes=4)
+    for size in ((1, 1), (62, 200), (63, 63), (138, 138)):
+        ious = head(torch.rand(2, *size))
+        assert ious.shape == (2, 4) and (ious >= 0).all()
+    assert head(torch.rand(0, 20, 20)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_mask_iou_loss_reaches_the_prototypes_unless_detached(detach):
+    model = tiny_model(**PLUS, MODEL__YOLACT__MASK_IOU__DETACH=detach).train()
+    model.mask_iou_min_area = 0
+    nn.init.constant_(model.mask_iou_head.predictor.bias, 0.3)
+    model([example(ORDINARY)])["loss_mask_iou"].backward()
+    gradient = model.protonet.predictor.weight.grad
+    assert (gradient is not None and bool(gradient.any())) == (not detach)
+    assert model.mask_iou_head.predictor.bias.grad.any()
+
+
+OPTIONS = [
+    {"MODEL__YOLACT__CROP": "none"},
+    {"MODEL__YOLACT__CROP": "prototype"},
+    {"MODEL__YOLACT__MASK_AREA_NORM": False},
+    {"MODEL__YOLACT__MASKS_TO_TRAIN": 2},
+    {"MODEL__YOLACT__MASKS_TO_TRAIN": 0},
+    {"MODEL__YOLACT__NEG_POS_RATIO": 1},
+    {"MODEL__YOLACT__CLASS_SCORE_THRESH_TEST": 0.05},
+    {"MODEL__YOLACT__IN_FEATURES": ["res4", "res5"]},
+    {"MODEL__YOLACT__ANCHOR_SIZES": [12, 24, 48]},
+    {"MODEL__MOBILENETV2__NORM": "FrozenBN"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_trains_and_infers(options):
+    model = eager(**PLUS, **options)
+    model.train()
+    losses = model([example(many(6)), example(NONE)])
+    assert losses["loss_mask"] > 0
+    sum(losses.values()).backward()
+    check_gradients(model)
+    check_output(run(model.eval())[0], SIZE)
+
+
+def test_the_limit_of_masks_keeps_the_loss_in_expectation(monkeypatch):
+    model = eager().train()
+    for module in model.backbone.modules():
+        module.eval()
+    whole = model([example(many(6))])["loss_mask"]
+    model.masks_to_train = 5
+    limited = torch.stack([model([example(many(6))])["loss_mask"] for _ in range(30)])
+    assert limited.std() > 0
+    assert abs(limited.mean() - whole) < 4 * limited.std() / 30**0.5
+
+
+def test_area_norm_divides_by_the_box_rather_than_by_the_image():
+    losses = []
+    for norm in (True, False):
+        model = eager(MODEL__YOLACT__MASK_AREA_NORM=norm).train()
+        losses.append(model([example(ORDINARY)])["loss_mask"].item())
+    assert losses[0] == pytest.approx(losses[1] * (64 * 96) / (40 * 40), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.YOLACT.CROP", "input"),
+        ("MODEL.YOLACT.NMS_TYPE", "soft"),
+        ("MODEL.YOLACT.BOX_ROUNDING", "ceil"),
+        ("MODEL.YOLACT.IN_FEATURES", ["res9"]),
+        ("MODEL.YOLACT.ANCHOR_SIZES", [24]),
+    ],
+)
+def test_an_unknown_option_is_named_with_its_key(key, value):
+    with pytest.raises(ValueError, match=re.escape(key)):
+        tiny_model(**{key.replace(".", "__"): value})
+
+
+def norms_of(model) -> list[nn.BatchNorm2d]:
+    return [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_small_batches_freeze_batch_norm_and_say_so(caplog):
+    model = tiny_model(SOLVER__IMS_PER_BATCH=4)
+    before = copy.deepcopy(model.backbone.state_dict())
+    with caplog.at_level(logging.INFO, logger="solo_d2"):
+        model.train()
+        model.train()
+    said = [x.getMessage() for x in caplog.records if "FREEZE_BN_BELOW" in x.getMessage()]
+    assert len(said) == 1 and "4 images" in said[0]
+    assert norms_of(model)
+    for norm in norms_of(model):
+        assert not norm.training and not norm.weight.requires_grad and not norm.bias.requires_grad
+    sum(model([example(ORDINARY)]).values()).backward()
+    for name, value in model.backbone.state_dict().items():
+        if "running" in name:
+            assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"SOLVER__IMS_PER_BATCH": 6}, {"MODEL__YOLACT__FREEZE_BN_BELOW": 0}]
+)
+def test_large_batches_and_a_switch_train_batch_norm(options, caplog):
+    options = {"SOLVER__IMS_PER_BATCH": 1, **options}
+    with caplog.at_level(logging.INFO, logger="solo_d2"):
+        model = tiny_model(**options).train()
+    assert not [x for x in caplog.records if "FREEZE_BN_BELOW" in x.getMessage()]
+    assert all(norm.training and norm.weight.requires_grad for norm in norms_of(model))
+
+
+def test_semantic_branch_is_not_evaluated_at_inference():
+    model = eager()
+    calls = []
+    model.semantic_pred.register_forward_hook(lambda *_: calls.append(1))
+    run(model)
+    assert not calls
+    model.train()([example(ORDINARY)])
+    assert calls
+
+
+def test_a_few_steps_on_one_image_lower_every_loss():
+    model = tiny_model(**PLUS, MODEL__MOBILENETV2__NORM="FrozenBN").train()
+    for module in model.backbone.modules():  # batch norm of a fresh network, frozen, does nothing
+        if hasattr(module, "running_var"):
+            module.running_var.fill_(0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    history = []
+    batch = [example(torch.cat([ORDINARY, rectangle(60, 5, 90, 40)]))]
+    for _ in range(25):
+        losses = model(batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    for name in ("loss_class", "loss_box", "loss_mask", "loss_semantic"):
+        assert history[-1][name] < 0.8 * history[0][name], name
