@@ -114,8 +114,8 @@ def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) 
     """Share of an object's area that lies in a box; 0 for an empty object.
 
     The box's size is rounded down to pixels. Polygons are drawn on a grid of that size that begins
-    at its corner, as in the published code; of bitmasks the area is taken, which differs from that
-    by less than 0.01 of the object. Args as of ``crop_masks``.
+    at its corner, as in the published code; of bitmasks the area is taken, which has been seen to
+    differ from that by up to 0.006. Args as of ``crop_masks``.
 
     Returns:
         (n,) float32 in [0, 1].
@@ -143,8 +143,8 @@ def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[T
 def _bitmask_areas(masks: BitMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Area inside of the boxes, whole area: (n,) float32."""
     used, mask = index.unique(return_inverse=True)
-    sums = masks.tensor[used].cumsum(dim=1, dtype=torch.int32).cumsum_(dim=2)
-    sums = F.pad(sums, (1, 0, 1, 0))  # at (y, x): the pixels above and to the left of that corner
+    # at (y, x): the number of pixels above and to the left of that corner
+    sums = F.pad(masks.tensor[used], (1, 0, 1, 0)).int().cumsum_(dim=2).cumsum_(dim=1)
     height, width = sums.shape[1] - 1, sums.shape[2] - 1
 
     def area_before(x: Tensor, y: Tensor) -> Tensor:
