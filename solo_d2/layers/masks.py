@@ -197,8 +197,7 @@ def upsample_to_binary(
     if windows is not None:
         start, stop = reached.split(2, dim=1)
         reached = torch.cat([start.maximum(windows[:, :2]), stop.minimum(windows[:, 2:])], dim=1)
-    # On the CPU one mask at a time does the least work; on a GPU large chunks do.
-    length = 1 if device.type == "cpu" else chunk_length(output_size[0] * output_size[1])
+    length = _masks_at_once(device, output_size[0] * output_size[1])
     bounds = torch.stack(
         [torch.cat([c[:, :2].amin(dim=0), c[:, 2:].amax(dim=0)]) for c in reached.split(length)]
     )
@@ -221,6 +220,11 @@ def upsample_to_binary(
             hit &= ((low_y <= rows) & (rows < high_y))[:, :, None]
             hit &= ((low_x <= columns) & (columns < high_x))[:, None, :]
     return out
+
+
+def _masks_at_once(device: torch.device, pixels: int) -> int:
+    """On the CPU one mask at a time does the least work; on a GPU large chunks do."""
+    return 1 if device.type == "cpu" else chunk_length(pixels)
 
 
 def _taps(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -356,9 +356,12 @@ def test_masks_are_resized_inside_of_their_windows_only(seed, padded, height, wi
     for mask, (x1, y1, x2, y2) in zip(inside, boxes.tolist()):
         rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
         mask |= ((y1 <= rows) & (rows < y2))[:, None] & ((x1 <= columns) & (columns < x2))
-    for direct in (False, True):
-        whole = upsample_to_binary(soft, threshold=0.5, direct=direct, **sizes)
-        within = upsample_to_binary(soft, threshold=0.5, direct=direct, windows=windows, **sizes)
+    for direct, at_once in ((False, 1), (True, 1), (True, 2)):
+        with pytest.MonkeyPatch.context() as patch:  # as on a GPU, where it is more than one
+            patch.setattr(mask_ops, "_masks_at_once", lambda *_, n=at_once: n)
+            options = {"threshold": 0.5, "direct": direct, **sizes}
+            whole = upsample_to_binary(soft, **options)
+            within = upsample_to_binary(soft, windows=windows, **options)
         # sums of the same numbers in another order
         assert ((whole & inside) ^ within).sum() <= 1
 

@@ -401,7 +401,7 @@ class YOLACT(InstanceSegmentor):
 
         Returns:
             Instances with ``pred_boxes`` in pixels of the input, not clipped, and, where there is
-            a mask IoU head, ``mask_scores``. Only with crop "prototype" are ``pred_masks`` cropped.
+            a mask IoU head, ``mask_scores``. With crop "output" ``pred_masks`` are not cropped.
         """
         boxes = found.boxes * _unit(size)
         prototypes = outputs.prototypes[image]
@@ -410,11 +410,11 @@ class YOLACT(InstanceSegmentor):
         result.pred_boxes = Boxes(boxes)
         result.scores, result.pred_classes = found.scores, found.classes
         cropped = masks
-        if self.crop == "prototype" or (self.crop == "output" and self.mask_iou_head is not None):
-            at_prototypes = boxes * _ratios(size, prototypes.shape[:2], boxes)
-            cropped = masks * inside_boxes(
-                at_prototypes, prototypes.shape[:2], padding=self.crop_padding
-            )
+        rescored = self.mask_iou_head is not None
+        if self.crop == "prototype" or (self.crop == "output" and rescored):
+            size_here = tuple(prototypes.shape[:2])
+            here = boxes * _ratios(size, size_here, boxes)
+            cropped = masks * inside_boxes(here, size_here, padding=self.crop_padding)
         if self.mask_iou_head is not None:
             ious = self.mask_iou_head(cropped).gather(1, found.classes[:, None])[:, 0]
             result.mask_scores = found.scores * ious
