@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +87,24 @@ class Comparison:
         self.write()
         for number, run in enumerate(runs, start=1):
             row = self.rows[run.model.name]
-            if not run.is_finished():
-                what = "evaluation" if run.seed is None else f"seed {run.seed}"
-                print(f"[{number}/{len(runs)}] {run.model.name}, {what}: {run.folder}", flush=True)
-                status, row["status"] = row["status"], "training"
-                self.write()
-                try:
-                    run.execute(self.options.num_gpus)
-                except Exception as error:  # of one model; the others go on
-                    self._fail(run, error)
-                    self.write()
-                    continue
+            is_first = run is self.runs[run.model.name][0]
+            if run.is_finished():
+                if is_first:
+                    self._measure_alone(run)
+                continue
+            what = "evaluation" if run.seed is None else f"seed {run.seed}"
+            print(f"[{number}/{len(runs)}] {run.model.name}, {what}: {run.folder}", flush=True)
+            status, row["status"] = row["status"], "training"
+            self.write()
+            try:
+                run.execute(self.options.num_gpus)
+            except Exception as error:  # of one model; the others go on
+                self._fail(run, error)
+            else:
                 row["status"] = status
                 self._collect([run])
-            if row["status"] != "failed" and run is self.runs[run.model.name][0]:
-                self._measure_alone(run)
+                if is_first:
+                    self._measure_alone(run)
             self.write()
         self._measure_in_turn()
         for row in self.rows.values():
@@ -262,11 +266,7 @@ class Comparison:
 
     def _measure_in_turn(self) -> None:
         """Latencies and training steps of all models that have weights."""
-        runs = {
-            name: runs[0]
-            for name, runs in self.runs.items()
-            if runs[0].is_finished() and self.rows[name]["status"] != "failed"
-        }
+        runs = {name: runs[0] for name, runs in self.runs.items() if runs[0].is_finished()}
         if not runs:
             return
         key = {
@@ -297,12 +297,14 @@ class Comparison:
             inputs[name] = measure.test_inputs(cfg, self.options.images_for_timing)
         for batch in sorted({1, self.options.batch}):
             batches = {name: measure.make_batches(x, batch) for name, x in inputs.items()}
-            try:
-                for name, row in measure.time_inference(models, batches).items():
-                    latency[name].append(row)
-            except Exception as error:  # a batch does not fit into memory
-                logger.warning("not timed", exc_info=error)
-                errors.append(f"no latencies at batch {batch}: {one_line(error)}")
+            timed = _without_failing(
+                models,
+                partial(measure.time_inference, batches=batches),
+                f"latency at batch {batch}",
+                errors,
+            )
+            for name, row in timed.items():
+                latency[name].append(row)
         models.clear()
         steps: dict[str, dict[str, Any]] = {}
         trained = {name: run for name, run in runs.items() if run.seed is not None}
@@ -313,11 +315,12 @@ class Comparison:
                 setup_datasets(cfg)
                 scale_learning_rate(cfg)
                 models[name] = measure.load_model(cfg)
-            try:
-                steps = measure.time_training(cfgs, models, steps=self.options.steps_for_timing)
-            except Exception as error:
-                logger.warning("not timed", exc_info=error)
-                errors.append(f"no times of training steps: {one_line(error)}")
+            steps = _without_failing(
+                models,
+                partial(measure.time_training, cfgs=cfgs, steps=self.options.steps_for_timing),
+                "training step",
+                errors,
+            )
         return {"latency": latency, "steps": steps, "errors": errors}
 
 
@@ -326,21 +329,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_intermixed_args(words)
     command = shlex.join(["python", "-m", "solo_d2.compare", *words])
+    output = Path(options.output)
+    started = False
     try:
         configs, weights, overrides = _split(options)
         models = read_models(configs, weights, data=options.data or (), opts=overrides)
-        with only_one(Path(options.output)):
-            comparison = Comparison(models, options, command)
+        with only_one(output):
+            try:
+                comparison = Comparison(models, options, command)
+            except (ValueError, KeyError, OSError) as error:  # of the data
+                raise UserError(one_line(error)) from error
             for difference in comparison.differences:
                 print(f"{difference.group}: {fairness.describe(difference)}")
+            started = True
             all_done = comparison.execute()
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on from {options.output}", file=sys.stderr)
+        print(f"interrupted; the same command goes on from {output}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (UserError, OSError, ValueError, KeyError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        return EXIT_USAGE
-    print(f"The report is {os.path.abspath(Path(options.output) / 'report.html')}")
+        return EXIT_FAILED if started else EXIT_USAGE
+    print(f"The report is {(output / 'report.html').absolute()}")
     return EXIT_OK if all_done else EXIT_FAILED
 
 
@@ -431,15 +440,32 @@ def _split(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]
     first = next((i for i, word in enumerate(words) if is_key(word)), len(words))
     configs, overrides = words[:first], words[first:]
     # argparse takes overrides that follow --weights for weights
-    first = next((i for i, word in enumerate(options.weights) if is_key(word)), None)
-    weights = options.weights[:first]
-    if first is not None:
-        overrides = [*overrides, *options.weights[first:]]
+    last = options.weights
+    first = next((i for i, word in enumerate(last) if is_key(word)), len(last))
+    weights, overrides = last[:first], [*overrides, *last[first:]]
     if not configs:
         raise UserError("no CONFIG before the config overrides")
     if len(overrides) % 2:
         raise UserError(f"config overrides come in pairs KEY VALUE: {' '.join(overrides)}")
     return configs, weights, overrides
+
+
+def _without_failing(
+    models: dict[str, nn.Module],
+    time: Callable[[dict[str, nn.Module]], dict[str, Any]],
+    what: str,
+    errors: list[str],
+) -> dict[str, Any]:
+    """Time all models, again without the one that fails, for want of memory for example."""
+    chosen = dict(models)
+    while chosen:
+        try:
+            return time(chosen)
+        except measure.ModelError as error:
+            logger.warning(f"{what} of {error.name} was not timed", exc_info=error)
+            errors.append(f"{error.name}: no {what}: {one_line(error)}")
+            del chosen[error.name]
+    return {}
 
 
 def _final_cfg(run: Run) -> CfgNode:

@@ -23,10 +23,15 @@ ALLOWED = {
     "VIS_PERIOD": "no influence on the result",
 }
 # Below MODEL, what is no property of an architecture: a study should have it equal.
-BACKBONE = (
-    *("MODEL.BACKBONE.", "MODEL.RESNETS.", "MODEL.FPN.", "MODEL.MOBILENETV2.", "MODEL.VOVNET."),
-    *("MODEL.DARKNET.", "MODEL.UNET.", "MODEL.WEIGHTS", "MODEL.PIXEL_", "MODEL.DEVICE"),
-)
+BACKBONE = ("MODEL.BACKBONE.", "MODEL.FPN.", "MODEL.WEIGHTS", "MODEL.PIXEL_")
+# Likewise, where the backbone's name has the word.
+BACKBONES = {
+    "MODEL.RESNETS.": "resnet",
+    "MODEL.MOBILENETV2.": "mobilenetv2",
+    "MODEL.VOVNET.": "vovnet",
+    "MODEL.DARKNET.": "darknet",
+    "MODEL.UNET.": "unet",
+}
 # What only a training looks at.
 TRAINING = (
     *("SOLVER.", "DATALOADER.", "SEED", "DATASETS.TRAIN", "DATASETS.PROPOSAL_FILES_TRAIN"),
@@ -77,7 +82,6 @@ def find_differences(
     """
     stages = {name: [_comparable(cfg) for cfg in cfgs] for name, cfgs in models.items()}
     first = {name: _total(flats) for name, flats in stages.items()}
-    uses_ssd = any(flat["INPUT.AUGMENTATION"] == "ssd" for flat in first.values())
     differences = []
     for key in sorted(set().union(*first.values())):
         values = {name: flat.get(key) for name, flat in first.items()}
@@ -87,7 +91,7 @@ def find_differences(
             if any(flat.get(key) != flats[0].get(key) for flat in flats)
         }
         if any(value != values[next(iter(values))] for value in values.values()):
-            group, reason = _judge(key, training=training, uses_ssd=uses_ssd)
+            group, reason = _judge(key, list(first.values()), training=training)
         elif within and key != "MODEL.WEIGHTS":
             group, reason = "stages", "the model is trained in stages"
         else:
@@ -148,15 +152,17 @@ def _join(stages: Sequence[dict[str, Any]], key: str) -> str:
     return sign.join(str(flat.get(key)) for flat in stages)
 
 
-def _judge(key: str, *, training: bool, uses_ssd: bool) -> tuple[str, str]:
+def _judge(key: str, models: Sequence[dict[str, Any]], *, training: bool) -> tuple[str, str]:
     """(group, reason) of a key that differs between models."""
-    if key.startswith(BACKBONE):
+    backbones = {flat["MODEL.BACKBONE.NAME"] for flat in models}
+    word = next((word for prefix, word in BACKBONES.items() if key.startswith(prefix)), "-")
+    if key.startswith(BACKBONE) or any(word in name for name in backbones):
         return "backbone", "part of the model, but no property of its architecture"
-    if key.startswith("MODEL."):
+    if key.startswith("MODEL.") and key != "MODEL.DEVICE":
         return "model", "the model is what is compared"
     if key in ALLOWED:
         return "listed", ALLOWED[key]
-    if key.startswith("INPUT.SSD.") and not uses_ssd:
+    if key.startswith("INPUT.SSD.") and all(x["INPUT.AUGMENTATION"] != "ssd" for x in models):
         return "listed", "INPUT.AUGMENTATION uses it nowhere"
     if not training and key.startswith(TRAINING):
         return "evaluation only", "nothing is trained here"

@@ -37,6 +37,7 @@ from solo_d2.data import setup_datasets
 from solo_d2.data.mapper import InstanceMapper
 from solo_d2.engine import Trainer, build_checkpointer
 from solo_d2.engine.trainer import StepTrainer
+from solo_d2.errors import one_line
 
 PARTS = ("preprocess", "network", "nms", "output")
 _WARM_UP = 3
@@ -45,6 +46,14 @@ _FEW = 3
 
 Inputs = list[dict[str, Any]]
 Seconds = dict[str, float]
+
+
+class ModelError(Exception):
+    """A model fails where it is measured together with others."""
+
+    def __init__(self, name: str, error: Exception):
+        super().__init__(one_line(error))
+        self.name = name
 
 
 class Stopwatch:
@@ -262,6 +271,9 @@ def time_inference(
     Returns:
         Per model "batch", "images", and seconds per image: "total" and "parts", each with
         "median", "q1", "q3" and "mean".
+
+    Raises:
+        ModelError: a model fails.
     """
     watches = {name: Stopwatch(device_of(model)) for name, model in models.items()}
     samples: dict[str, list[Seconds]] = {name: [] for name in models}
@@ -299,13 +311,16 @@ def make_batches(inputs: Inputs, size: int) -> list[Inputs]:
 
 
 def time_training(
-    cfgs: Mapping[str, CfgNode], models: Mapping[str, nn.Module], *, steps: int
+    models: Mapping[str, nn.Module], *, cfgs: Mapping[str, CfgNode], steps: int
 ) -> dict[str, dict[str, Any]]:
     """Time training steps of models in turn, without changing their parameters.
 
     Returns:
         Per model seconds per step ("median", "q1", "q3", "mean") and the images per step,
         "batch". Loading is not part of it.
+
+    Raises:
+        ModelError: a model fails.
     """
     trainers = {name: _StillTrainer(cfgs[name], models[name]) for name in models}
     samples: dict[str, list[float]] = {name: [] for name in models}
@@ -361,7 +376,10 @@ def _in_turn(names: Sequence[str], rounds: int, run: Callable[[str, int], None])
     for number in range(_WARM_UP + rounds):
         first = number % len(names)
         for name in (*names[first:], *names[:first]):
-            run(name, max(0, number - _WARM_UP))
+            try:
+                run(name, max(0, number - _WARM_UP))
+            except Exception as error:
+                raise ModelError(name, error) from error
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

@@ -199,10 +199,11 @@ def summarize(values: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     summary = {}
     for name in values[0] if values else ():
         numbers = [number(x.get(name)) for x in values]
-        complete = None not in numbers
+        known = [x for x in numbers if x is not None]
+        complete = len(known) == len(numbers)
         summary[name] = {
-            "mean": float(np.mean(numbers)) if complete else None,
-            "std": float(np.std(numbers, ddof=1)) if complete and len(numbers) > 1 else None,
+            "mean": float(np.mean(known)) if complete else None,
+            "std": float(np.std(known, ddof=1)) if complete and len(known) > 1 else None,
             "values": numbers,
         }
     return summary

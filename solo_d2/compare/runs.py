@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,7 +221,7 @@ def make_run(model: Model, output: Path, seed: int | None) -> Run:
 
 
 @contextmanager
-def only_one(folder: Path):
+def only_one(folder: Path) -> Iterator[None]:
     """Keep a second comparison out of the folder, for as long as this process lives.
 
     Raises:
