@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import batched_nms
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -274,14 +274,25 @@ def test_an_image_with_nothing_in_it_has_empty_fields(model):
             assert found.get(name).shape == (0,)
 
 
-def test_an_image_is_treated_in_a_batch_as_alone(detector):
-    batch, alone = predict(detector, (40, 60), (64, 96)), predict(detector, (40, 60))
-    # padding reaches into the features, so only what does not depend on them is equal
+def test_boxes_are_pooled_by_their_share_of_the_image_without_its_padding(detector):
     pooler = detector.roi_heads.mask_pooler
     boxes = Boxes(torch.tensor([[0.0, 0.0, 45.0, 28.0]]))  # 52 % of the image, 20 % of the padded
     assert pooler.assign([boxes], [(40, 60)]).tolist() == [2]
     assert pooler.assign([boxes, boxes], [(40, 60), (64, 96)]).tolist() == [2, 0]
-    assert batch[0].image_size == alone[0].image_size == (40, 60)
+    first, second = predict(detector, (40, 60), (64, 96))
+    assert first.image_size == (40, 60) and second.image_size == (64, 96)
+
+
+def test_detectron2s_test_time_augmentation_works(detector):
+    cfg = tiny_config(MODEL__ROI_HEADS__NUM_CLASSES=3, TEST__DETECTIONS_PER_IMAGE=5)
+    cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = (64, 80), 128
+    image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        inputs = [{"image": image, "height": SIZE[0], "width": SIZE[1]}]
+        (found,) = GeneralizedRCNNWithTTA(cfg, detector)(inputs)
+    assert 1 <= len(found["instances"]) <= 5
+    assert found["instances"].pred_masks.shape[1:] == SIZE
+    assert detector.roi_heads.mask_on
 
 
 def test_masks_are_added_to_given_boxes(detector):

@@ -50,6 +50,8 @@ class CenterMaskROIHeads(ROIHeads):
             options: see ``ROIHeads``.
         """
         super().__init__(**options)
+        # test-time augmentation turns it off while it looks for boxes
+        self.mask_on = mask_head is not None
         self.mask_in_features = mask_in_features
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
@@ -117,7 +119,7 @@ class CenterMaskROIHeads(ROIHeads):
         """
         if not self.training:
             return self.forward_with_given_boxes(features, proposals), {}
-        if self.mask_head is None:
+        if not self.mask_on:
             return proposals, {}
         if self.clip_boxes:
             proposals = [_clipped(x, "proposal_boxes") for x in proposals]
@@ -137,7 +139,7 @@ class CenterMaskROIHeads(ROIHeads):
             The same with soft ``pred_masks`` (n, 1, s, s) in the boxes and, if they have ``scores``
             and the IoU of masks is predicted, ``mask_scores``: what masks are ranked by.
         """
-        if self.mask_head is None:
+        if not self.mask_on:
             return instances
         if self.clip_boxes:
             instances = [_clipped(x, "pred_boxes") for x in instances]
