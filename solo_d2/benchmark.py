@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances
-from torch import Tensor
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from solo_d2.checkpoint.checkpointer import Checkpointer
@@ -94,6 +95,11 @@ def peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"
 
 
+def _num_classes(model: nn.Module) -> int:
+    model = getattr(model, "roi_heads", model)  # of Detectron2's GeneralizedRCNN
+    return getattr(model, "num_classes", None) or model.num_things
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config-file", required=True)
@@ -115,11 +121,12 @@ def main() -> None:
     if args.weights:
         Checkpointer(model).load(args.weights)
     device = torch.device(cfg.MODEL.DEVICE)
-    inputs = random_input(*args.size, args.instances, model.num_classes)
+    inputs = random_input(*args.size, args.instances, _num_classes(model))
 
     def step() -> dict[str, float]:
         model.zero_grad()
-        losses = model([inputs])
+        with EventStorage():  # Detectron2's own models write to it
+            losses = model([inputs])
         sum(losses.values()).backward()
         return {name: loss.item() for name, loss in losses.items()}
 

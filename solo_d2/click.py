@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
+from solo_d2.data.augmentation import test_resize
 from solo_d2.engine import build_checkpointer
 from solo_d2.errors import UserError, one_line
 from solo_d2.modeling import AdaptISPredictor
@@ -87,8 +88,7 @@ def load_model(cfg: CfgNode, weights: str) -> AdaptISPredictor:
     build_checkpointer(cfg, model).load(weights)
     return AdaptISPredictor(
         model,
-        min_size=cfg.INPUT.MIN_SIZE_TEST,
-        max_size=cfg.INPUT.MAX_SIZE_TEST,
+        resize=test_resize(cfg),
         input_format=cfg.INPUT.FORMAT,
     )
 

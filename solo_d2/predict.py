@@ -30,7 +30,7 @@ from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.load import load_weights_file
 from solo_d2.config import get_value, load_config, num_classes_keys
 from solo_d2.data import setup_datasets
-from solo_d2.data.augmentation import test_resize
+from solo_d2.data.augmentation import test_resize, to_network_input
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import write_whole
 from solo_d2.modeling import AdaptISPredictor
@@ -76,15 +76,7 @@ class Predictor:
     def __call__(self, image_rgb: np.ndarray) -> Instances:
         """(H, W, 3) uint8 to the instances of that image, on the CPU."""
         height, width = image_rgb.shape[:2]
-        image = image_rgb if self.input_format == "RGB" else image_rgb[:, :, ::-1]
-        transform = self.resize.get_transform(image)
-        if isinstance(transform, T.ResizeTransform):
-            # a very long image would be left with no pixel across
-            transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
-        image = transform.apply_image(image)
-        tensor = torch.as_tensor(
-            np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float32
-        )
+        tensor = to_network_input(image_rgb, self.resize, self.input_format)
         output = self.model([{"image": tensor, "height": height, "width": width}])[0]
         return output["instances"].to("cpu")
 
@@ -305,8 +297,7 @@ def load_predictor(
     if points:
         prompted = AdaptISPredictor(
             model,
-            min_size=cfg.INPUT.MIN_SIZE_TEST,
-            max_size=cfg.INPUT.MAX_SIZE_TEST,
+            resize=test_resize(cfg),
             input_format=cfg.INPUT.FORMAT,
         )
         predictor = PointsPredictor(prompted, points)

@@ -50,6 +50,28 @@ def test_resize(cfg: CfgNode) -> T.Augmentation:
 test_resize.__test__ = False  # type: ignore[attr-defined]  # no test, though pytest would think so
 
 
+def to_network_input(
+    image_rgb: np.ndarray, resize: T.Augmentation, image_format: str
+) -> torch.Tensor:
+    """An image as a model takes it.
+
+    Args:
+        image_rgb: (H, W, 3) uint8.
+        resize: see ``test_resize``.
+        image_format: "RGB" or "BGR", the order of channels that the model takes.
+
+    Returns:
+        (3, H', W') float32.
+    """
+    image = image_rgb if image_format == "RGB" else image_rgb[:, :, ::-1]
+    transform = resize.get_transform(image)
+    if isinstance(transform, T.ResizeTransform):
+        # a very long image would be left with no pixel across
+        transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+    image = transform.apply_image(image)
+    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float32)
+
+
 def _build_ssd(cfg: CfgNode) -> list[T.Augmentation]:
     options, image_format = cfg.INPUT.SSD, cfg.INPUT.FORMAT
     if image_format not in ("RGB", "BGR"):

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BoxMode
 
 from .augmentation import build_augmentations
@@ -58,6 +59,12 @@ class InstanceMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        if is_train and cfg.INPUT.KEEP_CROWD:
+            architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+            if not getattr(architecture, "separates_crowds", False):
+                raise ValueError(
+                    f"INPUT.KEEP_CROWD: {cfg.MODEL.META_ARCHITECTURE} would take crowds for objects"
+                )
         options = super().from_config(cfg, is_train)
         ssd = cfg.INPUT.SSD if is_train and cfg.INPUT.AUGMENTATION == "ssd" else None
         if ssd and ssd.CROP and ssd.TIGHT_BOXES:

@@ -32,6 +32,9 @@ class InstanceSegmentor(nn.Module):
     A subclass implements ``losses`` and ``inference``.
     """
 
+    # Crowds are no objects to it: INPUT.KEEP_CROWD may be on.
+    separates_crowds = True
+
     def __init__(
         self,
         *,

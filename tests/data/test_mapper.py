@@ -13,9 +13,10 @@ SQUARE = {"bbox": [4, 4, 8, 8], "bbox_mode": 1, "category_id": 0}
 SQUARE["segmentation"] = [[4.0, 4.0, 12.0, 4.0, 12.0, 12.0, 4.0, 12.0]]
 
 
-def build(**settings):
+def build(*, architecture="SOLO", **settings):
     cfg = get_cfg()
     add_solo_d2_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = architecture
     cfg.MODEL.MASK_ON = True
     cfg.INPUT.MASK_FORMAT = "bitmask"
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (32,), "none"
@@ -67,3 +68,8 @@ def test_crowds_are_kept_behind_the_objects_and_marked(tmp_path):
 def test_crowds_need_bitmasks():
     with pytest.raises(ValueError, match="INPUT.KEEP_CROWD"):
         build(KEEP_CROWD=True, MASK_FORMAT="polygon")
+
+
+def test_crowds_are_not_given_to_models_that_would_take_them_for_objects():
+    with pytest.raises(ValueError, match="GeneralizedRCNN would take crowds"):
+        build(architecture="GeneralizedRCNN", KEEP_CROWD=True)

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
@@ -353,7 +354,7 @@ def test_the_predictor_runs_the_backbone_once_per_image():
     runs = []
     model.backbone.register_forward_hook(lambda *_: runs.append("backbone"))
     model.semantic_head.register_forward_hook(lambda *_: runs.append("semantic"))
-    predictor = AdaptISPredictor(model, min_size=0, max_size=0, input_format="BGR")
+    predictor = AdaptISPredictor(model, resize=T.ResizeShortestEdge(0, 0), input_format="BGR")
     rgb = image().permute(1, 2, 0).numpy().astype(np.uint8)
     predictor.set_image(rgb)
     first = predictor.predict([[3, 4]])
@@ -371,7 +372,7 @@ def test_the_predictor_runs_the_backbone_once_per_image():
 
 def test_the_predictor_resizes_and_answers_in_the_original_frame():
     model = finds_all(tiny_model(UNET))
-    predictor = AdaptISPredictor(model, min_size=20, max_size=100, input_format="RGB")
+    predictor = AdaptISPredictor(model, resize=T.ResizeShortestEdge(20, 100), input_format="RGB")
     predictor.set_image(np.zeros((60, 90, 3), dtype=np.uint8))
     instances = predictor.predict([[89.5, 59.5]])
     assert instances.image_size == (60, 90) and instances.pred_masks.shape == (1, 60, 90)
@@ -383,12 +384,12 @@ def test_the_predictor_resizes_and_answers_in_the_original_frame():
 
 def test_the_predictor_needs_an_image_and_a_model_that_takes_points():
     model = tiny_model(UNET).eval()
-    predictor = AdaptISPredictor(model, min_size=0, max_size=0, input_format="RGB")
+    predictor = AdaptISPredictor(model, resize=T.ResizeShortestEdge(0, 0), input_format="RGB")
     with pytest.raises(ValueError, match="call set_image first"):
         predictor.predict([[1, 1]])
     other = object.__new__(SOLOv2)
     with pytest.raises(ValueError, match="points need an AdaptIS model, not SOLOv2"):
-        AdaptISPredictor(other, min_size=0, max_size=0, input_format="RGB")
+        AdaptISPredictor(other, resize=T.ResizeShortestEdge(0, 0), input_format="RGB")
 
 
 # ---- automatic

@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
+
+from solo_d2.data.augmentation import to_network_input
 
 from .adaptis import AdaptIS, View
 
@@ -17,11 +18,12 @@ class AdaptISPredictor:
     ``set_image`` only.
     """
 
-    def __init__(self, model: AdaptIS, *, min_size: int, max_size: int, input_format: str):
+    def __init__(self, model: AdaptIS, *, resize: T.Augmentation, input_format: str):
         """
         Args:
             model: in eval mode.
-            min_size, max_size: of the resized image's sides; 0 for min_size does not resize.
+            resize: brings an image to the size that the model is for; a config's is
+                ``solo_d2.data.augmentation.test_resize(cfg)``.
             input_format: "RGB" or "BGR", the channel order that the model takes.
 
         Raises:
@@ -30,8 +32,7 @@ class AdaptISPredictor:
         if not isinstance(model, AdaptIS):
             raise ValueError(f"points need an AdaptIS model, not {type(model).__name__}")
         self.model = model
-        self.min_size = min_size
-        self.max_size = max_size
+        self.resize = resize
         self.input_format = input_format
         self._views: list[View] | None = None
         self._size = (0, 0)
@@ -43,19 +44,9 @@ class AdaptISPredictor:
             image_rgb: (H, W, 3) uint8.
         """
         self._views = None  # a bad image does not leave the one before it
-        height, width = image_rgb.shape[:2]
-        image = image_rgb if self.input_format == "RGB" else image_rgb[:, :, ::-1]
-        if self.min_size > 0:
-            size = T.ResizeShortestEdge.get_output_shape(
-                height, width, self.min_size, self.max_size
-            )
-            new_height, new_width = (max(1, side) for side in size)
-            image = T.ResizeTransform(height, width, new_height, new_width).apply_image(image)
-        tensor = torch.as_tensor(
-            np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float32
-        )
+        tensor = to_network_input(image_rgb, self.resize, self.input_format)
         self._views = self.model.views({"image": tensor})
-        self._size = (height, width)
+        self._size = (image_rgb.shape[0], image_rgb.shape[1])
 
     def predict(self, points: Any) -> Instances:
         """
