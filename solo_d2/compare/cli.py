@@ -243,7 +243,6 @@ class Comparison:
         cfg = _final_cfg(run)
         row: dict[str, Any] = {"memory": None, "memory_error": None}
         try:
-            # first, since a new process on the CPU would find the caches of this one warm
             train_cfg = None if run.seed is None else _training_cfg(run)
             row["memory"] = measure.measure_memory(cfg.clone(), train_cfg)
         except Exception as error:  # it ran out of memory, for example

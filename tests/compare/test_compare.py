@@ -48,13 +48,12 @@ def killed(command, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "printed.txt"
     with open(log, "w") as file:
         process = subprocess.Popen(
-            # a long training, so that it can be caught in the middle
             [sys.executable, "-m", "solo_d2.compare", *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    checkpoint = output / "Mask_R-CNN/seed3/model_0000001.pth"
+    checkpoint = output / "Mask_R-CNN/seed3/last_checkpoint"  # written after the model
     deadline = time.monotonic() + 300
     while not checkpoint.exists():
         assert process.poll() is None, log.read_text()[-3000:]
