@@ -36,6 +36,7 @@ COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 
 def config(**options):
     """Without photometric changes: the tests know objects by their colours."""
     opts = {
+        "MODEL.META_ARCHITECTURE": "YOLACT",
         "MODEL.MASK_ON": True,
         "INPUT.MASK_FORMAT": "bitmask",
         "INPUT.FORMAT": "RGB",
