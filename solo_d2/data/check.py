@@ -144,7 +144,9 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
         grids, network_input = Grids.from_config(cfg), NetworkInput.from_config(cfg)
     else:
         network_input = NetworkInput(
-            min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST
+            min_size=cfg.INPUT.MIN_SIZE_TEST,
+            max_size=cfg.INPUT.MAX_SIZE_TEST,
+            square_size=cfg.INPUT.SQUARE_SIZE,
         )
     reports = []
     paths: dict[str, dict[str, str]] = {}
@@ -549,6 +551,8 @@ def _size_table(report: Report, cfg: CfgNode) -> str:
 
 def _test_size(cfg: CfgNode) -> str:
     low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if cfg.INPUT.SQUARE_SIZE:
+        return f"both sides {cfg.INPUT.SQUARE_SIZE} (INPUT.SQUARE_SIZE)"
     if low == 0:
         return "that of the image (INPUT.MIN_SIZE_TEST is 0)"
     return f"shorter side {low}, longer at most {high} (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)"

@@ -17,6 +17,7 @@ from detectron2.modeling import build_backbone
 from detectron2.structures import BitMasks, ImageList
 from torch import Tensor
 
+from solo_d2.data.augmentation import SquareResize
 from solo_d2.layers.masks import mass_centers
 
 from .targets import assign_cells, last_claims, level_offsets
@@ -42,17 +43,22 @@ class NetworkInput:
         *,
         min_size: int,
         max_size: int,
+        square_size: int = 0,
         size_divisibility: int = 0,
         padding_constraints: dict[str, int] | None = None,
     ):
         """
         Args:
             min_size, max_size: of the resized image's sides; 0 for min_size does not resize.
+            square_size: both sides of the resized image instead, if not 0.
             size_divisibility, padding_constraints: of the backbone.
         """
-        self.min_size = min_size
+        self.min_size = 0 if square_size else min_size
         self.max_size = max_size
+        self.square_size = square_size
         self._resize = T.ResizeShortestEdge(min_size, max_size)
+        if square_size:
+            self._resize = SquareResize(square_size)
         self._padding: dict[str, Any] = {
             "size_divisibility": size_divisibility,
             "padding_constraints": padding_constraints,
@@ -66,6 +72,7 @@ class NetworkInput:
         return cls(
             min_size=cfg.INPUT.MIN_SIZE_TEST,
             max_size=cfg.INPUT.MAX_SIZE_TEST,
+            square_size=cfg.INPUT.SQUARE_SIZE,
             size_divisibility=backbone.size_divisibility,
             padding_constraints=backbone.padding_constraints,
         )
@@ -77,6 +84,8 @@ class NetworkInput:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the resized image."""
+        if self.square_size:
+            return self.square_size, self.square_size
         if self.min_size == 0:
             return height, width
         return T.ResizeShortestEdge.get_output_shape(height, width, self.min_size, self.max_size)
