@@ -388,7 +388,7 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def measure_memory(cfg: CfgNode, train_cfg: CfgNode | None = None) -> dict[str, Any]:
-    """Peak memory of one model alone, in a new process.
+    """Peak memory of one model alone, in processes of its own.
 
     Args:
         cfg: as the user gives it, with the weights to evaluate.
@@ -398,35 +398,50 @@ def measure_memory(cfg: CfgNode, train_cfg: CfgNode | None = None) -> dict[str, 
         Bytes: "baseline" before the model is built, "inference" and "training" at their peak;
         "device": of tensors on "cuda", of the whole process on "cpu". Further the batch sizes.
     """
+    baseline, peak = _in_new_process(_inference_memory, cfg)
+    memory = {"device": torch.device(cfg.MODEL.DEVICE).type, "baseline": baseline}
+    memory |= {"inference": peak, "inference_batch": 1, "training": None}
+    if train_cfg is not None:
+        memory["training"] = _in_new_process(_training_memory, train_cfg)
+        memory["training_batch"] = train_cfg.SOLVER.IMS_PER_BATCH
+    return memory
+
+
+def _in_new_process(measure: Callable[[CfgNode], Any], cfg: CfgNode) -> Any:
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        # imports once, and is small: a fork of this process would begin with its memory
+        # it imports once, and is small: a fork of this process would begin with its memory
         context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure_memory, cfg, train_cfg).result()
+        return pool.submit(measure, cfg).result()
 
 
-def _measure_memory(cfg: CfgNode, train_cfg: CfgNode | None) -> dict[str, Any]:
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    device = torch.device(cfg.MODEL.DEVICE)
-    setup_datasets(cfg)
+def _inference_memory(cfg: CfgNode) -> tuple[int, int]:
+    """Peak before there is a model, and in the end."""
+    device = _start_quietly(cfg)
     inputs = test_inputs(cfg, _FEW)
-    memory: dict[str, Any] = {"device": device.type, "baseline": _peak(device)}
+    baseline = _peak(device)
     model = load_model(cfg)
     with torch.no_grad():
         for x in inputs:
             model([x])
-    memory |= {"inference": _peak(device), "inference_batch": 1, "training": None}
-    if train_cfg is not None:
-        del model
-        setup_datasets(train_cfg)
-        trainer = _StillTrainer(train_cfg, load_model(train_cfg))
-        for _ in range(_FEW):
-            trainer.time_step()
-        memory |= {"training": _peak(device), "training_batch": train_cfg.SOLVER.IMS_PER_BATCH}
-    return memory
+    return baseline, _peak(device)
+
+
+def _training_memory(cfg: CfgNode) -> int:
+    device = _start_quietly(cfg)
+    trainer = _StillTrainer(cfg, load_model(cfg))
+    for _ in range(_FEW):
+        trainer.time_step()
+    return _peak(device)
+
+
+def _start_quietly(cfg: CfgNode) -> torch.device:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    setup_datasets(cfg)
+    return torch.device(cfg.MODEL.DEVICE)
 
 
 def _peak(device: torch.device) -> int:
