@@ -436,6 +436,10 @@ def _add_yolact(cfg: CN) -> None:
     # Channels of the pyramid, the prediction head and the protonet; and the prototypes.
     cfg.MODEL.YOLACT.CONV_DIM = 256
     cfg.MODEL.YOLACT.NUM_PROTOTYPES = 32
+    # Factor on the initial weights that predict boxes, classes, coefficients and semantic labels.
+    # The published 1 is for backbones from ImageNet. From scratch the first thing that masks learn
+    # of random coefficients is to vanish, with the prototypes; small ones let these live.
+    cfg.MODEL.YOLACT.PREDICTOR_GAIN = 1.0
 
     # Anchors: a size per level in pixels of the network's input, to be scaled with that (the models
     # for 400 and 700 pixels have the sizes times 400 / 550 and 700 / 550, truncated); so many sizes

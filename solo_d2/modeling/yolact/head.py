@@ -9,20 +9,31 @@ from .pyramid import xavier_conv
 class YOLACTHead(nn.Module):
     """Boxes, classes and mask coefficients of each anchor; the same weights for all levels."""
 
-    def __init__(self, *, in_channels: int, num_anchors: int, num_classes: int, num_masks: int):
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_anchors: int,
+        num_classes: int,
+        num_masks: int,
+        predictor_gain: float = 1.0,
+    ):
         """
         Args:
             in_channels: of every level.
             num_anchors: A, at each location.
             num_classes: C, without background.
             num_masks: K, prototypes.
+            predictor_gain: factor on the initial weights of the three outputs.
         """
         super().__init__()
         self.num_anchors = num_anchors
         self.shared = xavier_conv(in_channels, in_channels, 3, relu=True)
-        self.box_pred = xavier_conv(in_channels, num_anchors * 4, 3)
-        self.class_logits = xavier_conv(in_channels, num_anchors * (num_classes + 1), 3)
-        self.coefficient_pred = xavier_conv(in_channels, num_anchors * num_masks, 3)
+        outputs = (4, num_classes + 1, num_masks)
+        self.box_pred, self.class_logits, self.coefficient_pred = (
+            xavier_conv(in_channels, num_anchors * channels, 3, gain=predictor_gain)
+            for channels in outputs
+        )
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """

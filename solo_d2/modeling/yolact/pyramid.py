@@ -16,10 +16,11 @@ def xavier_conv(
     stride: int = 1,
     padding: int | None = None,
     relu: bool = False,
+    gain: float = 1.0,
 ) -> Conv2d:
     """A convolution with bias as all of YOLACT's own start: Xavier-uniform, bias zero.
 
-    ``padding`` is half of the kernel unless given.
+    ``padding`` is half of the kernel unless given; ``gain`` is a factor on the weights.
     """
     conv = Conv2d(
         in_channels,
@@ -29,7 +30,7 @@ def xavier_conv(
         padding=kernel_size // 2 if padding is None else padding,
         activation=nn.ReLU(inplace=True) if relu else None,
     )
-    nn.init.xavier_uniform_(conv.weight)
+    nn.init.xavier_uniform_(conv.weight, gain)
     nn.init.zeros_(conv.bias)
     return conv
 

@@ -187,9 +187,12 @@ class YOLACT(InstanceSegmentor):
                 num_anchors=yolact.ANCHORS_PER_OCTAVE * len(yolact.ANCHOR_ASPECT_RATIOS),
                 num_classes=num_classes,
                 num_masks=yolact.NUM_PROTOTYPES,
+                predictor_gain=yolact.PREDICTOR_GAIN,
             ),
             "protonet": Protonet(in_channels=yolact.CONV_DIM, num_masks=yolact.NUM_PROTOTYPES),
-            "semantic_pred": xavier_conv(yolact.CONV_DIM, num_classes, 1),
+            "semantic_pred": xavier_conv(
+                yolact.CONV_DIM, num_classes, 1, gain=yolact.PREDICTOR_GAIN
+            ),
             "mask_iou_head": (
                 MaskIoUHead(num_classes=num_classes) if yolact.MASK_IOU.ENABLED else None
             ),
