@@ -54,13 +54,15 @@ def killed(command, tmp_path_factory):
             stderr=subprocess.STDOUT,
         )
     checkpoint = output / "Mask_R-CNN/seed3/last_checkpoint"  # written after the model
-    deadline = time.monotonic() + 300
-    while not checkpoint.exists():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    deadline = time.monotonic() + 900
+    try:
+        while not checkpoint.exists():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     return (*read_report(output), stamps(output))
 
 
