@@ -436,6 +436,9 @@ def _add_yolact(cfg: CN) -> None:
     # Channels of the pyramid, the prediction head and the protonet; and the prototypes.
     cfg.MODEL.YOLACT.CONV_DIM = 256
     cfg.MODEL.YOLACT.NUM_PROTOTYPES = 32
+    # Norm of their convolutions but the last ones. The published "" is for backbones from ImageNet
+    # and small steps; "GN" lets a model from scratch learn at the rates of the others.
+    cfg.MODEL.YOLACT.NORM = ""
     # Factor on the initial weights that predict boxes, classes, coefficients and semantic labels.
     # The published 1 is for backbones from ImageNet. From scratch the first thing that masks learn
     # of random coefficients is to vanish, with the prototypes; small ones let these live.

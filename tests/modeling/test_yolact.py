@@ -9,6 +9,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils import comm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -417,6 +418,7 @@ def test_mask_iou_loss_reaches_the_prototypes_unless_detached(detach):
 
 
 OPTIONS = [
+    {"MODEL__YOLACT__NORM": "GN", "MODEL__YOLACT__CONV_DIM": 64},
     {"MODEL__YOLACT__CROP": "none"},
     {"MODEL__YOLACT__CROP": "prototype"},
     {"MODEL__YOLACT__MASK_AREA_NORM": False},
@@ -458,6 +460,26 @@ def test_area_norm_divides_by_the_box_rather_than_by_the_image():
         model = eager(MODEL__YOLACT__MASK_AREA_NORM=norm).train()
         losses.append(model([example(ORDINARY)])["loss_mask"].item())
     assert losses[0] == pytest.approx(losses[1] * (64 * 96) / (40 * 40), rel=1e-4)
+
+
+def test_two_processes_have_the_losses_of_the_joined_batch(monkeypatch):
+    model = eager(**PLUS, MODEL__YOLACT__MASKS_TO_TRAIN=0).train()
+    for module in model.backbone.modules():
+        module.eval()
+    batches = [[example(ORDINARY)], [example(many(6))]]
+    expected = model(sum(batches, []))
+
+    counts: list[float] = []
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: counts.append(x.item()))
+    for batch in batches:
+        model(batch)
+    assert counts[0] != counts[1]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.fill_(sum(counts)))
+    parts = [model(batch) for batch in batches]
+    for name, loss in expected.items():
+        mean = sum(part[name] for part in parts) / 2
+        assert mean.item() == pytest.approx(loss.item(), rel=1e-4), name
 
 
 @pytest.mark.parametrize(

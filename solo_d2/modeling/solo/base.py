@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 from detectron2.layers import Conv2d, get_norm
 from detectron2.structures import ImageList, Instances
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from solo_d2.layers.deform_conv import DeformConv2d
+from solo_d2.layers.distributed import normaliser
 from solo_d2.layers.losses import MASK_LOSSES
 from solo_d2.layers.masks import mass_centers, reduce_masks, reduce_unpadded_masks
 from solo_d2.layers.nms import point_nms
@@ -268,7 +268,7 @@ class SOLOFamily(InstanceSegmentor):
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        return self.category_loss_weight * loss / _share(num_positive, plus=1)
+        return self.category_loss_weight * loss / normaliser(num_positive, plus=1)
 
     def mask_loss(
         self, outputs: GridOutputs, targets: list[CellTargets], ground_truth: list[GroundTruth]
@@ -286,7 +286,7 @@ class SOLOFamily(InstanceSegmentor):
                 # summing over no pairs gives a zero that still reaches every parameter
                 total = total + self.distance(masks, reduced[stride][target.instance[pairs]]).sum()
             count = count + len(target.cell)
-        return self.mask_loss_weight * total / _share(count).clamp(min=1 / comm.get_world_size())
+        return self.mask_loss_weight * total / normaliser(count)
 
     def reduce(self, gt: GroundTruth, stride: int) -> Tensor:
         """Mask targets (N, H / stride, W / stride) bool."""
@@ -473,16 +473,3 @@ def single_channels(input_shape, names: list[str]) -> int:
 def _join_levels(per_level: list[Tensor]) -> Tensor:
     """Per level (N, C, S, S) -> (N, cells of all levels, C)."""
     return torch.cat([x.flatten(2) for x in per_level], dim=2).transpose(1, 2)
-
-
-def _share(count: Tensor, plus: float = 0.0) -> Tensor:
-    """This process's share of (the sum of ``count`` over processes + ``plus``).
-
-    Divided by it, a sum over the local images has, after the averaging of gradients over
-    processes, the gradient of one process on the joined batch.
-    """
-    total = count.detach().float()
-    world_size = comm.get_world_size()
-    if world_size > 1:
-        torch.distributed.all_reduce(total)
-    return (total + plus) / world_size

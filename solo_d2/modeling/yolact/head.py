@@ -17,6 +17,7 @@ class YOLACTHead(nn.Module):
         num_classes: int,
         num_masks: int,
         predictor_gain: float = 1.0,
+        norm: str = "",
     ):
         """
         Args:
@@ -25,10 +26,11 @@ class YOLACTHead(nn.Module):
             num_classes: C, without background.
             num_masks: K, prototypes.
             predictor_gain: factor on the initial weights of the three outputs.
+            norm: of the shared convolution.
         """
         super().__init__()
         self.num_anchors = num_anchors
-        self.shared = xavier_conv(in_channels, in_channels, 3, relu=True)
+        self.shared = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
         outputs = (4, num_classes + 1, num_masks)
         self.box_pred, self.class_logits, self.coefficient_pred = (
             xavier_conv(in_channels, num_anchors * channels, 3, gain=predictor_gain)

@@ -11,17 +11,18 @@ from .pyramid import xavier_conv
 class Protonet(nn.Module):
     """Prototypes of an image at twice the size of the finest level (YOLACT, section 3.1)."""
 
-    def __init__(self, *, in_channels: int, num_masks: int):
+    def __init__(self, *, in_channels: int, num_masks: int, norm: str = ""):
         """
         Args:
             in_channels: of the finest level.
             num_masks: K, prototypes.
+            norm: of all convolutions but the last.
         """
         super().__init__()
-        self.conv0 = xavier_conv(in_channels, in_channels, 3, relu=True)
-        self.conv1 = xavier_conv(in_channels, in_channels, 3, relu=True)
-        self.conv2 = xavier_conv(in_channels, in_channels, 3, relu=True)
-        self.conv3 = xavier_conv(in_channels, in_channels, 3, relu=True)
+        self.conv0 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
+        self.conv1 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
+        self.conv2 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
+        self.conv3 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
         self.predictor = xavier_conv(in_channels, num_masks, 1, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:

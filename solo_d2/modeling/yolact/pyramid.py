@@ -2,7 +2,7 @@
 
 import math
 
-from detectron2.layers import Conv2d, ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from solo_d2.layers.resample import resize
@@ -17,10 +17,12 @@ def xavier_conv(
     padding: int | None = None,
     relu: bool = False,
     gain: float = 1.0,
+    norm: str = "",
 ) -> Conv2d:
-    """A convolution with bias as all of YOLACT's own start: Xavier-uniform, bias zero.
+    """A convolution as all of YOLACT's own start: Xavier-uniform, bias zero.
 
-    ``padding`` is half of the kernel unless given; ``gain`` is a factor on the weights.
+    ``padding`` is half of the kernel unless given; ``gain`` is a factor on the weights; ``norm``
+    takes the place of the bias.
     """
     conv = Conv2d(
         in_channels,
@@ -28,10 +30,13 @@ def xavier_conv(
         kernel_size,
         stride=stride,
         padding=kernel_size // 2 if padding is None else padding,
+        bias=not norm,
+        norm=get_norm(norm, out_channels),
         activation=nn.ReLU(inplace=True) if relu else None,
     )
     nn.init.xavier_uniform_(conv.weight, gain)
-    nn.init.zeros_(conv.bias)
+    if not norm:
+        nn.init.zeros_(conv.bias)
     return conv
 
 
@@ -49,6 +54,7 @@ class YOLACTPyramid(nn.Module):
         in_features: list[str],
         out_channels: int,
         num_levels: int,
+        norm: str = "",
     ):
         """
         Args:
@@ -57,6 +63,7 @@ class YOLACTPyramid(nn.Module):
             out_channels: of all levels.
             num_levels: at least as many as ``in_features``; the others are strided convolutions of
                 the level before.
+            norm: after each convolution; see ``detectron2.layers.get_norm``.
 
         Raises:
             ValueError: a feature is missing, or the strides or the number of levels do not do.
@@ -83,11 +90,13 @@ class YOLACTPyramid(nn.Module):
             self.laterals.append(f"lateral{k}")
             self.outputs.append(f"output{k}")
             channels = input_shape[name].channels
-            self.add_module(f"lateral{k}", xavier_conv(channels, out_channels, 1))
-            self.add_module(f"output{k}", xavier_conv(out_channels, out_channels, 3, relu=True))
+            self.add_module(f"lateral{k}", xavier_conv(channels, out_channels, 1, norm=norm))
+            output = xavier_conv(out_channels, out_channels, 3, relu=True, norm=norm)
+            self.add_module(f"output{k}", output)
         for k in range(first + len(in_features), first + num_levels):
             self.downsamples.append(f"downsample{k}")
-            self.add_module(f"downsample{k}", xavier_conv(out_channels, out_channels, 3, stride=2))
+            downsample = xavier_conv(out_channels, out_channels, 3, stride=2, norm=norm)
+            self.add_module(f"downsample{k}", downsample)
 
     def forward(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Features of the backbone -> (N, C, h, w) per level, finest first."""

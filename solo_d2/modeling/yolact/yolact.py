@@ -181,6 +181,7 @@ class YOLACT(InstanceSegmentor):
                 in_features=yolact.IN_FEATURES,
                 out_channels=yolact.CONV_DIM,
                 num_levels=len(scales),
+                norm=yolact.NORM,
             ),
             "head": YOLACTHead(
                 in_channels=yolact.CONV_DIM,
@@ -188,8 +189,11 @@ class YOLACT(InstanceSegmentor):
                 num_classes=num_classes,
                 num_masks=yolact.NUM_PROTOTYPES,
                 predictor_gain=yolact.PREDICTOR_GAIN,
+                norm=yolact.NORM,
             ),
-            "protonet": Protonet(in_channels=yolact.CONV_DIM, num_masks=yolact.NUM_PROTOTYPES),
+            "protonet": Protonet(
+                in_channels=yolact.CONV_DIM, num_masks=yolact.NUM_PROTOTYPES, norm=yolact.NORM
+            ),
             "semantic_pred": xavier_conv(
                 yolact.CONV_DIM, num_classes, 1, gain=yolact.PREDICTOR_GAIN
             ),
