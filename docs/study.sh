@@ -1,0 +1,22 @@
+#!/bin/bash
+# One part of the study in comparison.md: bash docs/study.sh shapes|pennfudan|nuclei [OPTIONS]
+# Wants DETECTRON2_DATASETS and, but for shapes, WEIGHTS=mobilenetv2_imagenet.pth. A part that is
+# killed goes on where it was when it is called again.
+set -eu
+part=$1
+shift
+cd "$(dirname "$0")/.."
+case $part in
+    shapes) folder=configs/quick suffix=_shapes overrides=() ;;
+    *) folder=configs/$part suffix=_mobilenetv2 overrides=(MODEL.WEIGHTS "$WEIGHTS") ;;
+esac
+adaptis=$folder/adaptis$suffix
+exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/$part" "$@" \
+    "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
+    "CenterMask=$folder/centermask$suffix.yaml" \
+    "YOLACT=$folder/yolact$suffix.yaml" \
+    "SOLO=$folder/solo$suffix.yaml" \
+    "Decoupled SOLO=$folder/decoupled_solo$suffix.yaml" \
+    "SOLOv2=$folder/solov2$suffix.yaml" \
+    "AdaptIS=${adaptis}_stage1.yaml+${adaptis}_stage2.yaml" \
+    SOLVER.AMP.ENABLED True "${overrides[@]}"
