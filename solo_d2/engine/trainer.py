@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.modeling import GeneralizedRCNN
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
@@ -171,6 +172,15 @@ class Trainer(DefaultTrainer):
         self.step_finished = state.get("step_finished", True)
         if self.cfg.SEED < 0:
             self.seed = state.get("seed", self.seed)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's, in the layout in which its convolutions are quickest on the CPU."""
+        model = super().build_model(cfg)
+        # The other architectures choose for themselves.
+        if isinstance(model, GeneralizedRCNN) and cfg.MODEL.DEVICE == "cpu":
+            model.to(memory_format=torch.channels_last)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
