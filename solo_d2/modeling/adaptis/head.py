@@ -189,8 +189,9 @@ class SelectionHead(nn.Module):
         first = self.convs[0]
         weight = first.weight[:, self.num_coordinates :]
         prepared = F.conv2d(feature, weight, first.bias, padding=1)
-        if feature.device.type == "cpu" and not self.training:
-            # convolutions take half the time so; batch norms that train would be inexact
+        exact = self.training and not torch.is_autocast_enabled("cpu")
+        if feature.device.type == "cpu" and not exact:
+            # convolutions take half the time so; batch norms that train in float32 are inexact
             prepared = prepared.contiguous(memory_format=torch.channels_last)
         return prepared
 
