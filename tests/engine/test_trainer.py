@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 
 from solo_d2.data import num_classes
@@ -296,3 +297,10 @@ def test_mask_rcnn_resumes_exactly_too(toy_cfg, tmp_path):
     resumed.train()
     assert_same_model(uninterrupted, resumed)
     assert metrics(uninterrupted.cfg) == metrics(resumed.cfg)
+
+
+def test_detectron2s_architecture_has_channels_last_on_the_cpu():
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    weight = Trainer.build_model(cfg).backbone.res2[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
