@@ -7,11 +7,13 @@ part=$1
 shift
 cd "$(dirname "$0")/.."
 case $part in
-    shapes) folder=configs/quick suffix=_shapes overrides=() ;;
-    *) folder=configs/$part suffix=_mobilenetv2 overrides=(MODEL.WEIGHTS "$WEIGHTS") ;;
+    shapes) folder=configs/quick suffix=_shapes iterations=1300 overrides=() ;;
+    pennfudan) folder=configs/pennfudan suffix=_mobilenetv2 iterations=240 ;;
+    nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=120 ;;
 esac
+[ "$part" = shapes ] || overrides=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
-exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/$part" "$@" \
+exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/$part" --iterations $iterations "$@" \
     "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
     "CenterMask=$folder/centermask$suffix.yaml" \
     "YOLACT=$folder/yolact$suffix.yaml" \

@@ -332,7 +332,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = False
     try:
         configs, weights, overrides = _split(options)
-        models = read_models(configs, weights, data=options.data or (), opts=overrides)
+        models = read_models(
+            configs,
+            weights,
+            data=options.data or (),
+            opts=overrides,
+            iterations=options.iterations,
+        )
         with only_one(output):
             try:
                 comparison = Comparison(models, options, command)
@@ -381,6 +387,13 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="K",
         help="train with K seeds, SEED and up (default 1)",
+    )
+    parser.add_argument(
+        "--iterations",
+        type=_positive,
+        metavar="N",
+        help="train each model for N iterations, a training in stages for N in all, with steps of "
+        "the learning rate in proportion (default: SOLVER.MAX_ITER)",
     )
     parser.add_argument(
         "--data",

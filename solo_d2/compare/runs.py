@@ -163,12 +163,14 @@ def read_models(
     *,
     data: Sequence[str] = (),
     opts: Sequence[str] = (),
+    iterations: int | None = None,
 ) -> list[Model]:
     """
     Args:
         words: "FILE", "NAME=FILE", or "FILE+FILE" for a training in stages.
         weights: for each word a file to evaluate, or "-" for none; or nothing at all.
         data, opts: for all; see ``load_config``.
+        iterations: of each training, see ``set_iterations``; None: as in its configs.
 
     Raises:
         UserError: a file is missing or wrong, names are not distinct, the numbers do not agree.
@@ -182,6 +184,8 @@ def read_models(
         name, _, files = word.rpartition("=")
         parts = tuple(files.split("+"))
         cfgs = tuple(load_config(part, data=data, opts=opts) for part in parts)
+        if iterations is not None:
+            set_iterations(cfgs, iterations)
         if file != "-" and len(parts) > 1:
             # the last stage has all parts of the model
             parts, cfgs = parts[-1:], cfgs[-1:]
@@ -196,6 +200,29 @@ def read_models(
         if len(model.cfgs[-1].DATASETS.TEST) != 1 and not model.cfgs[-1].DATASETS.CUSTOM.VAL_JSON:
             raise UserError(f"{model.name}: DATASETS.TEST must name one data set")
     return models
+
+
+def set_iterations(cfgs: Sequence[CfgNode], iterations: int) -> None:
+    """Make a training longer or shorter, in place, its stages and STEPS in proportion.
+
+    Args:
+        cfgs: of its stages.
+        iterations: of all stages together.
+
+    Raises:
+        UserError: there are fewer iterations than stages.
+    """
+    if iterations < len(cfgs):
+        raise UserError(f"{iterations} iterations are too few for {len(cfgs)} stages")
+    left, planned = iterations, sum(cfg.SOLVER.MAX_ITER for cfg in cfgs)
+    for number, cfg in enumerate(cfgs, start=1):
+        solver = cfg.SOLVER
+        share = round(left * solver.MAX_ITER / planned)
+        planned -= solver.MAX_ITER
+        length = min(max(share, 1), left - (len(cfgs) - number))
+        solver.STEPS = tuple(step * length // solver.MAX_ITER for step in solver.STEPS)
+        solver.MAX_ITER = length
+        left -= length
 
 
 def make_run(model: Model, output: Path, seed: int | None) -> Run:

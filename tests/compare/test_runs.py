@@ -53,6 +53,19 @@ def test_wrong_words_give_one_line(tiny_configs, tmp_path):
         read_models([solo], opts=["DATASETS.TEST", "()"])
 
 
+def test_iterations_are_for_all_stages_together(tiny_configs):
+    stages = f"two={tiny_configs['stage1']}+{tiny_configs['stage2']}"
+    words, opts = [tiny_configs["solo"], stages], ["SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "2"]
+    for number in (2, 7, 200):
+        one, two = read_models(words, opts=opts, iterations=number)
+        assert one.cfgs[0].SOLVER.MAX_ITER == number
+        assert one.cfgs[0].SOLVER.STEPS == (number // 2,)
+        first, second = (cfg.SOLVER.MAX_ITER for cfg in two.cfgs)
+        assert first + second == number and abs(first - second) <= 1
+    with pytest.raises(UserError, match="1 iterations are too few for 2 stages"):
+        read_models(words, iterations=1)
+
+
 def test_each_run_has_a_folder_and_each_stage_one_in_it(tiny_configs, tmp_path):
     words = [tiny_configs["solo"], f"two={tiny_configs['stage1']}+{tiny_configs['stage2']}"]
     solo, two = (make_run(model, tmp_path, 5) for model in read_models(words))
