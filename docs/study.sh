@@ -7,7 +7,8 @@ part=$1
 shift
 cd "$(dirname "$0")/.."
 case $part in
-    shapes) folder=configs/quick suffix=_shapes iterations=1300 overrides=() ;;
+    shapes) folder=configs/quick suffix=_shapes iterations=1300
+        overrides=(SOLVER.BASE_LR 0.002) ;;
     pennfudan) folder=configs/pennfudan suffix=_mobilenetv2 iterations=240 ;;
     nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=120 ;;
 esac
