@@ -10,7 +10,7 @@ case $part in
     shapes) folder=configs/quick suffix=_shapes iterations=1300
         overrides=(SOLVER.BASE_LR 0.002) ;;
     pennfudan) folder=configs/pennfudan suffix=_mobilenetv2 iterations=240 ;;
-    nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=120 ;;
+    nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=200 ;;
 esac
 [ "$part" = shapes ] || overrides=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
