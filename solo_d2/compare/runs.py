@@ -220,7 +220,8 @@ def set_iterations(cfgs: Sequence[CfgNode], iterations: int) -> None:
         share = round(left * solver.MAX_ITER / planned)
         planned -= solver.MAX_ITER
         length = min(max(share, 1), left - (len(cfgs) - number))
-        solver.STEPS = tuple(step * length // solver.MAX_ITER for step in solver.STEPS)
+        if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":  # others do not look at them
+            solver.STEPS = tuple(step * length // solver.MAX_ITER for step in solver.STEPS)
         solver.MAX_ITER = length
         left -= length
 
