@@ -55,7 +55,9 @@ def test_wrong_words_give_one_line(tiny_configs, tmp_path):
 
 def test_iterations_are_for_all_stages_together(tiny_configs):
     stages = f"two={tiny_configs['stage1']}+{tiny_configs['stage2']}"
-    words, opts = [tiny_configs["solo"], stages], ["SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "2"]
+    words = [tiny_configs["solo"], stages]
+    opts = ["SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER", "2"]
+    opts += ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"]
     for number in (2, 7, 200):
         one, two = read_models(words, opts=opts, iterations=number)
         assert one.cfgs[0].SOLVER.MAX_ITER == number
