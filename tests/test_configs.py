@@ -8,6 +8,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from solo_d2 import add_solo_d2_config
+from solo_d2.compare.fairness import find_differences
+from solo_d2.compare.runs import read_models
 from solo_d2.config import num_classes_keys
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -86,3 +88,16 @@ def test_every_config_is_in_the_table_of_its_folder(folder):
     for name in LEAVES:
         if name.startswith(f"{folder}/"):
             assert f"({Path(name).name})" in table, name
+
+
+@pytest.mark.parametrize(
+    ("folder", "suffix"),
+    [("quick", "shapes"), ("pennfudan", "mobilenetv2"), ("nuclei", "mobilenetv2")],
+)
+def test_the_small_models_of_a_data_set_can_be_compared(folder, suffix):
+    names = ("mask_rcnn", "centermask", "yolact", "solo", "decoupled_solo", "solov2")
+    words = [f"{CONFIGS}/{folder}/{name}_{suffix}.yaml" for name in names]
+    stages = [f"{CONFIGS}/{folder}/adaptis_{suffix}_stage{i}.yaml" for i in (1, 2)]
+    models = read_models([*words, "+".join(stages)], opts=["SOLVER.BASE_LR", "0.002"])
+    differences = find_differences({x.name: x.cfgs for x in models}, training=True)
+    assert [x.key for x in differences if not x.allowed] == []
