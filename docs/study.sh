@@ -1,5 +1,5 @@
 #!/bin/bash
-# One part of the study in comparison.md: bash docs/study.sh shapes|pennfudan|nuclei [OPTIONS]
+# All architectures on one data set, under one schedule: bash docs/study.sh shapes|pennfudan|nuclei [OPTIONS]
 # Wants DETECTRON2_DATASETS and, but for shapes, WEIGHTS=mobilenetv2_imagenet.pth. A part that is
 # killed goes on where it was when it is called again.
 set -eu
