@@ -96,6 +96,8 @@ def _add_data(cfg: CN) -> None:
     # Train and evaluate on the same first images with objects of DATASETS.TRAIN, so many of them:
     # shows whether a model and its data can be learnt at all. 0: off.
     cfg.DATASETS.OVERFIT_IMAGES = 0
+    # The same with the images of these ids.
+    cfg.DATASETS.OVERFIT_IMAGE_IDS = ()
 
     # The embedded data set: "shapes_train" and "shapes_val", drawn on first use.
     cfg.DATASETS.SHAPES = CN()

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -126,34 +126,46 @@ def register_coco_mini(root: str | Path | None = None) -> None:
         )
 
 
-def register_subset(name: str, count: int) -> str:
-    """Register the first ``count`` images with objects of a registered data set as another one.
+def register_subset(name: str, which: int | Sequence[int]) -> str:
+    """Register a few images of a registered data set as another one.
 
     Args:
         name: of the whole set.
-        count: how many images.
+        which: how many of the first images with objects, or the ids of images.
 
     Returns:
         The name of the new set.
 
     Raises:
-        ValueError: the set has fewer such images.
+        ValueError: the set has fewer such images, or none of an id.
     """
-    records = [
-        record
-        for record in DatasetCatalog.get(name)
-        if any(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
-    ]
-    if len(records) < count:
-        raise ValueError(f"data set {name!r} has {len(records)} images with objects, not {count}")
-    records = records[:count]
+    records = DatasetCatalog.get(name)
+    if isinstance(which, int):
+        label = f"first{which}"
+        records = [
+            record
+            for record in records
+            if any(not annotation.get("iscrowd", 0) for annotation in record["annotations"])
+        ]
+        if len(records) < which:
+            raise ValueError(
+                f"data set {name!r} has {len(records)} images with objects, not {which}"
+            )
+        records = records[:which]
+    else:
+        digest = hashlib.sha256(repr(sorted(which)).encode()).hexdigest()[:8]
+        label = f"chosen{len({*which})}_{digest}"
+        missing = sorted({*which} - {record["image_id"] for record in records})
+        if missing:
+            raise ValueError(f"data set {name!r} has no image with id {missing[0]}")
+        records = [record for record in records if record["image_id"] in which]
     metadata = MetadataCatalog.get(name).as_dict()
     chosen = {record["image_id"] for record in records}
     document = _read(metadata["json_file"])
     document["images"] = [x for x in document["images"] if x["id"] in chosen]
     document["annotations"] = [x for x in document["annotations"] if x["image_id"] in chosen]
-    copy = _write_copy(metadata["json_file"], document, f"first{count}")
-    subset = f"{name}_first{count}"
+    copy = _write_copy(metadata["json_file"], document, label)
+    subset = f"{name}_{label}"
     register(
         subset,
         lambda: records,

@@ -23,14 +23,15 @@ def setup_datasets(cfg: CfgNode) -> None:
     get the parameters of DATASETS.SHAPES, "rods_*" and "tubes_*" likewise. If DATASETS.CUSTOM
     names a json file, "<NAME>_train" and "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by
     nothing, where only one is named).
-    With DATASETS.OVERFIT_IMAGES both become the same few images. Where a model of Detectron2's own
-    is told -1 classes, the number of the data takes its place, since it needs a number. Data
-    without classes of stuff get one, the background, which panoptic outputs refer to.
+    With DATASETS.OVERFIT_IMAGES or OVERFIT_IMAGE_IDS both become the same few images. Where a
+    model of Detectron2's own is told -1 classes, the number of the data takes its place, since it
+    needs a number. Data without classes of stuff get one, the background, which panoptic outputs
+    refer to.
 
     Raises:
         FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing.
-        ValueError: half of DATASETS.CUSTOM is missing, a json is wrong, or two of the data sets
-            have different classes.
+        ValueError: half of DATASETS.CUSTOM is missing, a json is wrong, two of the data sets
+            have different classes, or images to overfit are asked for that there are not.
     """
     register_embedded(cfg)
     custom = find_custom(cfg)
@@ -40,8 +41,11 @@ def setup_datasets(cfg: CfgNode) -> None:
     if any(splits.values()):
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = splits["TRAIN"], splits["VAL"]
     _check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    if cfg.DATASETS.OVERFIT_IMAGES:
-        subset = register_subset(cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES)
+    few, ids = cfg.DATASETS.OVERFIT_IMAGES, cfg.DATASETS.OVERFIT_IMAGE_IDS
+    if few and ids:
+        raise ValueError("give DATASETS.OVERFIT_IMAGES or DATASETS.OVERFIT_IMAGE_IDS, not both")
+    if few or ids:
+        subset = register_subset(cfg.DATASETS.TRAIN[0], ids or few)
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (subset,)
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if not MetadataCatalog.get(name).get("stuff_classes"):

@@ -58,22 +58,21 @@ class AdaIN(nn.Module):
         bias = self.bias(control).float() + float(self.bias_plus_one)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
-            # a batch norm whose batch is one sample, and whose channels are those of all; with
-            # channels last, the CPU's sums are off in the second digit
-            if valid is None and wide.is_contiguous():
-                maps = wide.view(1, n * channels, h, w)
+            if valid is None:
+                # a batch norm whose batch is one sample, and whose channels are those of all; the
+                # layout matters: with channels last, the CPU's sums are off in the second digit
+                maps = wide.contiguous().view(1, n * channels, h, w)
                 y = F.batch_norm(
                     maps, None, None, scale.flatten(), bias.flatten(), training=True, eps=self.eps
                 )
-                return y.view(x.shape).to(x.dtype)
+                # back to the type and layout that the convolutions around have
+                return torch.empty_like(x).copy_(y.view(x.shape))
             centered = wide - _mean(wide, valid)
             scale = scale[:, :, None, None] * (_mean(centered**2, valid) + self.eps).rsqrt()
             return torch.addcmul(bias[:, :, None, None], centered, scale).to(x.dtype)
 
 
-def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
+def _mean(x: Tensor, valid: Tensor) -> Tensor:
     """(n, C, 1, 1): the mean of each channel over the cells that count."""
-    if valid is None:
-        return x.mean(dim=(2, 3), keepdim=True)
     share = valid.float() / valid.sum(dim=(2, 3), keepdim=True).clamp(min=1)
     return (x * share).sum(dim=(2, 3), keepdim=True)

@@ -594,3 +594,26 @@ def test_overfitting_trains_and_evaluates_on_the_same_first_images(tmp_path, mon
     cfg.DATASETS.TRAIN, cfg.DATASETS.OVERFIT_IMAGES = ("shapes_train",), 13
     with pytest.raises(ValueError, match="not 13"):
         setup_datasets(cfg)
+
+
+def test_overfitting_takes_images_by_their_ids(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path))
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("shapes_train",), ("shapes_val",)
+    cfg.DATASETS.SHAPES.TRAIN_IMAGES, cfg.DATASETS.SHAPES.IMAGE_SIZE = 12, (64, 64)
+    setup_datasets(cfg)
+    ids = sorted(r["image_id"] for r in DatasetCatalog.get("shapes_train"))
+    cfg.DATASETS.OVERFIT_IMAGE_IDS = (ids[7], ids[2])
+    setup_datasets(cfg)
+    (name,) = cfg.DATASETS.TRAIN
+    assert cfg.DATASETS.TEST == (name,)
+    assert sorted(r["image_id"] for r in DatasetCatalog.get(name)) == [ids[2], ids[7]]
+    assert sorted(COCO(MetadataCatalog.get(name).json_file).getImgIds()) == [ids[2], ids[7]]
+
+    cfg.DATASETS.TRAIN, cfg.DATASETS.OVERFIT_IMAGE_IDS = ("shapes_train",), (ids[-1] + 1,)
+    with pytest.raises(ValueError, match=f"no image with id {ids[-1] + 1}"):
+        setup_datasets(cfg)
+    cfg.DATASETS.OVERFIT_IMAGES = 3
+    with pytest.raises(ValueError, match="not both"):
+        setup_datasets(cfg)
