@@ -8,6 +8,8 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
 
 from solo_d2.config import load_config
 from solo_d2.layers import masks as mask_ops
@@ -169,6 +171,22 @@ def test_a_few_steps_lower_the_losses():
         totals.append(float(sum(losses.values()).detach()))
         optimizer.step()
     assert totals[-1] < 0.75 * totals[0]
+
+
+def test_the_first_stage_logs_the_iou_of_its_masks_now_and_then():
+    model = tiny_model(UNET).train()
+    nn.init.zeros_(model.selection_head.predictor.weight)
+    nn.init.constant_(model.selection_head.predictor.bias, 100.0)  # every pixel is the object's
+    inputs = batch()
+    for x in inputs:
+        x["points"] = torch.tensor([[8.0, 6.0]])
+    areas = [float(x["instances"].gt_masks[0].tensor.float().mean()) for x in inputs]
+    with EventStorage(20) as storage:
+        model(inputs)
+        assert storage.latest()["adaptis/mask_iou"][0] == pytest.approx(sum(areas) / 2)
+    with EventStorage(21) as storage:
+        model(inputs)
+        assert "adaptis/mask_iou" not in storage.latest()
 
 
 def test_given_points_take_the_place_of_drawn_ones():

@@ -56,6 +56,9 @@ from .targets import (
     targets_of_points,
 )
 
+# Detectron2 writes its log as often; a metric of each step would wait for the device each time.
+_METRIC_PERIOD = 20
+
 
 class Encoding(NamedTuple):
     """What is made once of a batch of images, whatever the points."""
@@ -438,10 +441,19 @@ class AdaptIS(InstanceSegmentor):
         semantic_loss = normalized_focal_loss_softmax(
             semantic, labels, gamma=self.semantic_loss_gamma
         )
+        if has_event_storage() and get_event_storage().iter % _METRIC_PERIOD == 0:
+            self._log_mask_iou(logits[:, 0].detach(), targets.flatten(0, 1))
         return {
             "loss_instance": masks_loss.mean(),
             "loss_semantic": self.semantic_loss_weight * semantic_loss.mean(),
         }
+
+    def _log_mask_iou(self, logits: Tensor, targets: Tensor) -> None:
+        """The loss, rescaled in every step, hardly shows whether the masks get better."""
+        iou = mask_iou(logits.float().sigmoid(), targets, self.mask_threshold)
+        known = targets.flatten(1).gt(0).any(dim=1)
+        if known.any():
+            get_event_storage().put_scalar("adaptis/mask_iou", iou[known].mean().item())
 
     def proposal_losses(
         self,
