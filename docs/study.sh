@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 # One rate for all: SOLO's own on shapes is higher, that of the fine-tunings too low for so few steps.
 overrides=(SOLVER.AMP.ENABLED True SOLVER.BASE_LR 0.002)
 case $part in
-    shapes) folder=configs/quick suffix=_shapes iterations=1300 ;;
+    shapes) folder=configs/quick suffix=_shapes iterations=2600 ;;
     pennfudan) folder=configs/pennfudan suffix=_mobilenetv2 iterations=240 ;;
     nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=200 ;;
 esac
