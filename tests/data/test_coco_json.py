@@ -574,12 +574,19 @@ def test_coco_mini_names_what_is_missing(tmp_path):
         DatasetCatalog.get("coco_mini_val")
 
 
-def test_overfitting_trains_and_evaluates_on_the_same_first_images(tmp_path, monkeypatch):
+@pytest.fixture
+def twelve_shapes(tmp_path, monkeypatch):
+    """A config that trains on twelve drawn images."""
     monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path))
     cfg = get_cfg()
     add_solo_d2_config(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("shapes_train",), ("shapes_val",)
     cfg.DATASETS.SHAPES.TRAIN_IMAGES, cfg.DATASETS.SHAPES.IMAGE_SIZE = 12, (64, 64)
+    return cfg
+
+
+def test_overfitting_trains_and_evaluates_on_the_same_first_images(twelve_shapes):
+    cfg = twelve_shapes
     cfg.DATASETS.OVERFIT_IMAGES = 3
     setup_datasets(cfg)
     assert cfg.DATASETS.TRAIN == cfg.DATASETS.TEST == ("shapes_train_first3",)
@@ -596,12 +603,8 @@ def test_overfitting_trains_and_evaluates_on_the_same_first_images(tmp_path, mon
         setup_datasets(cfg)
 
 
-def test_overfitting_takes_images_by_their_ids(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path))
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("shapes_train",), ("shapes_val",)
-    cfg.DATASETS.SHAPES.TRAIN_IMAGES, cfg.DATASETS.SHAPES.IMAGE_SIZE = 12, (64, 64)
+def test_overfitting_takes_images_by_their_ids(twelve_shapes):
+    cfg = twelve_shapes
     setup_datasets(cfg)
     ids = sorted(r["image_id"] for r in DatasetCatalog.get("shapes_train"))
     cfg.DATASETS.OVERFIT_IMAGE_IDS = (ids[7], ids[2])
