@@ -16,11 +16,11 @@ esac
 [ "$part" = shapes ] || overrides+=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
 exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/$part" --iterations $iterations "$@" \
-    "AdaptIS=${adaptis}_stage1.yaml+${adaptis}_stage2.yaml" \
     "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
     "CenterMask=$folder/centermask$suffix.yaml" \
     "YOLACT=$folder/yolact$suffix.yaml" \
     "SOLO=$folder/solo$suffix.yaml" \
     "Decoupled SOLO=$folder/decoupled_solo$suffix.yaml" \
     "SOLOv2=$folder/solov2$suffix.yaml" \
+    "AdaptIS=${adaptis}_stage1.yaml+${adaptis}_stage2.yaml" \
     "${overrides[@]}"
