@@ -28,6 +28,8 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
         raise UserError(f"no config file {config_file}")
     try:
         if config_file:
+            if "POINT_HEAD" in CN.load_yaml_with_base(config_file).get("MODEL", {}):
+                add_point_rend_config(cfg)
             cfg.merge_from_file(config_file)
         if data:
             custom = cfg.DATASETS.CUSTOM
@@ -38,6 +40,13 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
     return cfg
 
 
+def add_point_rend_config(cfg: CN) -> None:
+    """Add the keys of PointRend, which Detectron2 ships as a project, and register its heads."""
+    from detectron2.projects.point_rend import add_pointrend_config
+
+    add_pointrend_config(cfg)
+
+
 def num_classes_keys(cfg: CN) -> tuple[str, ...]:
     """Names of the keys that tell the model of ``cfg`` its number of classes."""
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -45,6 +54,8 @@ def num_classes_keys(cfg: CN) -> tuple[str, ...]:
         return (_NUM_CLASSES_KEYS[architecture],)
     if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "FCOSProposalGenerator":
         return ("MODEL.FCOS.NUM_CLASSES", "MODEL.ROI_HEADS.NUM_CLASSES")
+    if "POINT_HEAD" in cfg.MODEL:
+        return ("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.POINT_HEAD.NUM_CLASSES")
     return ("MODEL.ROI_HEADS.NUM_CLASSES",)
 
 

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from solo_d2 import add_solo_d2_config
 from solo_d2.compare.fairness import find_differences
 from solo_d2.compare.runs import read_models
-from solo_d2.config import num_classes_keys
+from solo_d2.config import load_config, num_classes_keys
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 YAMLS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
@@ -18,10 +18,7 @@ LEAVES = [name for name in YAMLS if not Path(name).name.startswith("Base-")]
 
 
 def load(name):
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / name))
-    return cfg
+    return load_config(str(CONFIGS / name))
 
 
 def build(cfg, num_classes):
@@ -95,7 +92,9 @@ def test_every_config_is_in_the_table_of_its_folder(folder):
     [("quick", "shapes"), ("pennfudan", "mobilenetv2"), ("nuclei", "mobilenetv2")],
 )
 def test_the_small_models_of_a_data_set_can_be_compared(folder, suffix):
-    names = ("mask_rcnn", "centermask", "yolact", "solo", "decoupled_solo", "solov2")
+    names = ["mask_rcnn", "centermask", "yolact", "solo", "decoupled_solo", "solov2"]
+    if folder == "quick":
+        names.append("pointrend")
     words = [f"{CONFIGS}/{folder}/{name}_{suffix}.yaml" for name in names]
     stages = [f"{CONFIGS}/{folder}/adaptis_{suffix}_stage{i}.yaml" for i in (1, 2)]
     models = read_models([*words, "+".join(stages)], opts=["SOLVER.BASE_LR", "0.002"])

@@ -14,6 +14,8 @@ ALLOWED = {
     "INPUT.SQUARE_SIZE": "some architectures are defined for square inputs",
     "INPUT.KEEP_CROWD": "whether crowd regions reach the model, which ignores what it finds there",
     "INPUT.FORMAT": "the order of the colours that the weights were trained with",
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": "PointRend's key, not looked at for instances",
+    "INPUT.COLOR_AUG_SSD": "PointRend's key, not looked at for instances",
     "DATALOADER.NUM_WORKERS": "no influence on the result",
     "SOLVER.CHECKPOINT_PERIOD": "no influence on the result",
     "TEST.EVAL_PERIOD": "no influence on the final model",

@@ -55,7 +55,9 @@ def setup_datasets(cfg: CfgNode) -> None:
             cfg.merge_from_list([key, num_classes(cfg)])
 
 
-_DETECTRON2_NUM_CLASSES = {"MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES"}
+_DETECTRON2_NUM_CLASSES = {
+    *("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.POINT_HEAD.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
+}
 
 
 def num_classes(cfg: CfgNode) -> int:

@@ -1,5 +1,6 @@
 """Detectron2's trainer that resumes exactly, stops at a loss that is not finite, and knows CPUs."""
 
+import importlib
 import json
 import logging
 import os
@@ -176,6 +177,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's, in the layout in which its convolutions are quickest on the CPU."""
+        if "POINT_HEAD" in cfg.MODEL:  # registers its heads: a process of its own read no config
+            importlib.import_module("detectron2.projects.point_rend")
         model = super().build_model(cfg)
         # The other architectures choose for themselves.
         if isinstance(model, GeneralizedRCNN) and cfg.MODEL.DEVICE == "cpu":

@@ -208,6 +208,19 @@ MODEL:
     CONV_DIM: 16
     POOLER_RESOLUTION: 7
 """,
+    "pointrend": """
+_BASE_: "mask_rcnn.yaml"
+MODEL:
+  ROI_MASK_HEAD:
+    NAME: "PointRendMaskHead"
+    POOLER_TYPE: ""
+    IN_FEATURES: ["p2"]
+    FC_DIM: 16
+    NUM_FC: 1
+    POOLER_RESOLUTION: 14
+    POINT_HEAD_ON: True
+  POINT_HEAD: {NUM_CLASSES: -1, IN_FEATURES: ["p2"], FC_DIM: 16, NUM_FC: 1}
+""",
 }
 
 
@@ -225,5 +238,6 @@ def tiny_configs(tmp_path_factory) -> dict[str, str]:
     (folder / "base.yaml").write_text(BASE.format(repository=REPOSITORY))
     files = {name: folder / f"{name}.yaml" for name in LEAVES}
     for name, file in files.items():
-        file.write_text("_BASE_: base.yaml\n" + LEAVES[name])
+        base = "" if "_BASE_" in LEAVES[name] else "_BASE_: base.yaml\n"
+        file.write_text(base + LEAVES[name])
     return {name: str(file) for name, file in files.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from solo_d2.compare import cli
+from solo_d2.config import load_config
 
 SMALL = ["--batch", "2", "--images-for-timing", "2", "--steps-for-timing", "1", "--gallery", "2"]
 
@@ -223,3 +224,18 @@ def test_unfair_configs_need_a_word(tiny_configs, tmp_path, capsys):
     words = [tiny_configs["solo"], stage1, "--train", "--output", str(tmp_path / "out")]
     assert cli.main(words) == 2
     assert "SOLVER.MAX_ITER is 6 (solo), 4 (stage1)" in capsys.readouterr().err
+
+
+def test_point_rend_stands_in_the_same_table(tiny_configs, tmp_path):
+    """Detectron2's, whose config keys and heads are in a project of its own."""
+    words = [f"Mask R-CNN={tiny_configs['mask_rcnn']}", f"PointRend={tiny_configs['pointrend']}"]
+    command = [*words, "--train", "--iterations", "2", "--output", str(tmp_path), *SMALL]
+    assert cli.main(command) == 0
+    report, rows = read_report(tmp_path)
+    assert report["finished"] and list(rows) == ["Mask R-CNN", "PointRend"]
+    assert all(row["metrics"]["segm"]["AP"]["mean"] is not None for row in rows.values())
+    assert all(row["flops"] > 0 and row["flops_error"] is None for row in rows.values())
+    own = [x for x in report["differences"] if x["key"].startswith("INPUT.")]
+    assert len(own) == 2 and all("PointRend" in x["reason"] for x in own)
+    config = str(tmp_path / "PointRend/seed3/config.yaml")
+    assert load_config(config).MODEL.POINT_HEAD.NUM_CLASSES == 5
