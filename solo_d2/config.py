@@ -28,14 +28,16 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
         raise UserError(f"no config file {config_file}")
     try:
         if config_file:
-            if "POINT_HEAD" in CN.load_yaml_with_base(config_file).get("MODEL", {}):
+            # read as merge_from_file does
+            content = CN.load_yaml_with_base(config_file, allow_unsafe=True)
+            if "POINT_HEAD" in (content.get("MODEL") or ()):
                 add_point_rend_config(cfg)
             cfg.merge_from_file(config_file)
         if data:
             custom = cfg.DATASETS.CUSTOM
             custom.TRAIN_JSON, custom.TRAIN_IMAGES, custom.VAL_JSON, custom.VAL_IMAGES = data
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+    except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError) as error:
         raise UserError(f"config {config_file}: {one_line(error)}") from error
     return cfg
 
