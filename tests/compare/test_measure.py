@@ -216,6 +216,24 @@ def test_flops_are_multiplications_and_what_is_not_counted_is_named():
     assert "view" not in vars(torch.Tensor)
 
 
+def test_flops_of_a_padded_image_are_counted(tiny_configs, tmp_path):
+    """While a graph is traced, sizes of images are tensors."""
+    file = tmp_path / "adaptis.yaml"
+    file.write_text(
+        f"_BASE_: {tiny_configs['solo']}\n"
+        "MODEL:\n  META_ARCHITECTURE: AdaptIS\n"
+        "  ADAPTIS: {IN_FEATURES: [p2, p3], CONTROLLER: fc, HEAD: sep, FUSE_DIM: 16, CONV_DIM: 16}\n"
+    )
+    cfg = load_config(str(file))
+    setup_datasets(cfg)
+    model = build_model(cfg).eval()
+    whole, padded = (
+        measure.count_flops(model, [{"image": torch.zeros(3, h, w), "height": h, "width": w}])
+        for h, w in ((64, 64), (50, 64))
+    )
+    assert padded["flops"] == whole["flops"] > 0
+
+
 def test_parameters_are_counted():
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)

@@ -362,6 +362,7 @@ def valid_cells(
     """(B, 1, h, w) bool: cells whose position lies in the image, not in the padding."""
     rows = torch.arange(map_size[0], device=device) / scale
     columns = torch.arange(map_size[1], device=device) / scale
-    sizes = torch.tensor(image_sizes, device=device)
+    # plain numbers, which they are not while a graph is traced
+    sizes = torch.tensor([[int(x) for x in size] for size in image_sizes], device=device)
     inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
     return inside[:, None]
