@@ -1,21 +1,20 @@
 #!/bin/bash
-# All architectures on one data set, under one schedule: bash docs/study.sh shapes|pennfudan|nuclei [OPTIONS]
+# All architectures on one data set, under one schedule:
+#   bash docs/study.sh shapes|pennfudan|nuclei RATE
 # Wants DETECTRON2_DATASETS and, but for shapes, WEIGHTS=mobilenetv2_imagenet.pth. A part that is
 # killed goes on where it was when it is called again.
 set -eu
-part=$1
-shift
+part=$1 rate=$2
 cd "$(dirname "$0")/.."
-# one rate for all: SOLO's own on shapes is higher, that of pennfudan too low for so few steps
-overrides=(SOLVER.AMP.ENABLED True SOLVER.BASE_LR 0.002)
 case $part in
     shapes) folder=configs/quick suffix=_shapes iterations=2600 ;;
     pennfudan) folder=configs/pennfudan suffix=_mobilenetv2 iterations=240 ;;
     nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=100 ;;
 esac
+overrides=(SOLVER.AMP.ENABLED True SOLVER.BASE_LR "$rate")
 [ "$part" = shapes ] || overrides+=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
-exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/$part" --iterations $iterations "$@" \
+exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/${part}_$rate" --iterations $iterations \
     "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
     "CenterMask=$folder/centermask$suffix.yaml" \
     "YOLACT=$folder/yolact$suffix.yaml" \
