@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 case $part in
     shapes) folder=configs/quick suffix=_shapes iterations=2600 ;;
     pennfudan) folder=configs/pennfudan suffix=_mobilenetv2 iterations=240 ;;
-    nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=100 ;;
+    nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=300 ;;
 esac
 overrides=(SOLVER.AMP.ENABLED True SOLVER.BASE_LR "$rate")
 [ "$part" = shapes ] || overrides+=(MODEL.WEIGHTS "$WEIGHTS")
