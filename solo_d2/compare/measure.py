@@ -15,6 +15,8 @@ to the whole. On a GPU the borders are events in its queue: it is not stopped fo
 import itertools
 import logging
 import multiprocessing
+import os
+import threading
 import time
 import warnings
 from collections import Counter
@@ -413,8 +415,20 @@ def _in_new_process(measure: Callable[[CfgNode], Any], cfg: CfgNode) -> Any:
     if "forkserver" in methods:
         # it imports once, and is small: a fork of this process would begin with its memory
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
         return pool.submit(measure, cfg).result()
+
+
+def _end_with_parent() -> None:
+    """A comparison that is killed takes this process along, and with it gigabytes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _inference_memory(cfg: CfgNode) -> tuple[int, int]:

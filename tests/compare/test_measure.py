@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -258,3 +260,38 @@ def test_memory_is_that_of_a_process_with_one_model(models, tmp_path):
     if os.path.exists("/proc/self/status"):
         assert memory["training"] < ballast.nbytes + memory["baseline"]
         assert memory["training"] < measure._peak(CPU)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_killed_comparison_leaves_no_process_behind(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code = (
+        "from pathlib import Path\n"
+        "from solo_d2.compare import measure\n"
+        f"measure._in_new_process(Path.read_text, Path({str(pipe)!r}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as comparison:
+        try:
+            writer = open_when_read(pipe, comparison)
+        finally:
+            comparison.kill()
+    # as long as the reader lives, it reads
+    try:
+        deadline = time.monotonic() + 60
+        with pytest.raises(BrokenPipeError):
+            while time.monotonic() < deadline:
+                os.write(writer, b"x")
+                time.sleep(0.05)
+    finally:
+        os.close(writer)
+
+
+def open_when_read(pipe, process):
+    """For writing, as soon as another process opens it for reading."""
+    while process.poll() is None:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads yet
+            time.sleep(0.1)
+    raise AssertionError("it ended before it read")
