@@ -1,10 +1,11 @@
 #!/bin/bash
 # All architectures on one data set, under one schedule:
-#   bash docs/study.sh shapes|pennfudan|nuclei RATE
+#   bash docs/study.sh shapes|pennfudan|nuclei RATE [OPTIONS]
 # Wants DETECTRON2_DATASETS and, but for shapes, WEIGHTS=mobilenetv2_imagenet.pth. A part that is
 # killed goes on where it was when it is called again.
 set -eu
 part=$1 rate=$2
+shift 2
 cd "$(dirname "$0")/.."
 case $part in
     shapes) folder=configs/quick suffix=_shapes iterations=2600 ;;
@@ -15,7 +16,7 @@ esac
 overrides=(SOLVER.AMP.ENABLED "${AMP:-True}" SOLVER.BASE_LR "$rate")
 [ "$part" = shapes ] || overrides+=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
-exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/${part}_$rate" --iterations $iterations \
+exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/${part}_$rate" --iterations $iterations "$@" \
     "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
     "CenterMask=$folder/centermask$suffix.yaml" \
     "YOLACT=$folder/yolact$suffix.yaml" \
