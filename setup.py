@@ -12,10 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["solo_d2", "solo_d2.*"]),
-    package_data={"solo_d2.compare": ["page.css", "page.js"]},
+    package_data={"solo_d2.tools.compare": ["page.css", "page.js"]},
     python_requires=">=3.10",
     # Detectron2 is required too, but cannot be named here: it has no release of its own on PyPI.
-    # `python -m solo_d2.env` says how to install it, README.md says it at length.
+    # `python -m solo_d2 env` says how to install it, README.md says it at length.
     install_requires=[
         "torch>=2.4",  # the models; 2.4 has torch.amp and weights-only loading as used here
         "torchvision>=0.19",  # deformable convolution, NMS, MobileNetV2; the pair of torch 2.4

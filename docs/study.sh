@@ -16,7 +16,7 @@ esac
 overrides=(SOLVER.AMP.ENABLED "${AMP:-True}" SOLVER.BASE_LR "$rate")
 [ "$part" = shapes ] || overrides+=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
-exec "${PYTHON:-python}" -m solo_d2.compare --train --output "output/study/${part}_$rate" --iterations $iterations "$@" \
+exec "${PYTHON:-python}" -m solo_d2.tools.compare --train --output "output/study/${part}_$rate" --iterations $iterations "$@" \
     "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
     "CenterMask=$folder/centermask$suffix.yaml" \
     "YOLACT=$folder/yolact$suffix.yaml" \

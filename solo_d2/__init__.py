@@ -1,8 +1,15 @@
 """Instance segmentation models for Detectron2. Importing this package registers them."""
 
-from .env import require_detectron2
+from .tools.env import missing_requirement
 
-if require_detectron2():
+_missing = missing_requirement()
+if _missing:
+    # `python -m solo_d2 env` must run all the same, and says more
+
+    def __getattr__(name: str) -> object:
+        raise ImportError(_missing)
+
+else:
     from . import data, modeling
     from .config import add_solo_d2_config
     from .modeling import (

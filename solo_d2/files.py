@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def write_whole(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open ``path`` for writing; it is replaced, in one step, when the block ends without error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")

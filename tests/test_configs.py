@@ -8,9 +8,10 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.compare.fairness import find_differences
-from solo_d2.compare.runs import read_models
-from solo_d2.config import load_config, num_classes_keys
+from solo_d2.config import load_config
+from solo_d2.modeling.num_classes import num_classes_keys
+from solo_d2.tools.compare.fairness import find_differences
+from solo_d2.tools.compare.runs import read_models
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 YAMLS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))

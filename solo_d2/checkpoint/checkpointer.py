@@ -10,7 +10,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from solo_d2.errors import UserError, one_line
-from solo_d2.files import write_whole
+from solo_d2.files import atomic_write
 
 from .load import adapt_to_model, load_weights_file
 
@@ -72,13 +72,13 @@ class Checkpointer(DetectionCheckpointer):
         }
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             torch.save(data, file)
         if self.tag_last:
             self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with write_whole(os.path.join(self.save_dir, "last_checkpoint")) as file:
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:

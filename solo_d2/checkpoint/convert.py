@@ -1,4 +1,4 @@
-"""Turn a published checkpoint into one of ours: ``python -m solo_d2.checkpoint.convert``."""
+"""Turn a published checkpoint into one of ours: ``python -m solo_d2 convert``."""
 
 import argparse
 import re
@@ -14,13 +14,13 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.config import get_value, num_classes_keys
 from solo_d2.errors import UserError, one_line
-from solo_d2.files import write_whole
+from solo_d2.files import atomic_write
+from solo_d2.modeling.num_classes import get_value, num_classes_keys
 
 from .architecture import infer_config
 from .load import load_weights_file
-from .rename_rules import convert, recognise
+from .rename_rules import convert, recognize
 from .sources import SOURCES, Source
 
 _FORMATS = [name for name, source in SOURCES.items() if source.architecture]
@@ -148,7 +148,7 @@ def _run(options: argparse.Namespace) -> None:
             "architecture": source.architecture,
         },
     }
-    with write_whole(options.output) as file:
+    with atomic_write(options.output) as file:
         torch.save(checkpoint, file)
     print(f"{options.source}: layout {source.name}, {_size(weights)}")
     print(f"{options.output}: {_size(converted)}; all used, none missing")
@@ -168,7 +168,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m solo_d2.checkpoint.convert", description=__doc__.splitlines()[0]
+        prog="python -m solo_d2 convert", description=__doc__.splitlines()[0]
     )
     parser.add_argument("source", help="a published .pth file")
     parser.add_argument("output", help="the .pth file to write")
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         "--source-format",
         choices=["auto", *_FORMATS],
         default="auto",
-        help="whose names the file has; auto (the default) recognises them",
+        help="whose names the file has; auto (the default) recognizes them",
     )
     parser.add_argument(
         "--config-file",
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _source(weights: Mapping[str, Tensor], name: str) -> Source:
-    source = recognise(weights) if name == "auto" else SOURCES[name]
+    source = recognize(weights) if name == "auto" else SOURCES[name]
     if source is None:
         raise UserError(f"its names are of none of the layouts {', '.join(_FORMATS)}")
     if source.architecture is None:

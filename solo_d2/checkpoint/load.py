@@ -16,7 +16,7 @@ from torch import Tensor
 
 from solo_d2.errors import UserError, one_line
 
-from .rename_rules import find_new_name, is_dropped, join, recognise
+from .rename_rules import find_new_name, is_dropped, join, recognize
 
 _MULTIARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
 # What the pickled arrays of Detectron2's model zoo are made of; none of it can start anything.
@@ -87,7 +87,7 @@ def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> 
         logged once; an unknown name stays, for the checkpointer to report.
     """
     keys = set(model_keys)
-    source = recognise(state_dict)
+    source = recognize(state_dict)
     if source is None or keys.issuperset(state_dict):
         return dict(state_dict)
     state_dict = join(state_dict, source)

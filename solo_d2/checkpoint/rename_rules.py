@@ -16,7 +16,7 @@ from .sources import SOURCES, Rule, Source
 Value = TypeVar("Value")
 
 
-def recognise(names: Iterable[str]) -> Source | None:
+def recognize(names: Iterable[str]) -> Source | None:
     """The layout that some of the names are typical for; None if there is none."""
     names = list(names)
     for source in SOURCES.values():
@@ -72,12 +72,12 @@ def convert(state_dict: Mapping[str, Value], source: Source | None = None) -> di
 
     Args:
         state_dict: name -> tensor.
-        source: their layout; None recognises it.
+        source: their layout; None recognizes it.
 
     Raises:
         UserError: the layout is not known, no rule is for a name, or two get the same.
     """
-    source = source or recognise(state_dict)
+    source = source or recognize(state_dict)
     if source is None:
         raise UserError(f"the names are of none of the layouts {', '.join(SOURCES)}")
     state_dict = join(state_dict, source)

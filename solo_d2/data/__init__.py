@@ -1,7 +1,7 @@
 """Data sets. Importing this package registers the embedded ones and "coco_mini_*"."""
 
 from .coco_json import register_coco_json, register_coco_mini
-from .setup import EMBEDDED, num_classes, setup_datasets
+from .setup import EMBEDDED, setup_datasets
 from .shapes import SHAPES
 from .toys import RODS, TUBES
 
@@ -10,7 +10,6 @@ __all__ = [
     "RODS",
     "SHAPES",
     "TUBES",
-    "num_classes",
     "register_coco_json",
     "register_coco_mini",
     "setup_datasets",

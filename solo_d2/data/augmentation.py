@@ -88,7 +88,7 @@ def _build_ssd(cfg: CfgNode) -> list[T.Augmentation]:
 
 
 class PlainResizeTransform(T.Transform):
-    """Bilinear with half-pixel centres and no antialiasing; the aspect ratio may change.
+    """Bilinear with half-pixel centers and no antialiasing; the aspect ratio may change.
 
     Detectron2's ``ResizeTransform`` goes through Pillow, which blurs before it shrinks. Images
     become float32 before, so that nothing is rounded; a mask is set where it is one half or more.
@@ -198,7 +198,7 @@ class PhotometricDistortion(T.Augmentation):
 class WindowTransform(T.Transform):
     """Look at the image through a window, which may be larger than the image, or lie beside it.
 
-    A box is clipped to the window; one whose centre is not inside becomes empty, for its object
+    A box is clipped to the window; one whose center is not inside becomes empty, for its object
     leaves the image. Polygons are clipped too (fvcore's ``CropTransform`` needs shapely for that).
     """
 
@@ -209,7 +209,7 @@ class WindowTransform(T.Transform):
         Args:
             x0, y0: where the window's left upper corner is in the image; may be negative.
             width, height: of the window.
-            fill: colour of what is not image, a number per channel. Masks are not set there.
+            fill: color of what is not image, a number per channel. Masks are not set there.
         """
         super().__init__()
         self._set_attributes(locals())
@@ -238,8 +238,8 @@ class WindowTransform(T.Transform):
     def apply_box(self, box: np.ndarray) -> np.ndarray:
         size = np.array([self.width, self.height])
         corners = self.apply_coords(np.asarray(box, dtype=np.float64).reshape(-1, 2, 2))
-        centres = corners.mean(axis=1)
-        inside = ((centres > 0) & (centres < size)).all(axis=1)
+        centers = corners.mean(axis=1)
+        inside = ((centers > 0) & (centers < size)).all(axis=1)
         return (corners.clip(0, size) * inside[:, None, None]).reshape(-1, 4)
 
     def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
@@ -272,7 +272,7 @@ class RandomExpand(T.Augmentation):
         """
         Args:
             max_ratio: the canvas has 1 to so many times the image's height and width.
-            fill: colour of the canvas, in the image's order of channels.
+            fill: color of the canvas, in the image's order of channels.
         """
         super().__init__()
         self._init(locals())
@@ -288,7 +288,7 @@ class RandomExpand(T.Augmentation):
 
 
 class ConstrainedCrop(T.Augmentation):
-    """Nothing, or a crop of 0.3 to 1 of the sides that holds the centre of an object.
+    """Nothing, or a crop of 0.3 to 1 of the sides that holds the center of an object.
 
     Its input needs, beside "image", "boxes" (N, 4), x1 y1 x2 y2 in pixels, and "is_crowd" (N,)
     bool; ``InstanceMapper`` gives them.
@@ -319,9 +319,9 @@ class ConstrainedCrop(T.Augmentation):
             if choice == 0:
                 return T.NoOpTransform()
             windows, fits = self._draw(height, width)
-            centres = (objects[:, :2] + objects[:, 2:]) / 2
+            centers = (objects[:, :2] + objects[:, 2:]) / 2
             low, high = windows[:, None, :2], windows[:, None, 2:]
-            fits &= ((low < centres) & (centres < high)).all(axis=2).any(axis=1)
+            fits &= ((low < centers) & (centers < high)).all(axis=2).any(axis=1)
             if self.iou_test:
                 ious = box_iou(torch.from_numpy(windows), torch.from_numpy(objects))
                 fits &= ious.amax(dim=1).numpy() >= self.MIN_IOUS[choice - 1]

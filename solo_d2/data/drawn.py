@@ -197,7 +197,7 @@ def _polygon(mask: NDArray[np.bool_]) -> list[float] | None:
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if len(contours) != 1:  # several parts, or a hole
         return None
-    # From the centres of boundary pixels, doubled, to the nearest corners of pixels.
+    # From the centers of boundary pixels, doubled, to the nearest corners of pixels.
     corners = np.round((contours[0] + 0.5) / 2).astype(np.float32)
     outline = cv2.approxPolyDP(corners, 0.6, closed=True).reshape(-1, 2)
     if len(outline) < 3:

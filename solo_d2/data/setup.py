@@ -7,7 +7,12 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
-from solo_d2.config import get_value, num_classes_keys
+from solo_d2.modeling.num_classes import (
+    dataset_num_classes,
+    get_value,
+    num_classes_keys,
+    write_num_classes,
+)
 
 from .coco_json import register_coco_json, register_subset
 from .shapes import SHAPES
@@ -50,31 +55,11 @@ def setup_datasets(cfg: CfgNode) -> None:
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if not MetadataCatalog.get(name).get("stuff_classes"):
             MetadataCatalog.get(name).stuff_classes = ["background"]
-    for key in _DETECTRON2_NUM_CLASSES.intersection(num_classes_keys(cfg)):
-        if get_value(cfg, key) == -1:
-            cfg.merge_from_list([key, num_classes(cfg)])
-
-
-_DETECTRON2_NUM_CLASSES = {
-    *("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.POINT_HEAD.NUM_CLASSES", "MODEL.RETINANET.NUM_CLASSES")
-}
-
-
-def num_classes(cfg: CfgNode) -> int:
-    """The number of classes of DATASETS.TRAIN, or of DATASETS.TEST where that says nothing.
-
-    Raises:
-        ValueError: neither is known.
-    """
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    for name in names:
-        classes = MetadataCatalog.get(name).get("thing_classes")
-        if classes:
-            return len(classes)
-    raise ValueError(
-        f"the number of classes is unknown: none of {list(names)} (DATASETS.TRAIN, DATASETS.TEST) "
-        "is registered with class names"
-    )
+    if any(get_value(cfg, key) == -1 for key in num_classes_keys(cfg)):
+        try:
+            write_num_classes(cfg, dataset_num_classes(cfg))
+        except ValueError:  # no data set at all: the model says so, if it is built
+            pass
 
 
 class CustomSet(NamedTuple):

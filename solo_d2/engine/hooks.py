@@ -9,7 +9,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 
-from solo_d2.files import write_whole
+from solo_d2.files import atomic_write
 
 from .loader import seed_step
 
@@ -99,7 +99,7 @@ class MetricsFile(JSONWriter):
             file.replace(file.with_suffix(".previous.json"))
         elif file.exists():
             kept = [x for x in file.read_bytes().splitlines() if _iteration(x) <= last_written]
-            with write_whole(file) as whole:
+            with atomic_write(file) as whole:
                 whole.writelines(line + b"\n" for line in kept)
         super().__init__(path)
         self._last_write = last_written

@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.data.mapper import InstanceMapper
 from solo_d2.errors import UserError
-from solo_d2.files import write_whole
+from solo_d2.evaluation.coco import InstanceEvaluator, PredictionPictures, write_results
+from solo_d2.evaluation.panoptic import PanopticEvaluator
+from solo_d2.files import atomic_write
 
-from .evaluation import InstanceEvaluator, PredictionPictures, write_results
 from .hooks import (
     BestCheckpointer,
     CheckpointBeforeEvaluation,
@@ -37,7 +38,6 @@ from .hooks import (
     StepSeed,
 )
 from .loader import TrainLoader, build_train_loader
-from .panoptic_evaluation import PanopticEvaluator
 
 # Architectures whose outputs have "panoptic_seg" for any data set.
 _PANOPTIC_ARCHITECTURES = {"AdaptIS"}
@@ -239,7 +239,7 @@ class Trainer(DefaultTrainer):
 
 
 class StepTrainer(SimpleTrainer):
-    """One optimisation step, in float32 or mixed precision, that never applies NaN gradients.
+    """One optimization step, in float32 or mixed precision, that never applies NaN gradients.
 
     Detectron2's trainers wait for the device once per loss; this does it once per step, for all
     losses of all processes.
@@ -349,7 +349,7 @@ class StepTrainer(SimpleTrainer):
                     for rank, part in enumerate(processes)
                 ],
             }
-            with write_whole(path) as file:
+            with atomic_write(path) as file:
                 file.write(json.dumps(report, indent=1, default=str).encode())
         comm.synchronize()  # the first process that ends takes the others with it
         raise NonFiniteLossError(

@@ -1,4 +1,4 @@
-"""Adaptive instance normalisation."""
+"""Adaptive instance normalization."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class AdaIN(nn.Module):
-    """Normalise every channel of every sample, then scale and shift it by a control vector.
+    """Normalize every channel of every sample, then scale and shift it by a control vector.
 
     ``y = (x - mean) / sqrt(var + eps) * scale(w) + bias(w)`` with two linear layers (AdaptIS,
     section 3). The published PyTorch code adds 1 to the bias (``bias_plus_one``), the one in MXNet

@@ -5,7 +5,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 
-def normaliser(count: Tensor, plus: float = 0.0) -> Tensor:
+def normalizer(count: Tensor, plus: float = 0.0) -> Tensor:
     """This process's share of (the sum of ``count`` over all processes + ``plus``), of at least 1.
 
     Divided by it, a sum over the local images has, after the averaging of gradients over

@@ -39,7 +39,7 @@ def tight_boxes(masks: Tensor) -> Tensor:
 
 
 def mass_centers(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre of mass of each mask in pixel indices, and its area.
+    """Center of mass of each mask in pixel indices, and its area.
 
     Args:
         masks: (N, H, W) bool.
@@ -133,7 +133,7 @@ def reduce_unpadded_masks(
 def _opencv_taps(
     source: int, target: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both neighbours of each target pixel and their weights in units of 1 / 2048."""
+    """Both neighbors of each target pixel and their weights in units of 1 / 2048."""
     position = (torch.arange(target, device=device).double() + 0.5) * (source / max(target, 1))
     position = position.float() - 0.5
     first = position.floor().clamp(0, source - 1)

@@ -11,10 +11,10 @@ _DECAYS = {
 
 
 def point_nms(scores: Tensor) -> Tensor:
-    """Zero every score that is below its upper, left or upper-left neighbour of the same class.
+    """Zero every score that is below its upper, left or upper-left neighbor of the same class.
 
     The window is 2x2 and looks back only, as in the published code: a symmetric 3x3 test keeps
-    other cells. Equal neighbours all survive.
+    other cells. Equal neighbors all survive.
 
     Args:
         scores: (N, C, S, S), non-negative.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def read_at_points(feature: Tensor, points: Tensor, scale: float = 1.0) -> Tensor:
-    """One vector per point, bilinear. Index 0 is the centre of the first cell: no half pixel.
+    """One vector per point, bilinear. Index 0 is the center of the first cell: no half pixel.
 
     Args:
         feature: (B, C, h, w).

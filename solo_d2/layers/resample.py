@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, half-pixel centres; nothing to do where the size is right.
+    """Bilinear, half-pixel centers; nothing to do where the size is right.
 
     Args:
         x: (N, C, h, w); N may be 0, C may not.
@@ -17,7 +17,7 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def double(x: Tensor) -> Tensor:
+def upsample2x(x: Tensor) -> Tensor:
     """(N, C, h, w) -> (N, C, 2h, 2w), bilinear."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
@@ -35,7 +35,7 @@ def align_to_grid(feature: Tensor, grid: int, method: str = "interpolate") -> Te
     Args:
         feature: (N, C, H, W).
         grid: S, cells along each axis.
-        method: "interpolate", a bilinear sample at the centre of each cell; "adaptive_pool", the
+        method: "interpolate", a bilinear sample at the center of each cell; "adaptive_pool", the
             maximum over it; "region_grid", the mean of 2 x 2 samples spread evenly over it.
 
     Returns:
@@ -44,7 +44,7 @@ def align_to_grid(feature: Tensor, grid: int, method: str = "interpolate") -> Te
     return ALIGNMENTS[method](feature, grid)
 
 
-class DoublingConv2d(Conv2d):
+class UpsampledConv2d(Conv2d):
     """A convolution over its input at twice the size, of which single channels can be had.
 
     Called, it does as it says, for all channels. ``select`` makes only those that are asked for,
@@ -62,7 +62,7 @@ class DoublingConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, h, w) -> (N, out_channels, 2h, 2w)."""
-        return super().forward(double(x))
+        return super().forward(upsample2x(x))
 
     def select(self, x: Tensor, channels: Tensor) -> Tensor:
         """Some channels of the output for one image.
@@ -79,7 +79,7 @@ class DoublingConv2d(Conv2d):
         kernels = self.weight.index_select(0, channels).flip(2, 3).permute(0, 2, 3, 1)
         # what every position of the kernel contributes, as maps of the input's size
         maps = (kernels.flatten(0, 2) @ x.flatten(1)).float().view(-1, k * k, h, w)
-        maps = double(maps)
+        maps = upsample2x(maps)
         if k > 1:
             maps = F.fold(maps.flatten(2), (2 * h, 2 * w), k, padding=k // 2)
         return maps[:, 0] + self.bias.index_select(0, channels).float().view(-1, 1, 1)

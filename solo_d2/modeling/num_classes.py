@@ -1,11 +1,77 @@
-"""The number of classes, from the data unless set."""
+"""The number of classes: as configured, or where the config says -1, that of the training set."""
 
-from solo_d2.config import get_value
-from solo_d2.data import num_classes
+import os
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.utils import comm
+
+from solo_d2.files import atomic_write
+
+# Detectron2's own; a model of solo_d2 has the attribute ``num_classes_key``.
+_DETECTRON2_KEYS = {
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "FCOS": "MODEL.RETINANET.NUM_CLASSES",
+}
 
 
-def resolve_num_classes(cfg, key: str) -> int:
+def num_classes_keys(cfg: CfgNode) -> tuple[str, ...]:
+    """Names of the keys that hold the number of classes of the model of ``cfg``."""
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    key = getattr(META_ARCH_REGISTRY.get(architecture), "num_classes_key", None)
+    key = key or _DETECTRON2_KEYS.get(architecture)
+    if key:
+        return (key,)
+    keys = ["MODEL.ROI_HEADS.NUM_CLASSES"]
+    if "POINT_HEAD" in cfg.MODEL:
+        keys.append("MODEL.POINT_HEAD.NUM_CLASSES")
+    generator = cfg.MODEL.PROPOSAL_GENERATOR.NAME
+    if generator in PROPOSAL_GENERATOR_REGISTRY:
+        key = getattr(PROPOSAL_GENERATOR_REGISTRY.get(generator), "num_classes_key", None)
+        keys[:0] = [key] if key else []
+    return tuple(keys)
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a key such as "MODEL.MASK_ON"."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def dataset_num_classes(cfg: CfgNode, *, load: bool = True) -> int:
+    """The number of classes of DATASETS.TRAIN, or of DATASETS.TEST where that says nothing.
+
+    Args:
+        cfg: a config.
+        load: load a set whose metadata have no class names yet, as ``register_coco_instances``
+            leaves them.
+
+    Raises:
+        ValueError: neither is known.
+    """
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for name in filter(lambda name: isinstance(name, str), names):
+        if load and name in DatasetCatalog and not MetadataCatalog.get(name).get("thing_classes"):
+            DatasetCatalog.get(name)
+        classes = MetadataCatalog.get(name).get("thing_classes")
+        if classes:
+            return len(classes)
+    raise ValueError(
+        f"the number of classes is unknown: none of {list(names)} (DATASETS.TRAIN, DATASETS.TEST) "
+        "is registered with class names"
+    )
+
+
+def resolve_num_classes(cfg: CfgNode, key: str) -> int:
     """The config's number of classes, or the training set's where the config has -1.
+
+    Then the number also takes the place of -1 in ``cfg``, and in the ``config.yaml`` that
+    ``default_setup`` wrote before the model was built: this file and a checkpoint are enough to
+    load the model where the data set is not registered.
 
     Args:
         cfg: a config.
@@ -16,15 +82,36 @@ def resolve_num_classes(cfg, key: str) -> int:
     """
     configured = get_value(cfg, key)
     try:
-        known = num_classes(cfg)
+        known = dataset_num_classes(cfg, load=configured == -1)
     except ValueError as error:
         if configured == -1:
             raise ValueError(f"{key} is -1 (from the data), but {error}") from None
         return configured
-    if configured not in (-1, known):
+    if configured == -1:
+        write_num_classes(cfg, known)
+    elif configured != known:
         name = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0]
         raise ValueError(
             f"{key} is {configured}, but data set {name!r} has {known} classes; "
             f"set it to {known}, or to -1 to take the number from the data"
         )
     return known
+
+
+def write_num_classes(cfg: CfgNode, num_classes: int) -> None:
+    """Replace each -1 among ``num_classes_keys`` in ``cfg``, and in its dump in OUTPUT_DIR."""
+    dumped = cfg.dump()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    for key in num_classes_keys(cfg):
+        if get_value(cfg, key) == -1:
+            cfg.merge_from_list([key, num_classes])
+    if frozen:
+        cfg.freeze()
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if comm.is_main_process() and os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            is_this_config = file.read() == dumped
+        if is_this_config:
+            with atomic_write(path) as file:
+                file.write(cfg.dump().encode())

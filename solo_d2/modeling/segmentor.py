@@ -27,7 +27,7 @@ class GroundTruth(NamedTuple):
 
 
 class InstanceSegmentor(nn.Module):
-    """Base class: normalises and batches images, runs the backbone, post-processes.
+    """Base class: normalizes and batches images, runs the backbone, post-processes.
 
     A subclass implements ``losses`` and ``inference``.
     """
@@ -107,7 +107,7 @@ class InstanceSegmentor(nn.Module):
         return processed
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalise, then pad with zeros at the right and bottom."""
+        """Normalize, then pad with zeros at the right and bottom."""
         images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         batch = ImageList.from_tensors(
@@ -123,7 +123,7 @@ class InstanceSegmentor(nn.Module):
     def prepare_ground_truth(
         self, batched_inputs: list[dict], images: ImageList
     ) -> list[GroundTruth]:
-        """Annotations on the device, polygons rasterised, masks padded to the batch.
+        """Annotations on the device, polygons rasterized, masks padded to the batch.
 
         Raises:
             ValueError: an input has no "instances", or instances without masks.

@@ -65,8 +65,8 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path):
 def test_a_kill_while_saving_leaves_the_old_file(tmp_path):
     script = (
         "import os, signal, sys\n"
-        "from solo_d2.files import write_whole\n"
-        "with write_whole(sys.argv[1]) as file:\n"
+        "from solo_d2.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n"
         "    file.write(b'new')\n"
         "    file.flush()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
-from solo_d2.checkpoint.rename_rules import convert, recognise, rename_key
+from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
 from solo_d2.checkpoint.sources import SOURCES
 from solo_d2.errors import UserError
 
@@ -232,7 +232,7 @@ def test_every_published_architecture_is_inferred(name):
     decoupled = cfg.MODEL.META_ARCHITECTURE == "DecoupledSOLO"
     weights = {official_name(name, decoupled): value for name, value in expected.items()}
     assert len(weights) == len(expected)
-    source = recognise(weights)
+    source = recognize(weights)
     assert source.architecture == cfg.MODEL.META_ARCHITECTURE
     converted = convert_checkpoint(weights, source, config_for(weights, source))
     assert {name: value.shape for name, value in converted.items()} == {
@@ -287,7 +287,7 @@ def test_ablations_of_solo_are_inferred(architecture, source, options):
     expected = config("", *TINY, "MODEL.META_ARCHITECTURE", architecture, *options)
     decoupled = architecture == "DecoupledSOLO"
     weights = {official_name(k, decoupled): v for k, v in on_meta(expected).items()}
-    assert recognise(weights).name == source
+    assert recognize(weights).name == source
     cfg = config_for(weights, SOURCES[source])
     for key in ("META_ARCHITECTURE", "SOLO.NUM_GRIDS", "DECOUPLED_SOLO.SHARED_TOWER"):
         assert _at(cfg.MODEL, key) == _at(expected.MODEL, key), key
@@ -339,7 +339,7 @@ def solo_tables(reference_dir):
 @pytest.mark.golden
 def test_reference_tables_convert_completely(solo_tables):
     for table, weights in solo_tables:
-        source = recognise(weights)
+        source = recognize(weights)
         assert source is not None, table
         architecture = {"solo_": "SOLO", "decou": "DecoupledSOLO"}.get(table[:5], "SOLOv2")
         assert source.architecture == architecture, table

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
-from solo_d2.checkpoint.rename_rules import recognise
+from solo_d2.checkpoint.rename_rules import recognize
 from solo_d2.config import load_config
 from solo_d2.errors import UserError
 
@@ -31,7 +31,7 @@ def weights(stand_in_weights):
 @STAGES
 def test_every_tensor_finds_its_place(weights, stage):
     published = of_stage(weights, stage)
-    source = recognise(published)
+    source = recognize(published)
     assert source.name == "official_adaptis"
     cfg = config_for(published, source)
     assert cfg.MODEL.ADAPTIS.STAGE == stage
@@ -53,14 +53,14 @@ def test_the_toy_configs_have_a_place_for_them(weights, stage):
     number = {"instance": 1, "proposals": 2}[stage]
     cfg = load_config(str(CONFIGS / f"AdaptIS/AdaptIS_UNet_rods_stage{number}.yaml"))
     cfg.MODEL.ADAPTIS.NUM_THINGS = 1
-    convert_checkpoint(published, recognise(published), cfg)
+    convert_checkpoint(published, recognize(published), cfg)
 
 
 @pytest.mark.golden
 @pytest.mark.parametrize("remove", ["backbone.image_bn.weight", "adaptis_head.block1.3.bias"])
 def test_a_missing_tensor_is_named(weights, remove):
     published = {k: v for k, v in weights.items() if k != remove}
-    source = recognise(published)
+    source = recognize(published)
     with pytest.raises(UserError, match=r"missing: \S+(weight|bias)$"):
         convert_checkpoint(published, source, config_for(published, source))
 
@@ -69,7 +69,7 @@ def test_a_missing_tensor_is_named(weights, remove):
 def test_an_unknown_tensor_is_named(weights):
     published = {**weights, "adaptis_head.block2.0.weight": torch.zeros(1)}
     with pytest.raises(UserError, match=r"adaptis_head\.block2\.0\.weight"):
-        config_for(published, recognise(published))
+        config_for(published, recognize(published))
 
 
 @pytest.mark.golden
@@ -79,7 +79,7 @@ def test_the_command_converts_and_the_result_loads(weights, tmp_path, capsys):
     assert main([str(tmp_path / "proposals_toy.params"), str(target)]) == 0
     printed = capsys.readouterr().out
     assert "official_adaptis" in printed and "MODEL.ADAPTIS.STAGE proposals" in printed
-    cfg = config_for(weights, recognise(weights))
+    cfg = config_for(weights, recognize(weights))
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     Checkpointer(model).load(str(target))
@@ -91,7 +91,7 @@ def test_the_command_converts_and_the_result_loads(weights, tmp_path, capsys):
 def test_a_file_of_the_first_stage_starts_the_second(weights, tmp_path, caplog):
     """Training goes on from a published file as it is: the proposal head is new, and said to be."""
     torch.save(of_stage(weights, "instance"), tmp_path / "toy.params")
-    cfg = config_for(weights, recognise(weights))
+    cfg = config_for(weights, recognize(weights))
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     before = model.proposal_head.predictor.weight.clone()

@@ -13,7 +13,7 @@ from solo_d2.checkpoint.architecture import infer_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
 from solo_d2.checkpoint.load import adapt_to_model
-from solo_d2.checkpoint.rename_rules import convert, join, recognise
+from solo_d2.checkpoint.rename_rules import convert, join, recognize
 from solo_d2.checkpoint.sources import SOURCES
 from solo_d2.config import load_config
 from solo_d2.errors import UserError
@@ -66,7 +66,7 @@ class TestDetectors:
     @pytest.mark.parametrize("table", DETECTORS)
     def test_every_tensor_finds_its_place(self, tables, table):
         weights = tables(table)
-        source = recognise(weights)
+        source = recognize(weights)
         assert source.name == "centermask2"
         cfg = config_for(weights, source)
         assert cfg.MODEL.FCOS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
@@ -83,9 +83,9 @@ class TestDetectors:
         weights = tables(table)
         cfg = load_config(str(CONFIGS / f"CenterMask/{DETECTORS[table]}.yaml"))
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-        inferred = config_for(weights, recognise(weights)).MODEL
+        inferred = config_for(weights, recognize(weights)).MODEL
         cfg.MODEL.FCOS.NUM_CLASSES = inferred.FCOS.NUM_CLASSES
-        convert_checkpoint(weights, recognise(weights), cfg)
+        convert_checkpoint(weights, recognize(weights), cfg)
         # what the shapes tell is what the config says, weights and names of data aside
         body = "RESNETS" if "r50" in table else "VOVNET"
         for part in ("BACKBONE", body, "FPN", "FCOS", "CENTERMASK", "ROI_MASK_HEAD"):
@@ -101,7 +101,7 @@ class TestDetectors:
         assert "centermask2" in printed and "MODEL.VOVNET.CONV_BODY V-19-slim-dw-eSE" in printed
         arguments = ["--config-file", str(CONFIGS / f"CenterMask/{DETECTORS[SMALLEST]}.yaml")]
         assert main([str(tmp_path / "centermask.pth"), str(target), *arguments]) == 0
-        cfg = config_for(published, recognise(published))
+        cfg = config_for(published, recognize(published))
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
         Checkpointer(model).load(str(target))
@@ -114,7 +114,7 @@ class TestDetectors:
     @pytest.mark.golden
     def test_a_published_file_loads_as_it_is(self, published, tmp_path, caplog):
         torch.save({"model": published}, tmp_path / "centermask.pth")
-        cfg = config_for(published, recognise(published))
+        cfg = config_for(published, recognize(published))
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
         with caplog.at_level("WARNING"):
@@ -138,7 +138,7 @@ class TestDetectors:
     )
     def test_a_missing_tensor_is_named(self, tables, remove):
         weights = {k: v for k, v in tables(SMALLEST).items() if k != remove}
-        source = recognise(weights)
+        source = recognize(weights)
         with pytest.raises(UserError, match="missing: |scales is .4,., the model has .5,"):
             convert_checkpoint(weights, source, config_for(weights, source))
 
@@ -146,7 +146,7 @@ class TestDetectors:
     def test_an_unknown_tensor_is_named(self, tables):
         weights = {**tables(SMALLEST), "roi_heads.keypoint_head.score.weight": torch.zeros(1)}
         with pytest.raises(UserError, match=r"unused.*roi_heads\.keypoint_head\.score\.weight"):
-            config_for(weights, recognise(weights))
+            config_for(weights, recognize(weights))
 
     @pytest.mark.golden
     def test_pixel_statistics_of_old_files_are_dropped(self, tables):
@@ -237,7 +237,7 @@ class TestImageNetWeights:
     @pytest.mark.parametrize("depth", BACKBONES)
     def test_every_tensor_finds_its_place(self, tables, depth):
         weights = tables(f"vovnet{depth}_imagenet")
-        source = recognise(weights)
+        source = recognize(weights)
         assert source.name == "vovnet"
         with torch.device("meta"):
             expected = shapes(body(depth).state_dict())

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
-from solo_d2.checkpoint.rename_rules import convert, recognise
+from solo_d2.checkpoint.rename_rules import convert, recognize
 from solo_d2.checkpoint.sources import SOURCES
 from solo_d2.config import load_config
 from solo_d2.errors import UserError
@@ -62,7 +62,7 @@ def plus_r101(plus_r50, r101):
 @every_table
 def test_every_tensor_finds_its_place(published, table):
     weights = published(table)
-    source = recognise(weights)
+    source = recognize(weights)
     assert source.architecture == "YOLACT"
     cfg = config_for(weights, source)
     assert cfg.MODEL.YOLACT.NUM_CLASSES == 80
@@ -80,9 +80,9 @@ def test_the_config_of_the_variant_has_a_place_for_them(published, table):
     cfg = load_config(str(CONFIGS / f"{TABLES[table]}.yaml"))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     cfg.MODEL.YOLACT.NUM_CLASSES = 80
-    convert_checkpoint(weights, recognise(weights), cfg)
+    convert_checkpoint(weights, recognize(weights), cfg)
     # and what the shapes tell is what the config says
-    inferred = config_for(weights, recognise(weights))
+    inferred = config_for(weights, recognize(weights))
     for key in ("PIXEL_MEAN", "PIXEL_STD", "YOLACT"):
         assert cfg.MODEL[key] == inferred.MODEL[key]
     assert cfg.MODEL.BACKBONE.NAME == inferred.MODEL.BACKBONE.NAME
@@ -95,13 +95,13 @@ def test_the_config_of_the_variant_has_a_place_for_them(published, table):
 def test_plus_with_resnet_101_has_the_published_number_of_tensors(published):
     weights = plus_r101(published("yolact_plus_r50"), published("yolact_r101"))
     assert len(weights) == 705
-    cfg = config_for(weights, recognise(weights))
+    cfg = config_for(weights, recognize(weights))
     assert cfg.MODEL.RESNETS.DEFORM_INTERVAL == 3 and cfg.MODEL.RESNETS.DEFORM_BIAS
-    convert_checkpoint(weights, recognise(weights), cfg)
+    convert_checkpoint(weights, recognize(weights), cfg)
     ours = load_config(str(CONFIGS / "YOLACT_PLUS_R101.yaml"))
     ours.DATASETS.TRAIN = ours.DATASETS.TEST = ()
     ours.MODEL.YOLACT.NUM_CLASSES = 80
-    convert_checkpoint(weights, recognise(weights), ours)
+    convert_checkpoint(weights, recognize(weights), ours)
 
 
 # The pyramid and the backbone have the lists that are easily taken the wrong way around.
@@ -166,7 +166,7 @@ def test_second_names_of_old_files_are_dropped(published):
 )
 def test_a_missing_tensor_is_named(published, table, remove):
     weights = {k: v for k, v in published(table).items() if k != remove}
-    source = recognise(weights)
+    source = recognize(weights)
     renamed = next(iter(convert({remove: None}, source)))
     with pytest.raises(UserError, match=f"missing: {renamed}$"):
         convert_checkpoint(weights, source, config_for(weights, source))
@@ -179,7 +179,7 @@ def test_a_missing_tensor_is_named(published, table, remove):
 def test_an_unknown_tensor_is_named(published, name):
     weights = {**published("yolact_r50"), name: torch.zeros(1)}
     with pytest.raises(UserError, match=name):
-        config_for(weights, recognise(weights))
+        config_for(weights, recognize(weights))
 
 
 @pytest.mark.golden

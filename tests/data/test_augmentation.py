@@ -29,12 +29,12 @@ from solo_d2.engine import Trainer
 
 HEIGHT, WIDTH = 72, 96
 FILL = [123.68, 116.78, 103.94]
-# The colour of object k: away from the fill and from the background, which is black.
-COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255]])
+# The color of object k: away from the fill and from the background, which is black.
+COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255]])
 
 
 def config(**options):
-    """Without photometric changes: the tests know objects by their colours."""
+    """Without photometric changes: the tests know objects by their colors."""
     opts = {
         "MODEL.META_ARCHITECTURE": "YOLACT",
         "MODEL.MASK_ON": True,
@@ -84,8 +84,8 @@ def annotate(polygon, category, form, crowd=False):
 def draw(polygons, path, shape=(HEIGHT, WIDTH)):
     """Later polygons hide the earlier ones."""
     image = np.zeros((*shape, 3), np.uint8)
-    for polygon, colour in zip(polygons, COLOURS):
-        image[raster(polygon, *shape)] = colour
+    for polygon, color in zip(polygons, COLORS):
+        image[raster(polygon, *shape)] = color
     Image.fromarray(image).save(path)
 
 
@@ -111,9 +111,9 @@ def record(folder, polygons, form, crowds=0):
 
 
 def seen(example, category):
-    """Where the image has the colour of an object, (H, W) bool: half of it or more."""
+    """Where the image has the color of an object, (H, W) bool: half of it or more."""
     image = example["image"].float().numpy().transpose(1, 2, 0)
-    return np.abs(image - COLOURS[category]).max(axis=2) <= 127.5
+    return np.abs(image - COLORS[category]).max(axis=2) <= 127.5
 
 
 # Apart from each other, so that none hides another.
@@ -145,7 +145,7 @@ class TestMapper:
         mapper = InstanceMapper(config(**options), is_train=True)
         np.random.seed(seed)  # noqa: NPY002
         example = mapper(record(folder, polygons, form, crowds))
-        assert example is not None  # these shapes fill their boxes' centres
+        assert example is not None  # these shapes fill their boxes' centers
         instances = example["instances"]
         height, width = instances.image_size
         assert example["image"].shape == (3, height, width)
@@ -392,7 +392,7 @@ class TestWindow:
     def test_boxes_are_clipped_and_those_beside_it_become_empty(self):
         boxes = np.array([[0.0, 0, 30, 30], [0, 0, 20, 20], [25, 25, 60, 60], [2, 2, 8, 8]])
         out = WindowTransform(10, 10, 30, 30).apply_box(boxes)
-        # the second's centre lies on the window's corner
+        # the second's center lies on the window's corner
         assert out.tolist() == [[0, 0, 20, 20], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
     @settings(max_examples=60, deadline=None)
@@ -526,7 +526,7 @@ class TestConfig:
         assert self.names(cfg, is_train=False) == ["SquareResize"]
 
     @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
-    def test_canvas_has_one_colour_in_either_format(self, image_format):
+    def test_canvas_has_one_color_in_either_format(self, image_format):
         expand = build_augmentations(config(FORMAT=image_format), True)[0]
         assert list(expand.fill) == (FILL if image_format == "RGB" else FILL[::-1])
 

@@ -19,11 +19,11 @@ from pycocotools.coco import COCO
 from solo_d2.config import add_solo_d2_config
 from solo_d2.data import (
     SHAPES,
-    num_classes,
     register_coco_json,
     register_coco_mini,
     setup_datasets,
 )
+from solo_d2.modeling.num_classes import dataset_num_classes
 
 HEIGHT, WIDTH = 40, 60
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -415,7 +415,7 @@ def test_custom_sets_replace_those_of_the_config(cfg, document, write):
     setup_datasets(cfg)  # harmless
     assert cfg.DATASETS.TRAIN == ("mine_train",)
     assert cfg.DATASETS.TEST == ("mine_val",)
-    assert num_classes(cfg) == 2
+    assert dataset_num_classes(cfg) == 2
     assert len(DatasetCatalog.get("mine_train")) == len(DatasetCatalog.get("mine_val")) == 2
 
 
@@ -425,7 +425,7 @@ def test_one_custom_set_leaves_the_other_empty(cfg, document, write, split, expe
     set_custom(cfg, **{split: write(document)})
     setup_datasets(cfg)
     assert (len(cfg.DATASETS.TRAIN), len(cfg.DATASETS.TEST)) == expected
-    assert num_classes(cfg) == 2
+    assert dataset_num_classes(cfg) == 2
 
 
 def test_relative_paths_are_found_under_detectron2_datasets(
@@ -442,7 +442,7 @@ def test_relative_paths_are_found_under_detectron2_datasets(
     document["categories"] += [{"id": 20, "name": "cow"}]
     Path("set.json").write_text(json.dumps(document))
     setup_datasets(cfg)
-    assert num_classes(cfg) == 3
+    assert dataset_num_classes(cfg) == 3
 
 
 def test_a_missing_custom_file_is_named_with_its_key_and_places(cfg, tmp_path, monkeypatch):
@@ -505,7 +505,7 @@ def test_shapes_take_the_parameters_of_the_config(cfg):
     cfg.DATASETS.SHAPES.IMAGE_SIZE = (64, 80)
     setup_datasets(cfg)
     assert cfg.DATASETS.TRAIN == ("shapes_train",)
-    assert num_classes(cfg) == 5
+    assert dataset_num_classes(cfg) == 5
     records = DatasetCatalog.get("shapes_train")
     assert len(records) == 3
     assert (records[0]["height"], records[0]["width"]) == (64, 80)
@@ -515,10 +515,10 @@ def test_shapes_take_the_parameters_of_the_config(cfg):
 def test_num_classes_falls_back_to_the_test_set_and_says_when_unknown(cfg):
     SHAPES.register()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("unheard_of",), ("shapes_val",)
-    assert num_classes(cfg) == 5
+    assert dataset_num_classes(cfg) == 5
     cfg.DATASETS.TEST = ()
     with pytest.raises(ValueError, match="number of classes is unknown.*unheard_of"):
-        num_classes(cfg)
+        dataset_num_classes(cfg)
 
 
 # --- real data
@@ -534,7 +534,7 @@ def test_configs_of_the_real_sets_load(cfg, data_dir, monkeypatch, name, caplog)
         setup_datasets(cfg)
     assert caplog.records == []
     assert cfg.DATASETS.TRAIN == (f"{name}_train",)
-    assert num_classes(cfg) == 1
+    assert dataset_num_classes(cfg) == 1
     for split, dataset in (("train", cfg.DATASETS.TRAIN[0]), ("val", cfg.DATASETS.TEST[0])):
         source = json.loads((data_dir / name / f"annotations/instances_{split}.json").read_text())
         records = DatasetCatalog.get(dataset)
@@ -550,7 +550,7 @@ def test_coco_mini_loads_with_cocos_classes(cfg, data_dir, monkeypatch, caplog):
     register_coco_mini()
     cfg.merge_from_file(str(REPOSITORY / "configs/coco_mini/Base-coco_mini.yaml"))
     setup_datasets(cfg)
-    assert num_classes(cfg) == 80
+    assert dataset_num_classes(cfg) == 80
     with caplog.at_level(logging.WARNING):
         for dataset, split in ((cfg.DATASETS.TRAIN[0], "train"), (cfg.DATASETS.TEST[0], "val")):
             file = data_dir / "coco_mini" / f"annotations/instances_{split}2017.json"

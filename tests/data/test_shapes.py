@@ -228,10 +228,10 @@ def test_visible_parts_do_not_overlap_and_every_shape_stays_visible():
 
 
 def test_later_shapes_cover_earlier_ones(monkeypatch):
-    """With flat colours and no noise, every visible mask has its own colour throughout."""
+    """With flat colors and no noise, every visible mask has its own color throughout."""
 
-    def flat(rng, size, colour, spread):
-        return np.tile(colour, (*size, 1))
+    def flat(rng, size, color, spread):
+        return np.tile(color, (*size, 1))
 
     monkeypatch.setattr(drawing, "_texture", flat)
     checked = 0
@@ -260,18 +260,18 @@ def test_crowd_regions_hold_many_tiny_shapes():
     assert max(len(drawing._crowd_layers(rng, 0, SIZE)) for _ in range(5)) >= 12
 
 
-def test_classes_differ_in_shape_and_not_in_colour():
-    """Mean colours per class are alike; the filled fraction of the box is not."""
-    colours, fills = {}, {}
+def test_classes_differ_in_shape_and_not_in_color():
+    """Mean colors per class are alike; the filled fraction of the box is not."""
+    colors, fills = {}, {}
     for index in range(150):
         image, shapes = scene(index)
         for shape in shapes:
             if shape.is_crowd:
                 continue
             y, x = np.nonzero(shape.mask)
-            colours.setdefault(shape.category, []).append(image[shape.mask].mean(0))
+            colors.setdefault(shape.category, []).append(image[shape.mask].mean(0))
             fills.setdefault(shape.category, []).append(len(x) / (np.ptp(x) + 1) / (np.ptp(y) + 1))
-    means = np.array([np.mean(c, 0) for c in colours.values()])
+    means = np.array([np.mean(c, 0) for c in colors.values()])
     assert np.ptp(means, axis=0).max() < 40
     fill = {drawing.CLASSES[k]: np.median(v) for k, v in fills.items()}
     assert max(fill["ring"], fill["triangle"], fill["cross"]) < 0.9 * fill["disc"]

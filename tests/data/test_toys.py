@@ -98,9 +98,9 @@ def test_rods_are_red_with_a_blue_rim_on_white(monkeypatch):
 
 def test_one_lies_on_top_and_what_is_seen_through_it_is_darker():
     canvas = drawing._Canvas(np.full((10, 30, 3), 200, np.float32))
-    colour = np.full((10, 20, 3), 100, np.float32)
+    color = np.full((10, 20, 3), 100, np.float32)
     for left in (0, 10):
-        canvas.add(np.full((10, 20), 3.0), (0, left), colour, opacity=0.7)
+        canvas.add(np.full((10, 20), 3.0), (0, left), color, opacity=0.7)
     assert (canvas.top == np.repeat([0, 1], [10, 20])).all()
     only, overlap = canvas.image[0, 25, 0], canvas.image[0, 15, 0]
     assert 100 < overlap < only < 200
@@ -121,7 +121,7 @@ def test_a_straight_stroke_has_the_depth_of_a_rod():
     depth, corner = drawing._stroke_depth(points, np.array([3.0, 3.0]), (16, 32))
     assert corner == (4, 6)
     at = {(y, x): depth[y - 4, x - 6] for y, x in [(7, 15), (7, 9), (10, 15), (11, 15)]}
-    assert at[7, 15] == pytest.approx(2.5)  # its centre is half a pixel from the axis
+    assert at[7, 15] == pytest.approx(2.5)  # its center is half a pixel from the axis
     assert at[10, 15] == pytest.approx(0.5) and at[11, 15] == pytest.approx(-0.5)
     assert at[7, 9] == pytest.approx(3 - np.hypot(0.5, 0.5))
 

@@ -1,4 +1,4 @@
-"""One command trains two configs in turn, the second from what the first has learnt."""
+"""One command trains two configs in turn, the second from what the first has learned."""
 
 import json
 import os

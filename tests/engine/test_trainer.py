@@ -11,10 +11,10 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.engine import HookBase
 
-from solo_d2.data import num_classes
 from solo_d2.engine import NonFiniteLossError, Trainer, scale_learning_rate
 from solo_d2.engine.hooks import MetricWriters
 from solo_d2.errors import UserError
+from solo_d2.modeling.num_classes import dataset_num_classes
 
 NOT_COMPARED = {"time", "data_time", "eta_seconds"}
 
@@ -284,7 +284,7 @@ def test_mask_rcnn_resumes_exactly_too(toy_cfg, tmp_path):
             *("SOLVER.BASE_LR", 0.001, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2),
             *("SOLVER.STEPS", (4,), "SEED", 1, "OUTPUT_DIR", str(tmp_path / folder)),
         )
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes(cfg)
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = dataset_num_classes(cfg)
         return cfg
 
     uninterrupted = start(config("whole"))

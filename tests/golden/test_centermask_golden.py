@@ -14,7 +14,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognise, rename_key
+from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognize, rename_key
 from solo_d2.modeling.centermask.mask_iou import crop_masks, mask_iou_targets
 
 pytestmark = pytest.mark.golden
@@ -403,7 +403,7 @@ def test_foreground_and_its_targets(golden, training, tolerance, case):
 
 def our_parameter(name: str, model) -> tuple[torch.nn.Parameter, tuple]:
     """The parameter of an original's name, and which part of it that is."""
-    source = recognise([name, "proposal_generator.fcos_head.cls_logits.bias"])
+    source = recognize([name, "proposal_generator.fcos_head.cls_logits.bias"])
     part: tuple = ()
     if joined := find_new_name(name, source.joined):
         part = (int(re.search(r"\.(\d+)\.", name)[1]),)

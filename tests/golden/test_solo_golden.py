@@ -11,7 +11,7 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch.nn import functional as F
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.checkpoint.rename_rules import convert, recognise, rename_key
+from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
 from solo_d2.modeling import SOLO, SOLOv2
 from solo_d2.modeling.solo.inference import find_candidates, suppress
 
@@ -198,7 +198,7 @@ def runs(golden, build):
 
 
 def with_ties_as_in(golden, key: str, run: Run, name: str) -> torch.Tensor:
-    """Our scores after point NMS; where a neighbour is as high but for noise, as in the golden."""
+    """Our scores after point NMS; where a neighbor is as high but for noise, as in the golden."""
     level = int(name[-1])
     scores = run.outputs.category_logits[level][0].sigmoid()
     padded = F.pad(scores, (1, 0, 1, 0))
@@ -262,7 +262,7 @@ def test_inputs_and_outputs_of_the_suppression_are_the_originals(golden, runs):
             continue
         found = run.detections
         areas = (found.masks > 0.5).flatten(1).sum(1)
-        # compared within classes: across them, neighbours in rank lie closer than the noise
+        # compared within classes: across them, neighbors in rank lie closer than the noise
         classes, scores, areas = sorted_by_class(found.classes, found.scores, areas)
         expected_classes, expected_scores, expected_areas = sorted_by_class(
             golden[f"{key}_nms_in_classes"],
@@ -376,7 +376,7 @@ def test_training_losses_are_the_originals(training):
 def test_gradient_norms_are_the_originals(training):
     golden, model, _ = training
     parameters = dict(model.named_parameters())
-    rules = recognise(golden.meta["T_grad_names"]).rules
+    rules = recognize(golden.meta["T_grad_names"]).rules
     names = [rename_key(name, rules) for name in golden.meta["T_grad_names"]]
     norms = torch.stack([parameters[name].grad.double().norm() for name in names])
     rtol = relative(golden, "grad_norms")
@@ -392,6 +392,6 @@ def test_every_trained_parameter_gets_a_gradient(training):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None] == []
     # where the original has none, a level without positives, ours is a zero
-    rules = recognise(golden.meta["T_grad_names"]).rules
+    rules = recognize(golden.meta["T_grad_names"]).rules
     theirs = {rename_key(name, rules) for name in golden.meta["T_params_without_grad"]}
     assert {name for name, p in trained.items() if not p.grad.any()} == theirs

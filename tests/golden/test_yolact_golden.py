@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.checkpoint.rename_rules import convert, recognise, rename_key
+from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
 from solo_d2.data.augmentation import test_resize as build_resize
 from solo_d2.modeling.yolact.inference import find_candidates
 
@@ -324,7 +324,7 @@ def assert_training(golden, training, tolerance, weights, kind: str) -> None:
     suffix = "_bn" if kind == "bn" else ""
     noise = golden.meta["noise"][f"train_{kind}_threads1_vs_2_relative"]
     keys = [*golden.meta["loss_keys"], *golden.meta["grad_names"]]
-    rules = recognise(weights).rules
+    rules = recognize(weights).rules
     parameters = dict(model.named_parameters())
     norms = [parameters[rename_key(name, rules)].grad.norm() for name in golden.meta["grad_names"]]
     values = torch.cat([ours.detach(), torch.stack(norms)]).double()
@@ -376,5 +376,5 @@ def test_training_with_batch_statistics_is_the_originals(golden, build, toleranc
     training = Training(golden, *build(images_per_step=8), channels_last=False)
     assert_training(golden, training, tolerance, weights, "bn")
     name = re.match(r"([\w.]+) after", golden.meta["arrays"]["train_bn_running_mean"])[1]
-    ours = training.model.state_dict()[rename_key(name, recognise(weights).rules)]
+    ours = training.model.state_dict()[rename_key(name, recognize(weights).rules)]
     torch.testing.assert_close(ours, golden["train_bn_running_mean"], rtol=1e-5, atol=1e-5)

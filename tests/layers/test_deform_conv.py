@@ -44,7 +44,7 @@ def literal(conv: DeformConv2d, x: torch.Tensor) -> torch.Tensor:
     return out if conv.bias is None else out + conv.bias[:, None, None]
 
 
-def randomised(conv: DeformConv2d) -> DeformConv2d:
+def randomized(conv: DeformConv2d) -> DeformConv2d:
     for parameter in conv.parameters():
         nn.init.normal_(parameter, std=0.5)
     return conv
@@ -63,7 +63,7 @@ CASES = [
 @torch.no_grad()
 def test_equals_the_literal_reading(options, modulated):
     torch.manual_seed(0)
-    conv = randomised(DeformConv2d(4, 6, modulated=modulated, **options))
+    conv = randomized(DeformConv2d(4, 6, modulated=modulated, **options))
     x = torch.randn(1, 4, 5, 6)
     torch.testing.assert_close(conv(x)[0], literal(conv, x), rtol=1e-4, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_norm_and_activation_come_after():
 
 @pytest.mark.parametrize("modulated", [False, True])
 def test_gradient_reaches_every_parameter(modulated):
-    conv = randomised(DeformConv2d(4, 6, kernel_size=3, padding=1, modulated=modulated))
+    conv = randomized(DeformConv2d(4, 6, kernel_size=3, padding=1, modulated=modulated))
     conv(torch.randn(1, 4, 6, 6)).square().sum().backward()
     for name, parameter in conv.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -114,7 +114,7 @@ def test_gradient_reaches_every_parameter(modulated):
 
 @pytest.mark.parametrize("modulated", [False, True])
 def test_autocast_samples_in_float32(modulated):
-    conv = randomised(DeformConv2d(4, 6, kernel_size=3, padding=1, modulated=modulated))
+    conv = randomized(DeformConv2d(4, 6, kernel_size=3, padding=1, modulated=modulated))
     x = torch.randn(1, 4, 6, 6).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         out = conv(x)

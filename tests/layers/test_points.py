@@ -1,4 +1,4 @@
-"""Reading maps at points, coordinates relative to points, adaptive instance normalisation."""
+"""Reading maps at points, coordinates relative to points, adaptive instance normalization."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def adain():
 
 
 @torch.no_grad()
-def test_padding_does_not_change_what_is_normalised(adain):
+def test_padding_does_not_change_what_is_normalized(adain):
     x, w = torch.rand(2, 6, 5, 7), torch.rand(2, 4)
     padded = torch.full((2, 6, 8, 9), 100.0)
     padded[:, :, :5, :7] = x
@@ -77,7 +77,7 @@ def test_padding_does_not_change_what_is_normalised(adain):
 
 
 @torch.no_grad()
-def test_the_memory_layout_does_not_change_what_is_normalised(adain):
+def test_the_memory_layout_does_not_change_what_is_normalized(adain):
     x, w = torch.rand(2, 6, 50, 70), torch.rand(2, 4)
     last = adain(x.contiguous(memory_format=torch.channels_last), w)
     torch.testing.assert_close(last, adain(x, w), atol=1e-5, rtol=1e-5)

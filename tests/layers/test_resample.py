@@ -3,14 +3,14 @@ import torch
 from torch.nn import functional as F
 
 from solo_d2.layers.coord import append_coordinates
-from solo_d2.layers.resample import ALIGNMENTS, DoublingConv2d, align_to_grid
+from solo_d2.layers.resample import ALIGNMENTS, UpsampledConv2d, align_to_grid
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("channels", [[0], [4, 1, 4], [], range(7)])
 def test_selected_channels_equal_those_of_the_whole_and_so_do_gradients(kernel_size, channels):
     torch.manual_seed(0)
-    conv = DoublingConv2d(3, 7, kernel_size=kernel_size).double()
+    conv = UpsampledConv2d(3, 7, kernel_size=kernel_size).double()
     x = torch.randn(2, 3, 5, 6, dtype=torch.double, requires_grad=True)
     channels = torch.tensor(list(channels), dtype=torch.long)
     upsampled = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
@@ -30,7 +30,7 @@ def test_selected_channels_equal_those_of_the_whole_and_so_do_gradients(kernel_s
 def test_alignment_to_check_by_eye():
     rows = torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 70])
     feature = rows.view(1, 1, 8, 1).expand(1, 1, 8, 8)
-    # a cell is 4 rows high, its centre lies between the second and the third
+    # a cell is 4 rows high, its center lies between the second and the third
     found = {
         method: align_to_grid(feature, 2, method)[0, 0, :, 0].tolist() for method in ALIGNMENTS
     }

@@ -22,7 +22,7 @@ MIN_PIXELS = 40
 # Square root of the area of the smallest shape in pixels, and of the largest in sides of the image.
 _SMALLEST = 16.0
 _LARGEST = 0.95
-# Largest rotation in radians. Upright shapes are learnt in minutes, freely turning ones in hours.
+# Largest rotation in radians. Upright shapes are learned in minutes, freely turning ones in hours.
 _TILT = 0.35
 
 Contours = list[NDArray[np.float64]]
@@ -86,7 +86,7 @@ CLASSES = tuple(_OUTLINES)
 
 
 def _layer(
-    rng: Generator, category: int, extent: float, centre: NDArray[np.float64], size: tuple[int, int]
+    rng: Generator, category: int, extent: float, center: NDArray[np.float64], size: tuple[int, int]
 ) -> _Layer:
     """A shape of a class with an area of ``extent ** 2``, random proportions and tilt."""
     contours = _OUTLINES[CLASSES[category]](rng)
@@ -95,8 +95,8 @@ def _layer(
     proportions = np.array([1.0, rng.uniform(0.8, 1.0)])
     outer, *holes = [_polygon_area(contour * proportions) for contour in contours]
     scale = proportions * extent / np.sqrt(outer - sum(holes))
-    contours = [(contour * scale) @ rotation + centre for contour in contours]
-    return _Layer(_rasterise(contours, size), extent**2)
+    contours = [(contour * scale) @ rotation + center for contour in contours]
+    return _Layer(_rasterize(contours, size), extent**2)
 
 
 def _polygon_area(points: NDArray[np.float64]) -> float:
@@ -104,17 +104,17 @@ def _polygon_area(points: NDArray[np.float64]) -> float:
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
 
 
-def _rasterise(contours: Contours, size: tuple[int, int]) -> NDArray:
+def _rasterize(contours: Contours, size: tuple[int, int]) -> NDArray:
     """(H, W) coverage of each pixel."""
     canvas = np.zeros((size[0] * _SUPERSAMPLING, size[1] * _SUPERSAMPLING), np.uint8)
-    # cv2 puts the centre of a pixel, not its corner, on whole numbers
+    # cv2 puts the center of a pixel, not its corner, on whole numbers
     points = [np.round((c * _SUPERSAMPLING - 0.5) * 16).astype(np.int32) for c in contours]
     cv2.fillPoly(canvas, points, 255, shift=4)
     alpha = cv2.resize(canvas, size[::-1], interpolation=cv2.INTER_AREA)
     return alpha.astype(np.float32) / 255
 
 
-# --- colours and textures
+# --- colors and textures
 
 
 def noise(rng: Generator, size: tuple[int, int], cells: float, octaves: int = 3) -> NDArray:
@@ -144,8 +144,8 @@ def _gradient(rng: Generator, size: tuple[int, int]) -> NDArray:
     return 2 * (ramp - ramp.min()) / (np.ptp(ramp) + 1e-6) - 1
 
 
-def _texture(rng: Generator, size: tuple[int, int], colour: NDArray, spread: float) -> NDArray:
-    """(H, W, 3) a random pattern around a colour."""
+def _texture(rng: Generator, size: tuple[int, int], color: NDArray, spread: float) -> NDArray:
+    """(H, W, 3) a random pattern around a color."""
     kind = rng.integers(4)
     if kind == 0:
         pattern: NDArray = np.zeros(size, np.float32)
@@ -155,15 +155,15 @@ def _texture(rng: Generator, size: tuple[int, int], colour: NDArray, spread: flo
         pattern = _stripes(rng, size, 5, 16)
     else:
         pattern = 0.7 * noise(rng, size, cells=max(size) / 24)
-    return colour + pattern[..., None] * rng.uniform(-spread, spread, 3).astype(np.float32)
+    return color + pattern[..., None] * rng.uniform(-spread, spread, 3).astype(np.float32)
 
 
-def _contrasting_colour(rng: Generator, surrounding: NDArray, distance: float) -> NDArray:
-    """A random colour at least ``distance`` away from the surrounding one."""
+def _contrasting_color(rng: Generator, surrounding: NDArray, distance: float) -> NDArray:
+    """A random color at least ``distance`` away from the surrounding one."""
     while True:
-        colour = rng.uniform(15, 240, 3)
-        if np.linalg.norm(colour - surrounding) >= distance:
-            return colour.astype(np.float32)
+        color = rng.uniform(15, 240, 3)
+        if np.linalg.norm(color - surrounding) >= distance:
+            return color.astype(np.float32)
 
 
 def _blend(image: NDArray, alpha: NDArray, texture: NDArray) -> NDArray:
@@ -193,8 +193,8 @@ def _background(rng: Generator, size: tuple[int, int]) -> NDArray:
         cv2.polylines(
             alpha, [np.round(points * 16).astype(np.int32)], False, 255, thickness, cv2.LINE_AA, 4
         )
-        colour = _contrasting_colour(rng, base, 50)
-        image = _blend(image, alpha.astype(np.float32) / 255, colour)
+        color = _contrasting_color(rng, base, 50)
+        image = _blend(image, alpha.astype(np.float32) / 255, color)
     return image
 
 
@@ -205,11 +205,11 @@ def _crowd_layers(rng: Generator, category: int, size: tuple[int, int]) -> list[
     """Tiny shapes side by side in an elliptic region."""
     diameter = rng.uniform(9, 12)
     radii = rng.uniform(22, 40, 2)
-    centre = rng.uniform(0.2, 0.8, 2) * size[::-1]
+    center = rng.uniform(0.2, 0.8, 2) * size[::-1]
     reach = np.arange(-6, 7)
     grid = np.stack(np.meshgrid(reach, reach), -1).reshape(-1, 2) * diameter * 1.1
     grid = grid[np.sum((grid / radii) ** 2, 1) <= 1]
-    grid += centre + rng.uniform(-1, 1, grid.shape) * diameter * 0.15
+    grid += center + rng.uniform(-1, 1, grid.shape) * diameter * 0.15
     inside = np.all((grid > 0) & (grid < np.array(size[::-1])), 1)
     return [
         _layer(rng, category, diameter * rng.uniform(0.6, 0.75), point, size)
@@ -262,8 +262,8 @@ def draw_scene(
     for extent in extents:
         category = int(rng.integers(len(CLASSES)))
         for _attempt in range(8):
-            centre = rng.uniform(0, 1, 2) * size[::-1]
-            layer = _layer(rng, category, extent, centre, size)
+            center = rng.uniform(0, 1, 2) * size[::-1]
+            layer = _layer(rng, category, extent, center, size)
             mask = layer.mask
             # most overlaps are slight, some hide half
             least = rng.choice([MIN_VISIBLE, 0.85], p=[0.2, 0.8])
@@ -283,8 +283,8 @@ def draw_scene(
         alpha, behind = layer.alpha[window], image[window]
         surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
         contrast = 110 if rng.uniform() < 0.85 else 65
-        colour = _contrasting_colour(rng, surrounding, contrast)
-        image[window] = _blend(behind, alpha, _texture(rng, (h, w), colour, spread=20))
+        color = _contrasting_color(rng, surrounding, contrast)
+        image[window] = _blend(behind, alpha, _texture(rng, (h, w), color, spread=20))
 
     image += rng.uniform(2, 6) * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.round(image), 0, 255).astype(np.uint8), shapes

@@ -25,18 +25,18 @@ class _Canvas:
         self.top = np.full(image.shape[:2], -1)
         self.count = 0
 
-    def add(self, depth: NDArray, corner: tuple[int, int], colour: NDArray, opacity: float) -> None:
+    def add(self, depth: NDArray, corner: tuple[int, int], color: NDArray, opacity: float) -> None:
         """
         Args:
-            depth: (h, w) distance from each pixel's centre to the outline, negative outside.
+            depth: (h, w) distance from each pixel's center to the outline, negative outside.
             corner: y, x of the window in the picture.
-            colour: (h, w, 3).
+            color: (h, w, 3).
             opacity: 1 hides what is below.
         """
         h, w = depth.shape
         window = np.s_[corner[0] : corner[0] + h, corner[1] : corner[1] + w]
         alpha = opacity * np.clip(depth + 0.5, 0, 1)[..., None]
-        self.image[window] += alpha * (colour - self.image[window])
+        self.image[window] += alpha * (color - self.image[window])
         self.top[window][depth >= 0] = self.count
         self.count += 1
 
@@ -59,12 +59,12 @@ def draw_rods(
     """
     canvas = _Canvas(np.full((height, width, 3), 255, np.float32))
     for _ in range(_number(rng, 8, 25, height * width / 96**2)):
-        centre = rng.uniform(0, 1, 2) * (width, height)
+        center = rng.uniform(0, 1, 2) * (width, height)
         angle = rng.uniform(0, np.pi)
         radius = rng.uniform(3.0, 4.5)
         half = rng.uniform(15, 37) / 2 - radius
         step = half * np.array([np.cos(angle), np.sin(angle)])
-        points = np.stack([centre - step, centre + step])
+        points = np.stack([center - step, center + step])
         depth, corner = _stroke_depth(points, np.full(2, radius), (height, width))
         rim = rng.uniform(1.0, 1.5)
         fill = np.array([rng.uniform(200, 240), rng.uniform(20, 50), rng.uniform(20, 50)])
@@ -95,16 +95,16 @@ def draw_tubes(
     mottle = noise(rng, size, cells=max(size) / 12)[..., None]
     canvas = _Canvas(np.array([200, 215, 240], np.float32) + 7 * mottle)
     for _ in range(_number(rng, 12, 52, height * width / 128**2)):
-        centre = rng.uniform(0, 1, 2) * (width, height)
+        center = rng.uniform(0, 1, 2) * (width, height)
         angle = rng.uniform(0, 2 * np.pi)
         if rng.uniform() < 0.75:
-            points, radii = _bent_tube(rng, centre, angle)
+            points, radii = _bent_tube(rng, center, angle)
             depth, corner = _stroke_depth(points, radii, size)
         else:
-            depth, corner = _ellipse_depth(centre, rng.uniform(4, 10, 2), angle, size)
-        colour = np.array([70, 110, 200]) + rng.uniform(-25, 25, 3)
+            depth, corner = _ellipse_depth(center, rng.uniform(4, 10, 2), angle, size)
+        color = np.array([70, 110, 200]) + rng.uniform(-25, 25, 3)
         darkness = 0.55 * np.clip(1 - depth / 2.5, 0, 1)[..., None]
-        canvas.add(depth, corner, colour * (1 - darkness), opacity=rng.uniform(0.65, 0.85))
+        canvas.add(depth, corner, color * (1 - darkness), opacity=rng.uniform(0.65, 0.85))
     image = canvas.image + 3 * rng.standard_normal((*size, 3), np.float32)
     return _to_uint8(image), canvas.objects()
 
@@ -115,14 +115,14 @@ def _number(rng: Generator, low: int, high: int, scale: float) -> int:
 
 
 def _bent_tube(
-    rng: Generator, centre: NDArray[np.float64], angle: float
+    rng: Generator, center: NDArray[np.float64], angle: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Points (n, 2) along a quadratic Bezier curve, and the radius at each."""
     along = np.array([np.cos(angle), np.sin(angle)])
     across = np.array([-along[1], along[0]])
     half = rng.uniform(10, 20)
-    ends = centre - half * along, centre + half * along
-    middle = centre + rng.uniform(-1, 1) * 1.3 * half * across
+    ends = center - half * along, center + half * along
+    middle = center + rng.uniform(-1, 1) * 1.3 * half * across
     t = np.linspace(0, 1, _SEGMENTS + 1)[:, None]
     points = (1 - t) ** 2 * ends[0] + 2 * t * (1 - t) * middle + t**2 * ends[1]
     thick, thin = rng.uniform(3.5, 4.5), rng.uniform(2.5, 3.5)
@@ -154,23 +154,23 @@ def _stroke_depth(
 
 
 def _ellipse_depth(
-    centre: NDArray[np.float64],
+    center: NDArray[np.float64],
     radii: NDArray[np.float64],
     angle: float,
     size: tuple[int, int],
 ) -> tuple[NDArray[np.float64], tuple[int, int]]:
     """Depth within a filled ellipse, exact at its outline; see ``_stroke_depth``."""
     reach = radii.max() + 1
-    xy, corner = _window(centre - reach, centre + reach, size)
+    xy, corner = _window(center - reach, center + reach, size)
     cos, sin = np.cos(angle), np.sin(angle)
-    local = (xy - centre) @ np.array([[cos, -sin], [sin, cos]]) / radii
+    local = (xy - center) @ np.array([[cos, -sin], [sin, cos]]) / radii
     return (1 - np.linalg.norm(local, axis=-1)) * radii.min(), corner
 
 
 def _window(
     low: NDArray[np.float64], high: NDArray[np.float64], size: tuple[int, int]
 ) -> tuple[NDArray[np.float64], tuple[int, int]]:
-    """(h, w, 2) x, y of the centres of the picture's pixels between two corners x, y."""
+    """(h, w, 2) x, y of the centers of the picture's pixels between two corners x, y."""
     height, width = size
     left, top = np.clip(np.floor(low).astype(int), 0, (width, height))
     right, bottom = np.clip(np.ceil(high).astype(int), 0, (width, height))

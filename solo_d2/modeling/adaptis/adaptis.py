@@ -10,7 +10,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from solo_d2.layers.distributed import normaliser
+from solo_d2.layers.distributed import normalizer
 from solo_d2.layers.masks import chunk_length, tight_boxes
 from solo_d2.layers.points import read_at_points
 from solo_d2.layers.resample import resize
@@ -87,6 +87,8 @@ class AdaptIS(InstanceSegmentor):
     "points" (N, 2) are (x, y) in pixels of the original image, whose size "height" and "width"
     tell.
     """
+
+    num_classes_key = "MODEL.ADAPTIS.NUM_THINGS"
 
     @configurable
     def __init__(
@@ -477,7 +479,7 @@ class AdaptIS(InstanceSegmentor):
             targets = dense_targets(points, targets, sampled, objects, **self.dense_options)
             _set_padding(targets, encoding.image_sizes, IGNORE)
             loss = proposal_loss(resize_corners(logits, encoding.padded_size)[:, 0], targets)
-            loss = loss.sum() / normaliser((targets != IGNORE).sum())
+            loss = loss.sum() / normalizer((targets != IGNORE).sum())
         else:
             at_points = read_at_points(logits, points, 1 / self.stride)
             loss = proposal_loss(at_points[:, 0], targets.flatten()).mean()

@@ -58,13 +58,13 @@ def find_peaks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Local maxima, best first, but for those on the slope of a better one.
 
-    In falling levels and in raster order within a level, each pixel that no neighbour exceeds
-    becomes a peak, and floods its surroundings: from a pixel to each neighbour that is not higher
-    by ``eps`` or more. Flooded pixels are no peaks any more. Neighbours are the eight around.
+    In falling levels and in raster order within a level, each pixel that no neighbor exceeds
+    becomes a peak, and floods its surroundings: from a pixel to each neighbor that is not higher
+    by ``eps`` or more. Flooded pixels are no peaks any more. Neighbors are the eight around.
 
     Args:
         values: (H, W) float32 in [0, 1].
-        min_value: of a peak and of each of its neighbours.
+        min_value: of a peak and of each of its neighbors.
         eps: how far a flood climbs in one step.
         step: distance of the levels.
         flood: False keeps every local maximum, faster.
@@ -75,7 +75,7 @@ def find_peaks(
         pixel, -1 where none did (and everywhere but for peaks without ``flood``).
     """
     h, w = values.shape
-    # a border that is no neighbour: never higher, never too low, never flooded
+    # a border that is no neighbor: never higher, never too low, never flooded
     padded = np.full((h + 2, w + 2), -np.inf, dtype=np.float32)
     padded[1:-1, 1:-1] = values
     low = np.where(np.isneginf(padded), np.inf, padded)

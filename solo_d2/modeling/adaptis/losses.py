@@ -49,7 +49,7 @@ def normalized_focal_loss(
 
 
 def normalized_focal_loss_softmax(logits: Tensor, labels: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """Of semantic maps: softmax. Here only the pixels that count make up the normaliser.
+    """Of semantic maps: softmax. Here only the pixels that count make up the normalizer.
 
     Args:
         logits: (B, K, h, w).

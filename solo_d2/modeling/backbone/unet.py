@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class AdaptISUNet(Backbone):
-    """An encoder of convolutions and max pooling, a decoder with learnt bilinear upsampling.
+    """An encoder of convolutions and max pooling, a decoder with learned bilinear upsampling.
 
     Takes images of any size: it pools with rounding up and crops where sizes differ. Its one
     output, "unet", has the size of the image.

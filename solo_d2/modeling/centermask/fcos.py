@@ -53,7 +53,7 @@ class FCOSHead(nn.Module):
             num_share_convs, num_class_convs, num_box_convs: 3x3 convolutions, each with norm and
                 ReLU, before both towers and in each.
             norm: see ``detectron2.layers.get_norm``; "" for none.
-            use_scale: a learnt factor on the distances of each level.
+            use_scale: a learned factor on the distances of each level.
             prior_prob: of each class before training.
         """
         super().__init__()
@@ -88,6 +88,8 @@ class FCOSProposalGenerator(nn.Module):
     It detects: its boxes, classes and scores are final. ``CenterMaskROIHeads`` adds masks to them
     or, with MODEL.MASK_ON False, passes them through.
     """
+
+    num_classes_key = "MODEL.FCOS.NUM_CLASSES"
 
     @configurable
     def __init__(

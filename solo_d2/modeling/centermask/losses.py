@@ -33,7 +33,7 @@ def linear_iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
 
 
 def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """1 - generalised IoU (arXiv 1902.09630). Args and result as of ``iou_loss``."""
+    """1 - generalized IoU (arXiv 1902.09630). Args and result as of ``iou_loss``."""
     _, union = _intersection_and_union(distances, targets)
     enclosing = _area(torch.maximum(distances, targets))
     return 1 - _iou(distances, targets) + (enclosing - union) / enclosing

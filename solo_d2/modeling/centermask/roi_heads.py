@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from solo_d2.layers.distributed import normaliser
+from solo_d2.layers.distributed import normalizer
 
 from ..num_classes import resolve_num_classes
 from .mask_head import class_mask_logits
@@ -193,7 +193,7 @@ class CenterMaskROIHeads(ROIHeads):
             masks, visible = self.mask_targets(proposals, targets, logits.shape[-1])
         # of no mask at all this is a zero that still reaches every parameter
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="sum")
-        num_pixels = normaliser(torch.tensor(masks.numel(), device=logits.device))
+        num_pixels = normalizer(torch.tensor(masks.numel(), device=logits.device))
         losses = {"loss_mask": self.mask_head.loss_weight * loss / num_pixels}
         if self.mask_iou_head is None:
             return losses
@@ -201,7 +201,7 @@ class CenterMaskROIHeads(ROIHeads):
         iou = mask_iou_targets(logits > 0, masks, visible)
         predicted = _of_class(self.mask_iou_head(pooled, logits.sigmoid()), classes)
         positive = iou > 0
-        loss = (0.5 * (predicted - iou) ** 2 * positive).sum() / normaliser(positive.sum())
+        loss = (0.5 * (predicted - iou) ** 2 * positive).sum() / normalizer(positive.sum())
         losses["loss_maskiou"] = self.mask_iou_loss_weight * loss
         if has_event_storage() and len(iou):
             get_event_storage().put_scalar("centermask/mask_iou", iou.mean().item())

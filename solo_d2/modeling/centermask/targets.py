@@ -23,7 +23,7 @@ def assign_locations(
 ) -> Tensor:
     """The box that each location learns.
 
-    A box claims a location that lies inside it, less than ``radius`` strides from its centre along
+    A box claims a location that lies inside it, less than ``radius`` strides from its center along
     each axis, at a level whose range the distance to the box's furthest side is in. Of several
     boxes the smallest gets the location, of equal ones the first.
 

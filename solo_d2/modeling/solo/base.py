@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from solo_d2.layers.deform_conv import DeformConv2d
-from solo_d2.layers.distributed import normaliser
+from solo_d2.layers.distributed import normalizer
 from solo_d2.layers.losses import MASK_LOSSES
 from solo_d2.layers.masks import mass_centers, reduce_masks, reduce_unpadded_masks
 from solo_d2.layers.nms import point_nms
@@ -38,6 +38,8 @@ class SOLOFamily(InstanceSegmentor):
     The seam: a subclass predicts the raw outputs of its head (``predict``) and makes from them
     the soft masks of chosen cells (``soft_masks``). Training and inference call the same two.
     """
+
+    num_classes_key = "MODEL.SOLO.NUM_CLASSES"
 
     # Where several instances claim a cell: train its mask for each of them, as SOLOv2 does, or for
     # the one that gives the cell its category.
@@ -268,7 +270,7 @@ class SOLOFamily(InstanceSegmentor):
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        return self.category_loss_weight * loss / normaliser(num_positive, plus=1)
+        return self.category_loss_weight * loss / normalizer(num_positive, plus=1)
 
     def mask_loss(
         self, outputs: GridOutputs, targets: list[CellTargets], ground_truth: list[GroundTruth]
@@ -286,7 +288,7 @@ class SOLOFamily(InstanceSegmentor):
                 # summing over no pairs gives a zero that still reaches every parameter
                 total = total + self.distance(masks, reduced[stride][target.instance[pairs]]).sum()
             count = count + len(target.cell)
-        return self.mask_loss_weight * total / normaliser(count)
+        return self.mask_loss_weight * total / normalizer(count)
 
     def reduce(self, gt: GroundTruth, stride: int) -> Tensor:
         """Mask targets (N, H / stride, W / stride) bool."""

@@ -7,7 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
-from solo_d2.layers.resample import DoublingConv2d, resize
+from solo_d2.layers.resample import UpsampledConv2d, resize
 
 from .base import CategoryHead, SOLOFamily, build_tower, init_output
 
@@ -60,7 +60,7 @@ class DecoupledSOLO(SOLOFamily):
     ) -> Tensor:
         grid = self.head.num_grids[level]
 
-        def maps(feature: Tensor, conv: DoublingConv2d, lines: Tensor) -> Tensor:
+        def maps(feature: Tensor, conv: UpsampledConv2d, lines: Tensor) -> Tensor:
             """The soft map of each cell's column or row; cells share lines."""
             unique, line_of = lines.unique(return_inverse=True)
             logits = conv.select(feature, unique)
@@ -98,7 +98,7 @@ class DecoupledSOLOHead(CategoryHead):
     def _output_convs(self) -> nn.ModuleList:
         dim = self.tower_options["conv_dim"]
         return nn.ModuleList(
-            init_output(DoublingConv2d(dim, grid, kernel_size=3), self.prior_bias)
+            init_output(UpsampledConv2d(dim, grid, kernel_size=3), self.prior_bias)
             for grid in self.num_grids
         )
 

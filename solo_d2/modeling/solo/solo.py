@@ -7,7 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
-from solo_d2.layers.resample import DoublingConv2d, resize
+from solo_d2.layers.resample import UpsampledConv2d, resize
 
 from .base import CategoryHead, SOLOFamily, build_tower, init_output
 
@@ -65,7 +65,7 @@ class SOLOHead(CategoryHead):
         self.mask_tower = build_tower(self.in_channels + len(self.axes), **self.tower_options)
         self.mask_pred = nn.ModuleList(
             init_output(
-                DoublingConv2d(kwargs["conv_dim"], grid * grid, kernel_size=1), self.prior_bias
+                UpsampledConv2d(kwargs["conv_dim"], grid * grid, kernel_size=1), self.prior_bias
             )
             for grid in self.num_grids
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.coord import append_coordinates
-from solo_d2.layers.resample import double, resize
+from solo_d2.layers.resample import resize, upsample2x
 
 from .base import (
     CategoryHead,
@@ -186,7 +186,7 @@ class MaskFeatureBranch(nn.Module):
             return self.output(finest)
         # Upsampling is linear: all coarser levels share their last step. The sums are out of
         # place, since ReLU needs its output for the backward pass.
-        return self.output(finest + double(sum(coarser[1:], coarser[0])))
+        return self.output(finest + upsample2x(sum(coarser[1:], coarser[0])))
 
     def _run(self, index: int, features: dict[str, Tensor]) -> Tensor:
         """One level up to, but without, its last upsampling."""
@@ -194,7 +194,7 @@ class MaskFeatureBranch(nn.Module):
         if index == len(self.levels) - 1:
             x = append_coordinates(x)  # the paper: only at the deepest level
         for i, conv in enumerate(self.levels[index]):
-            x = conv(double(x) if i > 0 else x)
+            x = conv(upsample2x(x) if i > 0 else x)
         return x
 
 

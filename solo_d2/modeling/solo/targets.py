@@ -36,20 +36,20 @@ def assign_cells(
 ) -> CellTargets:
     """Assign instances to grid cells.
 
-    A level takes the instances whose sqrt(box area) lies in its range. The cells of the centre
-    region, a box of ``sigma`` times the instance's size around its mass centre, become positive,
-    but no cell further than one from the centre's own (in all published code, not in the papers).
+    A level takes the instances whose sqrt(box area) lies in its range. The cells of the center
+    region, a box of ``sigma`` times the instance's size around its mass center, become positive,
+    but no cell further than one from the center's own (in all published code, not in the papers).
     Where two instances claim a cell the later one gives the category; both pairs are listed.
 
     Args:
         boxes: (N, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive.
         classes: (N,) int64 in [0, num_classes).
-        centers: (N, 2) mass centre (x, y) of each mask in pixel indices.
+        centers: (N, 2) mass center (x, y) of each mask in pixel indices.
         areas: (N,) pixels of each mask; an instance with none is skipped.
         extent: height and width in pixels that the grid spans: of the padded batch.
         num_grids: cells along each axis, per level.
         scale_ranges: (low, high), both inclusive, per level.
-        sigma: side of the centre region in box sides.
+        sigma: side of the center region in box sides.
         inclusive_boxes: take x2 - x1 - 1 as the width (the convention of mmdetection v1).
     """
     device = boxes.device
@@ -73,7 +73,7 @@ def assign_cells(
     low = torch.maximum(low.clamp(min=0), center - 1)
     high = torch.minimum(torch.minimum(high, grids.view(levels, 1, 1) - 1), center + 1)
 
-    # the 3x3 cells around each centre: (L, N, 3) columns and rows
+    # the 3x3 cells around each center: (L, N, 3) columns and rows
     around = center[..., None] + torch.arange(-1, 2, device=device)
     inside = (around >= low[..., None]) & (around <= high[..., None])
     positive = in_level[..., None, None] & inside[:, :, 1, :, None] & inside[:, :, 0, None, :]

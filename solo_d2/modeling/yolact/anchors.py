@@ -40,7 +40,7 @@ def make_priors(
         device: of the result.
 
     Returns:
-        (P, 4) float32, centre x, centre y, width, height, relative; not clipped.
+        (P, 4) float32, center x, center y, width, height, relative; not clipped.
     """
     unit = float(max(input_size))
     # rounded once, at the end, as the published code does
@@ -59,7 +59,7 @@ def make_priors(
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """(..., 4) centre x, centre y, width, height -> x1, y1, x2, y2."""
+    """(..., 4) center x, center y, width, height -> x1, y1, x2, y2."""
     center, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([center - half, center + half], dim=-1)
 
@@ -67,15 +67,15 @@ def to_corners(boxes: Tensor) -> Tensor:
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
     """What the head should predict.
 
-    As Detectron2's ``Box2BoxTransform`` with weights (10, 10, 5, 5), but from the anchors' centres
+    As Detectron2's ``Box2BoxTransform`` with weights (10, 10, 5, 5), but from the anchors' centers
     and sizes rather than from their corners, which rounds differently.
 
     Args:
         boxes: (N, 4) x1, y1, x2, y2 of positive width and height, relative.
-        priors: (N, 4) centre x, centre y, width, height, relative.
+        priors: (N, 4) center x, center y, width, height, relative.
 
     Returns:
-        (N, 4) offsets of the centre and logarithms of the size.
+        (N, 4) offsets of the center and logarithms of the size.
     """
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     offset = (center - priors[:, :2]) / (_CENTER_SCALE * priors[:, 2:])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from solo_d2.layers.resample import double
+from solo_d2.layers.resample import upsample2x
 
 from .pyramid import xavier_conv
 
@@ -27,7 +27,7 @@ class Protonet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, h, w) -> (N, 2h, 2w, K) float32, not negative."""
-        x = double(self.conv2(self.conv1(self.conv0(x))))
+        x = upsample2x(self.conv2(self.conv1(self.conv0(x))))
         return self.predictor(self.conv3(x)).permute(0, 2, 3, 1).float()
 
 

@@ -40,7 +40,7 @@ def match(
         boxes: (N, 4) x1, y1, x2, y2, relative; N may be 0.
         classes: (N,) int64, without background.
         crowd_boxes: (M, 4); background anchors that lie in one are ignored.
-        priors: (P, 4) centre x, centre y, width, height, relative.
+        priors: (P, 4) center x, center y, width, height, relative.
         iou_thresholds: below the first is background; from the second on, positive.
         crowd_threshold: an anchor with more than this share of its area in a crowd lies in it.
     """

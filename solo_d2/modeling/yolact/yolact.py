@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from solo_d2.layers.boxes import box_areas
-from solo_d2.layers.distributed import normaliser
+from solo_d2.layers.distributed import normalizer
 from solo_d2.layers.masks import upsample_to_binary
 
 from ..num_classes import resolve_num_classes
@@ -58,6 +58,8 @@ class YOLACT(InstanceSegmentor):
 
     Boxes are relative, see ``anchors``, but where Detectron2 sees them: there they are in pixels.
     """
+
+    num_classes_key = "MODEL.YOLACT.NUM_CLASSES"
 
     @configurable
     def __init__(
@@ -298,7 +300,7 @@ class YOLACT(InstanceSegmentor):
                 "loss_box": self.box_loss_weight * self._box_loss(outputs, matches, ground_truth),
                 **self._mask_losses(outputs, matches, ground_truth),
             }
-            scale = normaliser(num_positive)
+            scale = normalizer(num_positive)
             named = {name: total / scale for name, total in sums.items()}
             semantic_loss = self._semantic_loss(semantic_logits, ground_truth)
             named["loss_semantic"] = self.semantic_loss_weight * semantic_loss

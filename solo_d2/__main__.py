@@ -1,0 +1,33 @@
+"""The tools: ``python -m solo_d2 VERB``, or ``solo-d2 VERB`` once the package is installed."""
+
+import importlib
+import sys
+
+# verb -> what it does; each is solo_d2/tools/<verb>.py or a package of that name
+VERBS = {
+    "predict": "segment images, folders and videos",
+    "check": "list every problem of a COCO json file and its images",
+    "compare": "train, evaluate and time several models, and report on them",
+    "click": "measure how well AdaptIS segments objects from one click each",
+    "benchmark": "time a model's parts",
+    "convert": "turn a published checkpoint into one of solo_d2",
+    "env": "print installed versions and how to install what is missing",
+}
+
+
+def main() -> int:
+    """Run the verb that the command line names; returns its exit code."""
+    usage = "usage: solo-d2 VERB ...\n\n" + "\n".join(f"  {v:<10} {h}" for v, h in VERBS.items())
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb in ("-h", "--help"):
+        print(usage)
+        return 0
+    if verb not in VERBS:
+        print(f"{usage}\n\nerror: there is no verb {verb!r}", file=sys.stderr)
+        return 2
+    sys.argv = [f"solo-d2 {verb}", *sys.argv[2:]]
+    return importlib.import_module(f"solo_d2.tools.{verb}").main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""Several models on the same data, in one table: ``python -m solo_d2.compare --help``."""

@@ -1,0 +1,46 @@
+"""Config keys of the backbones."""
+
+from detectron2.config import CfgNode as CN
+
+
+def add_backbone_config(cfg: CN) -> None:
+    """Add the keys to ``cfg``, in place."""
+    # Keep batch norms of the backbone in eval mode while training: their affine parameters train,
+    # their statistics do not (the recipe of mmdetection; for small batches).
+    cfg.MODEL.BACKBONE.FREEZE_BN_STATS = False
+
+    # Of a stage in RESNETS.DEFORM_ON_PER_STAGE, the blocks whose index this divides are deformable;
+    # 1: all. And whether their 3x3 convolutions have a bias. YOLACT++ with ResNet-101 has 3, True.
+    cfg.MODEL.RESNETS.DEFORM_INTERVAL = 1
+    cfg.MODEL.RESNETS.DEFORM_BIAS = False
+
+    # DarkNet-53 as a bottom-up backbone: res1..res5 at strides 2..32. The stages have 2 to 32 times
+    # the stem's channels; NORM as in RESNETS.
+    cfg.MODEL.DARKNET = CN()
+    cfg.MODEL.DARKNET.DEPTH = 53
+    cfg.MODEL.DARKNET.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.DARKNET.STEM_OUT_CHANNELS = 32
+    cfg.MODEL.DARKNET.NORM = "BN"
+
+    # torchvision's MobileNetV2 as a bottom-up backbone: res2..res5 at strides 4..32.
+    cfg.MODEL.MOBILENETV2 = CN()
+    cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.MOBILENETV2.WIDTH_MULT = 1.0
+    # "FrozenBN" or "BN".
+    cfg.MODEL.MOBILENETV2.NORM = "FrozenBN"
+
+    # VoVNetV2 as a bottom-up backbone: stem and stage2 at stride 4, stage3..stage5 at 8..32.
+    cfg.MODEL.VOVNET = CN()
+    # "V-19-slim-dw-eSE", "V-19-dw-eSE", "V-19-slim-eSE", "V-19-eSE", "V-39-eSE", "V-57-eSE" or
+    # "V-99-eSE".
+    cfg.MODEL.VOVNET.CONV_BODY = "V-39-eSE"
+    cfg.MODEL.VOVNET.OUT_FEATURES = ["stage2", "stage3", "stage4", "stage5"]
+    # Factor on all widths; published weights are for 1.
+    cfg.MODEL.VOVNET.WIDTH_MULT = 1.0
+    # "FrozenBN", "BN", "SyncBN" or "GN".
+    cfg.MODEL.VOVNET.NORM = "FrozenBN"
+    # stage2..stage5 with deformable 3x3 convolutions (no effect on the "dw" bodies), v2 of them,
+    # and groups of offsets, of which there is one.
+    cfg.MODEL.VOVNET.STAGE_WITH_DCN = (False, False, False, False)
+    cfg.MODEL.VOVNET.WITH_MODULATED_DCN = False
+    cfg.MODEL.VOVNET.DEFORMABLE_GROUPS = 1

@@ -1,0 +1,683 @@
+"""Look through data sets before any training: ``python -m solo_d2 check --help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import filecmp
+import json
+import os
+import sys
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from solo_d2.config import load_config
+from solo_d2.data.coco_json import (
+    DataError,
+    entry_errors,
+    read_document,
+    tidy_annotation,
+    to_detectron2,
+    to_rle,
+)
+from solo_d2.data.setup import class_mismatch, find_custom, register_embedded
+from solo_d2.errors import UserError, one_line
+from solo_d2.files import atomic_write
+from solo_d2.modeling.solo.targets import level_offsets
+from solo_d2.tools.occupancy import (
+    Advice,
+    Grids,
+    NetworkInput,
+    Occupancy,
+    advise,
+    occupancy,
+)
+
+EXIT_CLEAN, EXIT_PROBLEMS, EXIT_USAGE = 0, 1, 2
+
+# What training makes of an offender: it stops, goes on without it, or does not mind.
+REFUSED, SKIPPED, REMARK = "refused", "skipped", "remark"
+
+SOLO_FAMILY = ("SOLO", "DecoupledSOLO", "SOLOv2")
+
+# Mask areas in pixels where COCO's metrics go from small to medium, and to large.
+_MEDIUM, _LARGE = 32**2, 96**2
+_QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95}
+_QUANTILES["max"] = 1.0
+# Pixels by which a polygon may leave the image, and a box differ from its mask's, unremarked.
+_TOLERANCE = 2.0
+_ORIENTATION = 0x0112  # the EXIF tag
+_EXAMPLES = 3
+
+
+class Source(NamedTuple):
+    """A data set to check."""
+
+    name: str
+    keys: list[str]  # the keys of the config that name it
+    json_file: str
+    image_root: str
+    ids: dict[Any, int] | None = None  # category id to class; None: as the json has them
+    classes: list[str] | None = None
+
+
+@dataclasses.dataclass
+class Finding:
+    effect: str
+    what: str
+    offenders: list[str]
+
+
+@dataclasses.dataclass
+class Cells:
+    """How the objects fall into grid cells at test size."""
+
+    features: list[str]  # per level
+    grids: Grids
+    occupancy: Occupancy
+    below: int  # objects that are smaller than every range
+    above: int  # larger than every range
+    scales: dict[str, float]  # quantiles of sqrt(box area)
+    advice: list[Advice]
+    size_advice: list[tuple[int, int, int]]  # (MIN_SIZE_TEST, MAX_SIZE_TEST, objects left empty)
+
+
+@dataclasses.dataclass
+class Report:
+    """What there is to say about one data set; "objects" are without crowds."""
+
+    name: str
+    keys: list[str]
+    json_file: str
+    image_root: str
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    images: int = 0
+    objects: int = 0
+    crowds: int = 0
+    most_objects: int = 0  # in an image
+    classes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # objects, images
+    sizes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    cells: Cells | None = None
+
+    @property
+    def is_training(self) -> bool:
+        return "DATASETS.TRAIN" in self.keys
+
+    def add(self, effect: str, what: str, offender: str) -> None:
+        """Note an offender beside its like."""
+        for finding in self.findings:
+            if (finding.effect, finding.what) == (effect, what):
+                finding.offenders.append(offender)
+                return
+        self.findings.append(Finding(effect, what, [offender]))
+
+
+def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
+    """Check every data set of a config; what is wrong in one does not end the check.
+
+    Args:
+        cfg: with DATASETS.CUSTOM, if that is set, in place of DATASETS.TRAIN and TEST.
+        decode_images: read all pixels; else the images' headers only.
+
+    Raises:
+        UserError: the config names no data set, or one that is not known or not in COCO's format.
+        FileNotFoundError, ValueError: a file of the config is missing, or settings contradict
+            each other.
+    """
+    sources = find_sources(cfg)
+    grids = None
+    if cfg.MODEL.META_ARCHITECTURE in SOLO_FAMILY:
+        grids, network_input = Grids.from_config(cfg), NetworkInput.from_config(cfg)
+    else:
+        network_input = NetworkInput(
+            min_size=cfg.INPUT.MIN_SIZE_TEST,
+            max_size=cfg.INPUT.MAX_SIZE_TEST,
+            square_size=cfg.INPUT.SQUARE_SIZE,
+        )
+    reports = []
+    paths: dict[str, dict[str, str]] = {}
+    classes: dict[str, list[str]] = {}
+    for source in sources:
+        report = Report(source.name, source.keys, source.json_file, source.image_root)
+        reports.append(report)
+        document = _read(report)
+        images = {image["id"]: image for image in document["images"]}
+        paths[source.name] = _check_images(report, images.values(), decode=decode_images)
+        ids, names = source.ids, source.classes
+        if ids is None or names is None:
+            ids, names = _classes_of_json(report, document["categories"])
+        if names:
+            classes[f"{source.name!r} ({source.json_file})"] = names
+        annotations = _check_annotations(report, document["annotations"], images, ids)
+        if report.is_training and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+            _check_polygons_only(report, annotations)
+        _count(report, annotations, images, ids, names, network_input)
+        if grids:
+            records = _records(annotations, images, ids)
+            features = list(cfg.MODEL.SOLO.IN_FEATURES)
+            report.cells = _count_cells(report, records, grids, network_input, features)
+    mismatch = class_mismatch(classes)
+    if mismatch:
+        reports[-1].add(REFUSED, "data sets with other classes", mismatch)
+    training = [report for report in reports if report.is_training]
+    if training and not any(report.objects for report in training):
+        training[0].add(REFUSED, "training data without any object", training[0].json_file)
+    for train in training:
+        for test in reports:
+            if "DATASETS.TEST" in test.keys:
+                _check_overlap(train, test, paths)
+    return reports
+
+
+def find_sources(cfg: CfgNode) -> list[Source]:
+    """The data sets that ``setup_datasets`` would set up, without reading their files.
+
+    Raises:
+        UserError, FileNotFoundError, ValueError: see ``check``.
+    """
+    register_embedded(cfg)
+    custom = find_custom(cfg)
+    if any(custom.values()):
+        keys = {"TRAIN": "DATASETS.TRAIN", "VAL": "DATASETS.TEST"}
+        return [
+            Source(found.name, [keys[split]], str(found.json_file), str(found.image_root))
+            for split, found in custom.items()
+            if found
+        ]
+    keys_of: dict[str, list[str]] = {}
+    for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+        for name in cfg.DATASETS[key.split(".")[1]]:
+            keys_of.setdefault(name, []).append(key)
+    if not keys_of:
+        raise UserError("the config names no data set in DATASETS.TRAIN, TEST or CUSTOM")
+    return [_registered(name, keys) for name, keys in keys_of.items()]
+
+
+def _registered(name: str, keys: list[str]) -> Source:
+    if name not in DatasetCatalog.list():
+        raise UserError(f"{keys[0]}: there is no data set {name!r}")
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if not json_file or image_root is None:
+        raise UserError(f"{keys[0]}: {name!r} is not made from a COCO json, the only format here")
+    if not os.path.exists(json_file):
+        DatasetCatalog.get(name)  # draws the embedded data set; of another, says what is missing
+    ids = metadata.get("thing_dataset_id_to_contiguous_id")
+    return Source(name, keys, json_file, image_root, ids, metadata.get("thing_classes"))
+
+
+def _read(report: Report) -> dict[str, list[dict]]:
+    """The entries that can be told apart."""
+    try:
+        document = read_document(report.json_file)
+    except ValueError as error:
+        report.add(REFUSED, "file that is no COCO json", one_line(error))
+        return {"images": [], "annotations": [], "categories": []}
+    wrong: dict[str, set[int]] = defaultdict(set)
+    for section, index, flaw in entry_errors(document):
+        report.add(REFUSED, flaw.kind, str(flaw))
+        wrong[section].add(index)
+    return {
+        section: [x for i, x in enumerate(document[section]) if i not in wrong[section]]
+        for section in ("images", "annotations", "categories")
+    }
+
+
+def _classes_of_json(report: Report, categories: list[dict]) -> tuple[dict[Any, int], list[str]]:
+    try:
+        categories = sorted(categories, key=lambda category: category["id"])
+    except TypeError:
+        report.add(REFUSED, "category ids that have no order", str([c["id"] for c in categories]))
+    ids = {category["id"]: i for i, category in enumerate(categories)}
+    return ids, [str(category["name"]) for category in categories]
+
+
+def _check_images(report: Report, images: Iterable[dict], *, decode: bool) -> dict[str, str]:
+    """Look at the files; returns their paths by their name in the json."""
+    images = list(images)
+    report.images = len(images)
+    if not images:
+        report.add(REFUSED, "data set without images", report.json_file)
+    paths: dict[str, str] = {}
+    for image in images:
+        name = image["file_name"]
+        if name in paths:
+            report.add(REMARK, "images listed more than once", name)
+        paths[name] = os.path.join(report.image_root, name)
+    if not os.path.isdir(report.image_root):
+        report.add(REFUSED, "missing image folder", report.image_root)
+        return paths
+    for image in _progress(images, f"{report.name}: images"):
+        _check_image(report, image, paths[image["file_name"]], decode=decode)
+    return paths
+
+
+def _check_image(report: Report, image: dict, path: str, *, decode: bool) -> None:
+    name = image["file_name"]
+    try:
+        with Image.open(path) as file:
+            size, orientation = file.size, _orientation(file, decode)
+            if decode:
+                file.load()
+    except FileNotFoundError:
+        report.add(REFUSED, "missing images", name)
+        return
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "not an image" if "cannot identify" in str(error) else one_line(error)
+        report.add(REFUSED, "unreadable images", f"{name} ({reason})")
+        return
+    stated = (image["width"], image["height"])
+    turned = size[::-1] if orientation >= 5 else size  # as Detectron2 reads it
+    sizes = f"{name} ({stated[0]} x {stated[1]} in the json, {turned[0]} x {turned[1]} as read)"
+    if turned == stated:
+        if orientation != 1:
+            what = "images turned by EXIF when read: their masks must be for the turned image"
+            report.add(REMARK, what, name)
+    elif size == stated:
+        report.add(REFUSED, "images whose size in the json is that before a turn by EXIF", sizes)
+    else:
+        report.add(REFUSED, "images of another size than in the json", sizes)
+
+
+def _orientation(file: Image.Image, decode: bool) -> int:
+    """EXIF orientation, 1 to 8; 1 is upright."""
+    if file.format == "PNG" and not decode and "exif" not in file.info:
+        return 1  # to look behind the pixels, Pillow would decode them all
+    try:
+        orientation = file.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whatever broken EXIF data raises; Detectron2 ignores it too
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _check_annotations(
+    report: Report, annotations: list[dict], images: dict[Any, dict], ids: dict[Any, int]
+) -> list[dict]:
+    """Look at each annotation; returns what training uses, completed, with "mask_area"."""
+    good = []
+    known = set(ids)
+    seen: set[tuple] = set()
+    for annotation in _progress(annotations, f"{report.name}: annotations"):
+        try:
+            tidy = tidy_annotation(annotation, images, known)
+        except DataError as error:
+            report.add(REFUSED, error.kind, str(error))
+            continue
+        image = images[annotation["image_id"]]
+        who = f"annotation {annotation['id']} ({image['file_name']})"
+        if isinstance(tidy, str):
+            report.add(SKIPPED, f"annotations with {tidy}", who)
+            continue
+        rle = to_rle(tidy["segmentation"], image["height"], image["width"])
+        area = int(mask_util.area(rle))
+        if area == 0:
+            report.add(SKIPPED, "annotations whose polygons cover no pixel", who)
+            continue
+        for what in _remarks(annotation, tidy, image, mask_util.toBbox(rle).tolist()):
+            report.add(REMARK, what, who)
+        content = json.dumps(
+            [annotation[key] for key in ("image_id", "category_id", "segmentation")]
+        )
+        identity = (annotation["image_id"], annotation["category_id"], content)
+        if identity in seen:
+            report.add(REMARK, "annotations with image, category and mask of an earlier one", who)
+        seen.add(identity)
+        good.append(tidy | {"mask_area": area})
+    return good
+
+
+def _remarks(annotation: dict, tidy: dict, image: dict, mask_box: list[float]) -> Iterator[str]:
+    """What is odd about an annotation, as it is and as it is completed."""
+    for key in ("area", "iscrowd", "bbox"):
+        if annotation.get(key) is None:
+            yield f'annotations without "{key}": completed'
+    if type(annotation["id"]) is not int or annotation["id"] <= 0:
+        yield "annotations whose id is no positive integer: numbered anew"
+    if isinstance(tidy["segmentation"], list):
+        if len(tidy["segmentation"]) < len(annotation["segmentation"]):
+            yield "masks with a degenerate polygon: left out of them"
+        points = np.concatenate([np.asarray(p, dtype=float) for p in tidy["segmentation"]])
+        points, sides = points.reshape(-1, 2), (image["width"], image["height"])
+        if (points < -_TOLERANCE).any() or (points > np.add(sides, _TOLERANCE)).any():
+            yield "polygons that leave the image"
+    x, y, w, h = tidy["bbox"]
+    a, b = np.array([x, y, x + w, y + h]), np.array(mask_box)
+    b[2:] += b[:2]
+    common = np.clip(np.minimum(a, b)[2:] - np.maximum(a, b)[:2], 0, None).prod()
+    union = w * h + mask_box[2] * mask_box[3] - common
+    if common < union / 2 and np.abs(a - b).max() > _TOLERANCE:
+        yield "boxes unlike their mask's, which should be [x, y, width, height]"
+
+
+def _check_polygons_only(report: Report, annotations: list[dict]) -> None:
+    for annotation in annotations:
+        if not annotation["iscrowd"] and isinstance(annotation["segmentation"], dict):
+            report.add(
+                REFUSED,
+                'masks (RLE) for INPUT.MASK_FORMAT "polygon"; set it to "bitmask"',
+                f"annotation {annotation['id']}",
+            )
+
+
+def _count(
+    report: Report,
+    annotations: list[dict],
+    images: dict[Any, dict],
+    ids: dict[Any, int],
+    names: list[str],
+    network_input: NetworkInput,
+) -> None:
+    """Objects per image and per class, and their sizes as they are and at test size."""
+    objects = [a for a in annotations if not a["iscrowd"]]
+    report.objects = len(objects)
+    report.crowds = len(annotations) - len(objects)
+    per_image = Counter(a["image_id"] for a in objects)
+    report.most_objects = max(per_image.values(), default=0)
+    for identity, image in images.items():
+        if not per_image[identity]:
+            report.add(REMARK, "images without objects", image["file_name"])
+    per_class = Counter(ids[a["category_id"]] for a in objects)
+    per_class_image = Counter(
+        c for c, _ in {(ids[a["category_id"]], a["image_id"]) for a in objects}
+    )
+    report.classes = {name: (per_class[i], per_class_image[i]) for i, name in enumerate(names)}
+    for i, name in enumerate(names):
+        if not per_class[i]:
+            report.add(REMARK, "classes without objects", name)
+    factors = {}
+    for identity, image in images.items():
+        height, width = network_input.size(image["height"], image["width"])
+        factors[identity] = height * width / (image["height"] * image["width"])
+    areas = torch.tensor([float(a["mask_area"]) for a in objects])
+    resized = areas * torch.tensor([factors[a["image_id"]] for a in objects])
+    report.sizes = {"original": _size_row(areas), "at test size": _size_row(resized)}
+
+
+def _size_row(areas: Tensor) -> dict[str, float]:
+    """COCO's three classes of size, and quantiles of the square root."""
+    small, large = int((areas < _MEDIUM).sum()), int((areas > _LARGE).sum())
+    counts = {"small": small, "medium": len(areas) - small - large, "large": large}
+    return counts | _quantiles(areas.sqrt())
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    if not len(values):
+        return {}
+    ordered = values.sort().values
+    return {
+        name: round(float(ordered[round(share * (len(ordered) - 1))]), 1)
+        for name, share in _QUANTILES.items()
+    }
+
+
+def _records(
+    annotations: list[dict], images: dict[Any, dict], ids: dict[Any, int]
+) -> list[dict[str, Any]]:
+    """Detectron2's dataset dicts, for what needs no pixels, of the images with annotations."""
+    records: dict[Any, dict[str, Any]] = {}
+    for annotation in annotations:
+        image = images[annotation["image_id"]]
+        record = records.setdefault(image["id"], {**image, "annotations": []})
+        if not annotation["iscrowd"]:
+            record["annotations"].append(to_detectron2(annotation, ids))
+    return list(records.values())
+
+
+def _count_cells(
+    report: Report,
+    records: list[dict[str, Any]],
+    grids: Grids,
+    network_input: NetworkInput,
+    features: list[str],
+) -> Cells:
+    seen, vanished = [], []
+    for record in _progress(records, f"{report.name}: cells"):
+        try:
+            objects = network_input.objects(record)
+        except ValueError as error:
+            offender = f"{record['file_name']} ({one_line(error)})"
+            report.add(REFUSED, "images that cannot be resized with their masks", offender)
+            continue
+        seen.append(objects)
+        if not objects.areas.all():
+            empty = [a for a, area in zip(record["annotations"], objects.areas) if not area]
+            vanished.append(record | {"annotations": empty})
+    size_advice = []
+    for factor in (1.5, 2.0, 3.0) if vanished and network_input.min_size else ():
+        larger = network_input.scaled(factor)
+        left = sum(int((larger.objects(record).areas == 0).sum()) for record in vanished)
+        size_advice.append((larger.min_size, larger.max_size, left))
+        if not left:
+            break
+    now = occupancy(seen, grids)
+    scales = torch.cat([torch.zeros(0), *(grids.scales(x.boxes)[x.areas > 0] for x in seen)])
+    return Cells(
+        features,
+        grids,
+        now,
+        below=int((scales < min(low for low, _ in grids.scale_ranges)).sum()),
+        above=int((scales > max(high for _, high in grids.scale_ranges)).sum()),
+        scales=_quantiles(scales),
+        advice=advise(seen, grids, now),
+        size_advice=size_advice,
+    )
+
+
+def _check_overlap(train: Report, test: Report, paths: dict[str, dict[str, str]]) -> None:
+    if train is test:
+        test.add(REMARK, "data sets that are trained on and evaluated on", test.name)
+        return
+    for name, path in paths[test.name].items():
+        # names such as 000001.jpg say nothing by themselves
+        if name in paths[train.name] and _same_content(path, paths[train.name][name]):
+            test.add(REMARK, f"images that are in {train.name} too, by name and content", name)
+
+
+def _same_content(path: str, other: str) -> bool:
+    try:
+        return filecmp.cmp(path, other, shallow=False)
+    except OSError:  # missing images are reported as such
+        return False
+
+
+def _progress(items: Iterable[dict], description: str) -> Iterable[dict]:
+    return tqdm(items, desc=description, leave=False, disable=None)  # on terminals only
+
+
+def to_text(report: Report, cfg: CfgNode) -> str:
+    """The section of one data set."""
+    json_file, keys = report.json_file, ", ".join(report.keys)
+    title = f"{report.name} ({keys})"
+    parts = [
+        f"{title}\n{'=' * len(title)}\n{json_file}\n{report.images} images in "
+        f"{report.image_root}, {report.objects} objects (at most {report.most_objects} an image), "
+        f"{report.crowds} crowds"
+    ]
+    effects = [REFUSED, SKIPPED, REMARK]
+    findings = sorted(report.findings, key=lambda finding: effects.index(finding.effect))
+    rows = [(f.effect, len(f.offenders), f.what, _examples(f.offenders)) for f in findings]
+    if rows:
+        headers = ["training", "count", "finding", "offenders"]
+        parts.append(tabulate(rows, headers, maxcolwidths=[None, None, 44, 60]))
+    else:
+        parts.append("Nothing to remark.")
+    if report.objects:
+        parts.append(_class_table(report.classes))
+        parts.append(_size_table(report, cfg))
+        if report.cells:
+            parts.append(_cell_tables(report.cells, cfg))
+    return "\n\n".join(parts) + "\n"
+
+
+def _examples(offenders: list[str]) -> str:
+    more = len(offenders) - _EXAMPLES
+    return ", ".join(offenders[:_EXAMPLES]) + (f", ... ({more} more)" if more > 0 else "")
+
+
+def _class_table(classes: dict[str, tuple[int, int]]) -> str:
+    """Most frequent first; many classes side by side."""
+    ordered = sorted(classes.items(), key=lambda item: -item[1][0])
+    blocks = min(3, -(-len(ordered) // 10))
+    height = -(-len(ordered) // blocks)
+    rows = [
+        [cell for name, (objects, images) in ordered[i::height] for cell in (name, objects, images)]
+        for i in range(height)
+    ]
+    return tabulate(rows, ["class", "objects", "images"] * blocks)
+
+
+def _size_table(report: Report, cfg: CfgNode) -> str:
+    rows = [{"sqrt(mask area)": name} | row for name, row in report.sizes.items()]
+    if report.cells:
+        row = {"sqrt(mask area)": "sqrt(box area) at test size"}
+        rows.append(row | dict.fromkeys(("small", "medium", "large"), "") | report.cells.scales)
+    text = tabulate(rows, headers="keys")
+    return f"{text}\nTest size: {_test_size(cfg)}."
+
+
+def _test_size(cfg: CfgNode) -> str:
+    low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if cfg.INPUT.SQUARE_SIZE:
+        return f"both sides {cfg.INPUT.SQUARE_SIZE} (INPUT.SQUARE_SIZE)"
+    if low == 0:
+        return "that of the image (INPUT.MIN_SIZE_TEST is 0)"
+    return f"shorter side {low}, longer at most {high} (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)"
+
+
+def _cell_tables(cells: Cells, cfg: CfgNode) -> str:
+    counts, grids = cells.occupancy, cells.grids
+    rows = [
+        (feature, number, f"{low:g} to {high:g}", *level)
+        for feature, number, (low, high), level in zip(
+            cells.features, grids.num_grids, grids.scale_ranges, counts.levels
+        )
+    ]
+    headers = ["level", "NUM_GRIDS", "SCALE_RANGES", "objects", "share a cell", "lose all cells"]
+    between = counts.out_of_range - cells.below - cells.above
+    lines = [
+        f"Grid cells of {cfg.MODEL.META_ARCHITECTURE} at test size, each image padded by itself",
+        tabulate(rows, headers),
+        f"{counts.without_cell} of {counts.objects} objects have no cell on any level"
+        + (":" if counts.without_cell else "."),
+    ]
+    reasons = {
+        "lose all of theirs to objects that come later in the json": counts.lost,
+        "are too small for SCALE_RANGES": cells.below,
+        "are too large for SCALE_RANGES": cells.above,
+        "are between two of SCALE_RANGES": between,
+        "have no pixel of their mask left": counts.empty,
+    }
+    lines += [f"  {count} {reason}" for reason, count in reasons.items() if count]
+    if cells.advice:
+        total = level_offsets(grids.num_grids)[-1]
+        options = [("as it is", counts.without_cell, total)]
+        options += [
+            (f'{a.key} "{a.value}"', a.occupancy.without_cell, a.cells) for a in cells.advice
+        ]
+        lines += ["", "What would help, one at a time:"]
+        lines.append(tabulate(options, ["setting", "objects without a cell", "cells in all"]))
+    for min_size, max_size, left in cells.size_advice:
+        lines.append(
+            f"INPUT.MIN_SIZE_TEST {min_size} INPUT.MAX_SIZE_TEST {max_size} would leave {left} "
+            "objects without a pixel (train at such sizes too)"
+        )
+    return "\n".join(lines)
+
+
+def summary(reports: Sequence[Report]) -> str:
+    """One line on all data sets."""
+    counts: Counter[str] = Counter()
+    for report in reports:
+        for finding in report.findings:
+            counts[finding.effect] += len(finding.offenders)
+    sets = "1 data set" if len(reports) == 1 else f"{len(reports)} data sets"
+    text = f"{sets} checked: nothing to remark"
+    if counts:
+        text = (
+            f"{sets} checked: {counts[REFUSED]} things that training refuses, "
+            f"{counts[SKIPPED]} that it skips, {counts[REMARK]} remarks"
+        )
+    without = sum(report.cells.occupancy.without_cell for report in reports if report.cells)
+    return text + (f"; {without} objects without a grid cell" if without else "")
+
+
+def has_problems(reports: Sequence[Report]) -> bool:
+    """Whether training would refuse or skip anything."""
+    return any(finding.effect != REMARK for report in reports for finding in report.findings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code (see ``--help``)."""
+    # Detectron2 makes tensors of Pillow's images without copying them, as in training
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        if options.json and not Path(options.json).parent.is_dir():
+            raise UserError(f"--json: there is no folder {Path(options.json).parent}")
+        cfg = load_config(options.config_file, data=options.data or (), opts=options.opts)
+        reports = check(cfg, decode_images=options.images)
+        if options.json:
+            content = {"summary": summary(reports), "data_sets": _plain(reports)}
+            with atomic_write(options.json) as file:
+                file.write(json.dumps(content, indent=1).encode())
+    except (UserError, OSError, ValueError, KeyError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    for report in reports:
+        print(to_text(report, cfg))
+    print(summary(reports))
+    return EXIT_PROBLEMS if has_problems(reports) else EXIT_CLEAN
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and named tuples as dicts, for json."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m solo_d2 check",
+        description="Check the data sets of a config before training.",
+        epilog="Exit code: 0 nothing or only remarks, 1 training would refuse or skip something, "
+        "2 the check could not be made.",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument(
+        "--data",
+        nargs=4,
+        metavar=("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"),
+        help="your own data: COCO json files and image folders (DATASETS.CUSTOM in the config)",
+    )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="decode all images, which finds truncated ones; else only their headers are read",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write everything, and every offender")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

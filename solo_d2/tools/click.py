@@ -1,0 +1,130 @@
+"""What one click into each object finds of it: ``python -m solo_d2 click --help``."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import annotations_to_instances
+from detectron2.modeling import build_model
+
+from solo_d2.config import load_config
+from solo_d2.data import setup_datasets
+from solo_d2.data.augmentation import test_resize
+from solo_d2.engine import build_checkpointer
+from solo_d2.errors import UserError, one_line
+from solo_d2.modeling import AdaptISPredictor
+from solo_d2.tools.predict import read_image
+
+
+class Clicks(NamedTuple):
+    """Of one image."""
+
+    ious: np.ndarray  # (N,) per object
+    image_seconds: float  # for what does not depend on the points
+    click_seconds: float  # for all N points
+
+
+def most_interior_pixel(mask: np.ndarray) -> tuple[int, int]:
+    """x and y of the pixel of a mask (H, W), not empty, that is farthest from what is not mask."""
+    padded = np.pad(mask.astype(np.uint8), 1)
+    distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    y, x = np.unravel_index(distance.argmax(), distance.shape)
+    return int(x) - 1, int(y) - 1
+
+
+def click(predictor: AdaptISPredictor, record: dict[str, Any]) -> Clicks | None:
+    """Click into the middle of each object of an image; None where it has none.
+
+    Args:
+        predictor: of a model that takes points.
+        record: in Detectron2's format, with annotations. Crowds are left out.
+    """
+    objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
+    size = record["height"], record["width"]
+    if not objects:
+        return None
+    masks = annotations_to_instances(objects, size, mask_format="bitmask").gt_masks.tensor.numpy()
+    masks = masks[masks.any(axis=(1, 2))]
+    points = [most_interior_pixel(mask) for mask in masks]
+    if not points:
+        return None
+    image = read_image(record["file_name"])
+    start = time.perf_counter()
+    predictor.set_image(image)
+    ready = time.perf_counter()
+    found = predictor.predict(points).pred_masks.numpy()
+    end = time.perf_counter()
+    both = (found & masks).sum(axis=(1, 2))
+    either = (found | masks).sum(axis=(1, 2))
+    return Clicks(both / either, ready - start, end - ready)
+
+
+def summary(clicks: Iterable[Clicks]) -> str:
+    """A few lines about all images."""
+    clicks = list(clicks)
+    ious = np.concatenate([x.ious for x in clicks])
+    per_image = 1000 * np.mean([x.image_seconds for x in clicks])
+    per_click = 1000 * sum(x.click_seconds for x in clicks) / len(ious)
+    good = ", ".join(f"{(ious >= t).mean():.1%} at least {t}" for t in (0.5, 0.75, 0.85))
+    return (
+        f"{len(ious)} objects in {len(clicks)} images: mean IoU {ious.mean():.4f}; {good}\n"
+        f"{per_image:.1f} ms per image, then {per_click:.1f} ms per click"
+    )
+
+
+def load_model(cfg: CfgNode, weights: str) -> AdaptISPredictor:
+    """The model of ``cfg`` with weights, ready for images.
+
+    Raises:
+        ValueError, OSError: the model takes no points, or the weights cannot be used.
+    """
+    model = build_model(cfg).eval()
+    build_checkpointer(cfg, model).load(weights)
+    return AdaptISPredictor(
+        model,
+        resize=test_resize(cfg),
+        input_format=cfg.INPUT.FORMAT,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, or 2 after an error of one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        cfg = load_config(options.config_file, opts=options.opts)
+        setup_datasets(cfg)
+        weights = options.weights or cfg.MODEL.WEIGHTS
+        if not weights:
+            raise UserError("no weights: give --weights, or MODEL.WEIGHTS in the config")
+        predictor = load_model(cfg, weights)
+        records = [r for name in cfg.DATASETS.TEST for r in DatasetCatalog.get(name)]
+        clicks = list(filter(None, (click(predictor, record) for record in records)))
+        if not clicks:
+            raise UserError(f"no objects in DATASETS.TEST {cfg.DATASETS.TEST}")
+    except (UserError, OSError, ValueError, KeyError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(summary(clicks))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m solo_d2 click",
+        description="Click once into the middle of each object of DATASETS.TEST, and compare what "
+        "a model that takes points (AdaptIS) finds there with the object.",
+    )
+    parser.add_argument("--config-file", required=True, metavar="YAML")
+    parser.add_argument("--weights", metavar="PTH", help="default: MODEL.WEIGHTS of the config")
+    parser.add_argument("opts", nargs="*", help="config overrides as KEY VALUE pairs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,461 @@
+"""The SOLO family on tiny inputs: shapes, bad input, options, and what each model adds."""
+
+import copy
+import re
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch.nn import functional as F
+
+from solo_d2 import add_solo_d2_config
+from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.resample import UpsampledConv2d
+
+SIZE = (64, 96)
+
+# One by one what makes masks differently.
+ARCHITECTURES = {
+    "SOLOv2": {"MODEL__META_ARCHITECTURE": "SOLOv2"},
+    "SOLO": {"MODEL__META_ARCHITECTURE": "SOLO"},
+    "DecoupledSOLO": {"MODEL__META_ARCHITECTURE": "DecoupledSOLO"},
+    "DecoupledSOLO Light": {
+        "MODEL__META_ARCHITECTURE": "DecoupledSOLO",
+        "MODEL__DECOUPLED_SOLO__SHARED_TOWER": True,
+    },
+}
+every_architecture = pytest.mark.parametrize(
+    "architecture", ARCHITECTURES.values(), ids=ARCHITECTURES
+)
+
+
+def tiny_config(**options):
+    cfg = get_cfg()
+    add_solo_d2_config(cfg)
+    cfg.merge_from_list(
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "SOLOv2"),
+            *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18),
+            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32),
+            *("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.SOLO.NUM_CLASSES", 3, "MODEL.SOLO.NUM_GRIDS", [12, 10, 8, 6, 4]),
+            *("MODEL.SOLO.CONV_DIM", 64, "MODEL.SOLO.NUM_CONVS", 1),
+            *("MODEL.SOLOV2.MASK_DIM", 64, "MODEL.SOLOV2.MASK_CONV_DIM", 64),
+            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
+        ]
+    )
+    for key, value in options.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    return cfg
+
+
+def tiny_model(**options):
+    torch.manual_seed(0)
+    return build_model(tiny_config(**options))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+def model(request):
+    return tiny_model(**request.param)
+
+
+def example(masks: torch.Tensor, boxes=None, size=SIZE) -> dict:
+    """A training input with the given masks and, by default, their tight boxes."""
+    instances = Instances(size)
+    instances.gt_boxes, instances.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0).long()
+    if len(masks):  # like Detectron2's mapper: without annotations there is no gt_masks
+        instances = Instances(size)
+        boxes = mask_ops.tight_boxes(masks) if boxes is None else torch.as_tensor(boxes).float()
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.arange(len(masks)) % 3
+        instances.gt_masks = BitMasks(masks)
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(1)) * 255
+    return {"image": image, "instances": instances}
+
+
+def rectangle(x1, y1, x2, y2, size=SIZE) -> torch.Tensor:
+    mask = torch.zeros(1, *size, dtype=torch.bool)
+    mask[:, y1:y2, x1:x2] = True
+    return mask
+
+
+NONE = torch.zeros(0, *SIZE, dtype=torch.bool)
+EMPTY = torch.zeros(1, *SIZE, dtype=torch.bool)
+ORDINARY = rectangle(10, 10, 50, 50)
+
+
+def many(n: int) -> torch.Tensor:
+    corners = torch.randint(0, 56, (n, 2), generator=torch.Generator().manual_seed(2)).tolist()
+    return torch.cat([rectangle(x, y, x + 8, y + 8) for x, y in corners])
+
+
+BATCHES = {
+    "one ordinary image": [example(ORDINARY)],
+    "no instance at all": [example(NONE), example(NONE)],
+    "half-empty": [example(ORDINARY), example(NONE)],
+    "mask empty after cropping": [example(EMPTY, boxes=[[10, 10, 50, 50]])],
+    "1-pixel mask": [example(rectangle(5, 5, 6, 6))],
+    "zero-area box": [example(ORDINARY, boxes=[[10, 10, 10, 50]])],
+    "inverted box": [example(ORDINARY, boxes=[[50, 50, 10, 10]])],
+    "box out of the image": [example(ORDINARY, boxes=[[200, 200, 260, 260]])],
+    "500 instances": [example(many(500))],
+    "object beyond the last scale bound": [example(ORDINARY, boxes=[[-3000, -3000, 3000, 3000]])],
+    "mask that vanishes at a quarter": [example(rectangle(4, 4, 5, 40))],
+    "images of different sizes": [
+        example(ORDINARY),
+        example(rectangle(0, 0, 30, 30, size=(33, 70)), size=(33, 70)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_training_gives_finite_losses_whose_gradient_reaches_every_parameter(model, name):
+    model.train()
+    model.zero_grad()
+    losses = model(copy.deepcopy(BATCHES[name]))
+    assert set(losses) == {"loss_category", "loss_mask"}
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, parameter_name
+            assert torch.isfinite(parameter.grad).all(), parameter_name
+
+
+def test_an_image_without_instances_trains_the_categories_only(model):
+    model.train()
+    losses = model([example(NONE)])
+    assert losses["loss_mask"] == 0
+    assert losses["loss_category"] > 0
+
+
+def test_an_input_without_annotations_is_named(model):
+    model.train()
+    with pytest.raises(ValueError, match=r"street\.jpg"):
+        model([{"image": torch.zeros(3, *SIZE), "file_name": "street.jpg"}])
+
+
+def test_instances_without_masks_are_an_error_that_names_the_key(model):
+    model.train()
+    inputs = {**example(ORDINARY), "file_name": "street.jpg"}
+    inputs["instances"].remove("gt_masks")
+    with pytest.raises(ValueError, match=r"street\.jpg.*MODEL\.MASK_ON"):
+        model([inputs])
+
+
+def test_polygons_and_bit_masks_give_the_same_losses(model):
+    model.train()
+    polygon = [[10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]]
+    with_bits = example(ORDINARY)
+    with_polygons = copy.deepcopy(with_bits)
+    with_polygons["instances"].gt_masks = PolygonMasks([polygon])
+    assert model([with_bits]) == model([with_polygons])
+
+
+def eager(**options):
+    """A model that proposes an instance wherever it can."""
+    thresholds = {"MODEL__SOLO__SCORE_THRESH_TEST": 0.005, "MODEL__SOLO__UPDATE_THRESH_TEST": 0.0}
+    model = tiny_model(**thresholds, **options).eval()
+    for name, parameter in model.head.named_parameters():
+        if re.search(r"(kernel|mask|x|y)_pred\.", name):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def run(model, sizes=(SIZE,), outputs=None):
+    generator = torch.Generator().manual_seed(3)
+    inputs = [{"image": torch.rand(3, *size, generator=generator) * 255} for size in sizes]
+    for x, output in zip(inputs, outputs or sizes):
+        x["height"], x["width"] = output
+    return [x["instances"] for x in model(inputs)]
+
+
+def check_output(instances: Instances, size):
+    n = len(instances)
+    assert instances.image_size == size
+    assert instances.pred_masks.shape == (n, *size)
+    assert instances.pred_masks.dtype == torch.bool
+    assert torch.equal(
+        instances.pred_boxes.tensor, BitMasks(instances.pred_masks).get_bounding_boxes().tensor
+    )
+    assert instances.scores.shape == instances.pred_classes.shape == (n,)
+    assert (instances.scores[:-1] >= instances.scores[1:]).all()
+
+
+@every_architecture
+def test_inference_gives_well_shaped_instances_at_the_output_size(architecture):
+    sizes, outputs = [SIZE, (33, 70)], [(128, 200), (20, 31)]
+    found = run(eager(**architecture), sizes, outputs)
+    for instances, size in zip(found, outputs):
+        assert len(instances) > 0
+        check_output(instances, size)
+
+
+@every_architecture
+@pytest.mark.parametrize("threshold", [2.0, 0.0])
+def test_no_candidates_and_all_candidates_are_ordinary(architecture, threshold):
+    model = tiny_model(**architecture, MODEL__SOLO__SCORE_THRESH_TEST=threshold).eval()
+    (instances,) = run(model)
+    check_output(instances, SIZE)
+    assert len(instances) <= 100
+    if threshold > 1:
+        assert len(instances) == 0
+
+
+@every_architecture
+@pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
+def test_tiny_and_long_images_pass(architecture, size):
+    (instances,) = run(eager(**architecture), [size])
+    check_output(instances, size)
+
+
+@every_architecture
+def test_results_do_not_depend_on_the_chunks(architecture, monkeypatch):
+    model = eager(**architecture)
+    (whole,) = run(model)
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * 16 * 24 * 4)
+    (chunked,) = run(model)
+    assert torch.equal(whole.pred_masks, chunked.pred_masks)
+    assert torch.equal(whole.pred_classes, chunked.pred_classes)
+    torch.testing.assert_close(whole.scores, chunked.scores)
+
+
+@every_architecture
+def test_limits_are_kept(architecture):
+    model = eager(
+        **architecture, TEST__DETECTIONS_PER_IMAGE=5, MODEL__SOLO__TOPK_CANDIDATES_TEST=20
+    )
+    (instances,) = run(model)
+    assert len(instances) == 5
+    limited = eager(**architecture, MODEL__SOLO__MAX_CANDIDATES_TEST=3)
+    assert 1 <= len(run(limited)[0]) <= 3
+
+
+def test_greedy_nms_leaves_scores_alone():
+    model = eager(MODEL__SOLO__NMS_TYPE="mask")
+    (instances,) = run(model)
+    check_output(instances, SIZE)
+    assert len(instances) > 0
+
+
+def test_an_unknown_nms_is_named():
+    with pytest.raises(ValueError, match="'soft'"):
+        run(eager(MODEL__SOLO__NMS_TYPE="soft"))
+
+
+SHARED_OPTIONS = [
+    {"MODEL__SOLO__COORD_CONV": False},
+    {"MODEL__SOLO__NORM": ""},
+    {"MODEL__SOLO__DEFORM": "last"},
+    {"MODEL__SOLO__DEFORM": "all", "MODEL__SOLO__DEFORM_MODULATED": True},
+    {"MODEL__SOLO__PAD_BEFORE_REDUCTION": False},
+    {"MODEL__SOLO__MAX_POSITIVES": 2},
+    {"MODEL__SOLO__MASK_LOSS_TYPE": "focal"},
+    {"MODEL__SOLO__MASK_LOSS_TYPE": "bce"},
+    {"MODEL__SOLO__CATEGORY_ALIGN": "adaptive_pool"},
+    {"MODEL__SOLO__CATEGORY_ALIGN": "region_grid"},
+    {"MODEL__SOLO__NUM_CONVS": 3},
+    {"MODEL__SOLO__CENTER_SIGMA": 1.0},
+    {"MODEL__SOLO__NUM_GRIDS": [20, 3, 1, 1, 7]},
+    # a single level, at its own stride and at another
+    {
+        "MODEL__SOLO__IN_FEATURES": ["p3"],
+        "MODEL__SOLO__STRIDES": [8],
+        "MODEL__SOLO__NUM_GRIDS": [12],
+        "MODEL__SOLO__SCALE_RANGES": [[1, 2048]],
+    },
+    {
+        "MODEL__SOLO__IN_FEATURES": ["p5"],
+        "MODEL__SOLO__STRIDES": [16],
+        "MODEL__SOLO__NUM_GRIDS": [12],
+        "MODEL__SOLO__SCALE_RANGES": [[1, 2048]],
+    },
+]
+SOLOV2_OPTIONS = [
+    {"MODEL__SOLOV2__KERNEL_SIZE": 3},
+    {"MODEL__SOLOV2__MASK_DEFORM": True, "MODEL__SOLO__DEFORM_MODULATED": True},
+    {"MODEL__SOLO__NMS_KERNEL": "linear"},
+    {"MODEL__RESNETS__NORM": "BN", "MODEL__BACKBONE__FREEZE_BN_STATS": True},
+]
+
+
+def ids_of(options: list[dict]) -> list[str]:
+    """Short names: "DEFORM=all,DEFORM_MODULATED=True"."""
+    return [",".join(f"{k.split('__')[-1]}={v}" for k, v in o.items()) for o in options]
+
+
+def check_that_it_trains_and_infers(**options):
+    model = eager(**options)
+    model.train()
+    losses = model([example(many(6)), example(NONE)])
+    assert losses["loss_mask"] > 0
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+    check_output(run(model.eval())[0], SIZE)
+
+
+@every_architecture
+@pytest.mark.parametrize("options", SHARED_OPTIONS, ids=ids_of(SHARED_OPTIONS))
+def test_every_option_of_the_family_trains_and_infers(architecture, options):
+    check_that_it_trains_and_infers(**architecture, **options)
+
+
+@pytest.mark.parametrize("options", SOLOV2_OPTIONS, ids=ids_of(SOLOV2_OPTIONS))
+def test_every_option_of_solov2_trains_and_infers(options):
+    check_that_it_trains_and_infers(**options)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz"),
+        ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align"),
+        ("MODEL.SOLO.DEFORM", "first"),
+        ("MODEL.SOLO.NUM_CONVS", 0),
+    ],
+)
+def test_an_unknown_option_is_named_with_its_key(key, value):
+    with pytest.raises(ValueError, match=rf"{re.escape(key)}.*{value}"):
+        tiny_model(**{key: value})
+
+
+def test_frozen_statistics_stay_while_affine_parameters_train():
+    model = tiny_model(
+        MODEL__RESNETS__NORM="BN",
+        MODEL__BACKBONE__FREEZE_BN_STATS=True,
+        MODEL__BACKBONE__FREEZE_AT=0,
+    ).train()
+    norm = model.backbone.bottom_up.res3[0].conv1.norm
+    before = norm.running_mean.clone()
+    sum(model([example(ORDINARY)]).values()).backward()
+    assert torch.equal(norm.running_mean, before)
+    assert norm.weight.grad is not None
+
+
+@every_architecture
+def test_mixed_precision_gives_finite_float32_losses(architecture):
+    model = tiny_model(**architecture).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model([example(many(4))])
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check_output(run(eager(**architecture))[0], SIZE)
+
+
+def test_levels_of_different_lengths_are_named():
+    with pytest.raises(ValueError, match="STRIDES: 5"):
+        tiny_model(MODEL__SOLO__NUM_GRIDS=[12, 10])
+
+
+def test_a_feature_that_the_backbone_lacks_is_named():
+    with pytest.raises(ValueError, match="'p7'"):
+        tiny_model(MODEL__SOLO__IN_FEATURES=["p2", "p3", "p4", "p5", "p7"])
+
+
+def test_an_unset_number_of_classes_without_data_is_an_error():
+    with pytest.raises(ValueError, match="MODEL.SOLO.NUM_CLASSES"):
+        tiny_model(MODEL__SOLO__NUM_CLASSES=-1)
+
+
+def test_candidates_are_never_all_made_at_once(monkeypatch, largest_float):
+    """Hundreds of candidates, ten kept: no float tensor holds the masks of more than a chunk."""
+    pixels = (SIZE[0] // 4) * (SIZE[1] // 4)
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 16 * pixels * 4)
+    model = eager(MODEL__SOLO__TOPK_CANDIDATES_TEST=10)
+    images = model.preprocess_image([{"image": torch.rand(3, *SIZE) * 255}])
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        outputs = model.predict(model.resize_levels(features, SIZE), features)
+        scores = model.category_scores(outputs)[0]
+        assert (scores > 0.005).sum() > 100
+        with largest_float() as mode:
+            found = model.detect(outputs, scores, 0, (SIZE[0] // 4, SIZE[1] // 4))
+    assert len(found.scores) == 10
+    feature_map = outputs.mask_features[0].numel()
+    assert mode.bytes <= 4 * max(16 * pixels, feature_map)
+
+
+V1 = {name: options for name, options in ARCHITECTURES.items() if name != "SOLOv2"}
+
+
+def every_mask(model, outputs, level: int, size) -> torch.Tensor:
+    """Masks of all cells as the published code makes them: all channels, then the rest."""
+    head, grid = model.head, model.head.num_grids[level]
+
+    def maps(conv, feature):
+        logits = conv(feature[0][None])
+        assert logits.shape[1] == conv.out_channels
+        return F.interpolate(logits.sigmoid(), size=size, mode="bilinear")[0]
+
+    if type(model).__name__ == "SOLO":
+        return maps(head.mask_pred[level], outputs.mask_features[level])
+    x = maps(head.x_pred[level], outputs.x_features[level])
+    y = maps(head.y_pred[level], outputs.y_features[level])
+    return (y[:, None] * x[None]).flatten(0, 1)[: grid * grid]
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_chosen_masks_equal_those_of_a_full_evaluation(architecture):
+    model = eager(**architecture)
+    images = model.preprocess_image([{"image": torch.rand(3, *SIZE) * 255}])
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        outputs = model.predict(model.resize_levels(features, SIZE), features)
+        for level, grid in enumerate(model.head.num_grids):
+            stride = model.strides[level] // 2
+            native = (SIZE[0] // stride, SIZE[1] // stride)
+            for size in (None, (16, 24)):
+                expected = every_mask(model, outputs, level, size or native)
+                for cells in ([0, grid, grid * grid - 1], [5], [], range(grid * grid)):
+                    cells = torch.tensor(list(cells), dtype=torch.long)
+                    masks = model.soft_masks(outputs, 0, level, cells, size)
+                    torch.testing.assert_close(masks, expected[cells], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_gradients_equal_those_of_a_full_evaluation(architecture, monkeypatch):
+    model = eager(**architecture).train()
+
+    def gradients():
+        model.zero_grad()
+        sum(model([example(many(6)), example(ORDINARY)]).values()).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    chosen = gradients()
+    monkeypatch.setattr(
+        UpsampledConv2d, "select", lambda conv, x, channels: conv(x[None])[0][channels]
+    )
+    full = gradients()
+    for name, gradient in full.items():
+        atol = 1e-5 * gradient.abs().max().item() + 1e-9
+        torch.testing.assert_close(chosen[name], gradient, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_training_makes_no_tensor_with_a_channel_per_cell(architecture, largest_float):
+    """One instance on grids of 99 x 99: its masks are few, all would exceed every other tensor."""
+    model = tiny_model(**architecture, MODEL__SOLO__NUM_GRIDS=[99, 36, 24, 16, 12]).train()
+    with largest_float() as mode:
+        sum(model([example(ORDINARY)]).values()).backward()
+    assert mode.bytes < 99 * 99 * (SIZE[0] // 4) * (SIZE[1] // 4) * 4
+
+
+@pytest.mark.parametrize("architecture", V1.values(), ids=V1)
+def test_a_cell_has_one_mask_target_that_of_its_category(architecture):
+    model = tiny_model(**architecture)
+    inputs = example(torch.cat([ORDINARY, ORDINARY]))
+    images = model.preprocess_image([inputs])
+    (gt,) = model.prepare_ground_truth([inputs], images)
+    targets = model.assign(gt, SIZE)
+    assert set(targets.instance.tolist()) == {1}
+    assert len(targets.cell) == (targets.categories < 3).sum() > 0
+    both = tiny_model().assign(gt, SIZE)
+    assert len(both.cell) == 2 * len(targets.cell)

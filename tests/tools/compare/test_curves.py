@@ -1,0 +1,224 @@
+import json
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from solo_d2.data.coco_json import register
+from solo_d2.tools.compare import curves, results
+
+
+def write_lines(folder, *lines, rest=""):
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.json").write_text(text + rest)
+
+
+def test_losses_and_validations_are_read_apart(tmp_path):
+    write_lines(
+        tmp_path,
+        {"iteration": 19, "total_loss": 3.0, "loss_a": 1.0, "loss_b": 2.0, "time": 0.5, "lr": 1},
+        {"iteration": 24, "segm/AP": 10.0, "bbox/AP": 12.0, "segm/AP50": 20.0},
+        {"iteration": 39, "total_loss": float("nan"), "loss_a": 0.5, "time": 1.5},
+        {"iteration": 40, "segm/AP": float("nan"), "bbox/AP": 1.0},
+        rest='{"iteration": 59, "tot',
+    )
+    curve = curves.training_curve(tmp_path)
+    assert curve == {
+        "iteration": [19, 39],
+        "losses": {"loss_a": [1.0, 0.5], "loss_b": [2.0, None], "total_loss": [3.0, None]},
+        "validation": {"iteration": [24, 40], "segm/AP": [10.0, None], "bbox/AP": [12.0, 1.0]},
+    }
+    json.dumps(curve, allow_nan=False)
+    assert curves.iteration_time([tmp_path, tmp_path / "none"])["median"] == 1.0
+
+
+def test_no_training_has_no_curve(tmp_path):
+    assert curves.training_curve(tmp_path) is None
+    assert curves.iteration_time([tmp_path]) is None
+
+
+def rle(box, size=(20, 30)):
+    mask = np.zeros(size, np.uint8, order="F")
+    x, y, w, h = box
+    mask[y : y + h, x : x + w] = 1
+    encoded = mask_util.encode(mask)
+    return {"size": list(size), "counts": encoded["counts"].decode()}
+
+
+# (image, category, box, crowd)
+OBJECTS = [
+    (1, 5, (0, 0, 10, 10), 0),
+    (1, 5, (15, 0, 10, 10), 0),
+    (1, 9, (0, 12, 6, 6), 0),
+    (2, 9, (2, 2, 8, 8), 0),
+    (2, 5, (12, 2, 8, 8), 1),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three images, the last without objects; three classes, the last without objects."""
+    folder = tmp_path_factory.mktemp("data")
+    images = [{"id": i, "file_name": f"{i}.png", "height": 20, "width": 30} for i in (1, 2, 3)]
+    annotations = [
+        {
+            **{"id": i + 1, "image_id": image, "category_id": category, "iscrowd": crowd},
+            **{"bbox": list(box), "area": box[2] * box[3], "segmentation": rle(box)},
+        }
+        for i, (image, category, box, crowd) in enumerate(OBJECTS)
+    ]
+    ids = {5: 0, 9: 1, 11: 2}
+    document = {"images": images, "annotations": annotations}
+    document["categories"] = [{"id": c, "name": n} for c, n in zip(ids, ("cat", "dog", "emu"))]
+    (folder / "x.json").write_text(json.dumps(document))
+    register(
+        "comparison_test",
+        lambda: [{"image_id": x["id"], "file_name": str(folder / x["file_name"])} for x in images],
+        json_file=str(folder / "x.json"),
+        image_root=str(folder),
+        thing_classes=["cat", "dog", "emu"],
+        thing_dataset_id_to_contiguous_id=ids,
+    )
+    yield results.TestSet("comparison_test")
+    DatasetCatalog.pop("comparison_test")
+    MetadataCatalog.pop("comparison_test")
+
+
+def detection(image, category, box, score, **more):
+    found = {"image_id": image, "category_id": category, "score": score, **more}
+    return {**found, "bbox": list(box), "segmentation": rle(box)}
+
+
+PERFECT = [detection(i, c, box, 0.9) for i, c, box, crowd in OBJECTS if not crowd]
+
+
+def test_perfect_detections_are_worth_100_per_cent(data):
+    found = results.evaluate_detections(data, PERFECT)
+    for task in ("segm", "bbox"):
+        metrics = found["metrics"][task]
+        assert tuple(metrics) == results.METRICS
+        assert metrics["AP"] == metrics["APs"] == metrics["AR100"] == pytest.approx(100)
+        assert metrics["AR1"] == pytest.approx(75)  # one of two cats in an image
+        assert metrics["APl"] is None  # there are none
+        assert found["per_class"][task] == {
+            "cat": pytest.approx(100),
+            "dog": pytest.approx(100),
+            "emu": None,
+        }
+        curve = found["pr_curves"][task]
+        assert curve["recall"][0] == 0 and curve["recall"][-1] == 1 and len(curve["recall"]) == 101
+        assert curve["classes"].keys() == {"cat", "dog"}
+        assert curve["all"] == {name: [1.0] * 101 for name in ("50", "75", "mean")}
+    assert found["ious"] == {1: [1, 1, 1], 2: [1], 3: []}
+
+
+def test_no_detections_are_worth_nothing_where_there_are_objects(data):
+    found = results.evaluate_detections(data, [])
+    metrics = found["metrics"]["segm"]
+    assert metrics["AP"] == metrics["APs"] == metrics["AR100"] == 0
+    assert metrics["APl"] is None
+    assert found["per_class"]["segm"] == {"cat": 0, "dog": 0, "emu": None}
+    assert found["pr_curves"]["segm"]["all"]["50"] == [0.0] * 101
+    assert found["ious"] == {1: [0, 0, 0], 2: [0], 3: []}
+
+
+def test_a_curve_falls_where_the_errors_are(data):
+    # the first cat is found, then an error, then a part of the second
+    found = results.evaluate_detections(
+        data,
+        [
+            detection(1, 5, (0, 0, 10, 10), 0.9),
+            detection(3, 5, (0, 0, 10, 10), 0.8),
+            detection(1, 5, (15, 0, 10, 6), 0.7),  # IoU 0.6
+        ],
+    )
+    curve = found["pr_curves"]["segm"]["classes"]["cat"]
+    assert curve["50"][:51] == [1.0] * 51
+    assert curve["50"][51:] == [pytest.approx(2 / 3, abs=1e-4)] * 50
+    assert curve["75"][51:] == [0.0] * 50
+    # three of COCO's ten thresholds are up to 0.6
+    assert curve["mean"][60] == pytest.approx(3 / 10 * 2 / 3, abs=1e-4)
+    assert found["ious"][1] == [1, pytest.approx(0.6), 0]
+
+
+def test_masks_are_ranked_by_their_own_score(data):
+    wrong, right = (0, 13, 5, 5), (0, 0, 10, 10)
+    found = results.evaluate_detections(
+        data,
+        [
+            detection(2, 9, wrong, 0.9, mask_score=0.2),
+            detection(1, 9, (0, 12, 6, 6), 0.8, mask_score=0.3),
+            detection(1, 5, right, 0.1, mask_score=0.8),
+        ],
+    )
+    assert found["per_class"]["segm"]["dog"] > found["per_class"]["bbox"]["dog"] > 0
+    assert found["ious"][1][0] == 1  # confident by its mask's score
+
+
+def test_disagreement_is_the_span_of_the_models():
+    assert results.disagreement({"a": [1.0, 0.5], "b": [0.6, 0.5]}) == pytest.approx(0.2)
+    assert results.disagreement({"a": [0.5], "b": [0.1], "c": [0.3]}) == pytest.approx(0.4)
+    assert results.disagreement({"a": [0.5]}) is None
+    assert results.disagreement({"a": [], "b": []}) is None
+
+
+def test_the_gallery_begins_with_the_largest_disagreement(data, tmp_path):
+    half = [x for x in PERFECT if x["image_id"] == 1]
+    low = [detection(3, 5, (0, 0, 3, 3), 0.04), detection(3, 5, (0, 0, 3, 3), 0.2)]
+    models = {"all": PERFECT, "half": [*half, *low]}
+    files, ious = {}, {}
+    for name, detections in models.items():
+        files[name] = tmp_path / f"{name}.json"
+        files[name].write_text(json.dumps(detections))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text("{}")
+        accuracy = results.load_accuracy(data, files[name], tmp_path / name / "results.json")
+        ious[name] = accuracy["ious"]
+        assert ious[name].keys() == {1, 2, 3}
+    gallery = results.make_gallery(data, ious, files, count=3)
+    assert [x["image_id"] for x in gallery] == [2, 1, 3]
+    first = gallery[0]
+    assert first["disagreement"] == 1 and first["ious"] == {"all": 1.0, "half": 0.0}
+    assert (first["height"], first["width"]) == (20, 30)
+    assert first["file_name"].endswith("/2.png")
+    assert [(x["class"], x["crowd"]) for x in first["ground_truth"]] == [
+        ("dog", False),
+        ("cat", True),
+    ]
+    assert first["ground_truth"][0]["rle"] == rle((2, 2, 8, 8))
+    assert first["predictions"] == {
+        "all": [{"class": "dog", "score": 0.9, "rle": rle((2, 2, 8, 8))}],
+        "half": [],
+    }
+    assert gallery[1]["disagreement"] == 0
+    assert gallery[2]["disagreement"] is None and gallery[2]["ious"]["all"] is None
+    assert [x["score"] for x in gallery[2]["predictions"]["half"]] == [0.2]
+    json.dumps(gallery, allow_nan=False)
+    assert [x["image_id"] for x in results.make_gallery(data, ious, files, count=1)] == [2]
+    assert results.make_gallery(data, {}, {}, count=3) == []
+    one = results.make_gallery(data, {"half": ious["half"]}, {"half": files["half"]}, count=1)
+    assert one[0]["image_id"] == 2  # nobody to disagree with: the worst
+
+
+def test_accuracy_is_computed_again_after_a_new_evaluation(data, tmp_path):
+    file, done = tmp_path / "detections.json", tmp_path / "results.json"
+    file.write_text("[]")
+    done.write_text("{}")
+    assert results.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == 0
+    file.write_text(json.dumps(PERFECT))
+    assert results.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == 0
+    kept = tmp_path / "accuracy.json"
+    stamp = kept.stat().st_mtime_ns + 10**9
+    import os
+
+    os.utime(done, ns=(stamp, stamp))
+    assert results.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == pytest.approx(100)
+
+
+def test_runs_are_summarised_with_their_sample_deviation():
+    found = results.summarize([{"AP": 1.0, "APl": None}, {"AP": 3.0, "APl": 2.0}])
+    assert found["AP"] == {"mean": 2.0, "std": pytest.approx(2**0.5), "values": [1.0, 3.0]}
+    assert found["APl"] == {"mean": None, "std": None, "values": [None, 2.0]}
+    assert results.summarize([{"AP": 1.0}])["AP"] == {"mean": 1.0, "std": None, "values": [1.0]}
+    assert results.summarize([]) == {}

@@ -1,0 +1,92 @@
+"""What env and the import of solo_d2 say about a machine that lacks something."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from solo_d2.tools import env
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run_without(tmp_path):
+    """Run Python with some modules made impossible to import; returns the finished process."""
+
+    def run(*arguments: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess:
+        # sitecustomize is imported at the start of the interpreter, before anything of ours.
+        stub = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
+        (tmp_path / "sitecustomize.py").write_text(stub)
+        variables = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        return subprocess.run(
+            [sys.executable, *arguments], env=variables, capture_output=True, text=True, cwd="/"
+        )
+
+    return run
+
+
+def test_complete_environment_has_no_problem():
+    lines, problems = env.report()
+    assert problems == []
+    text = "\n".join(lines)
+    for name in ("Python", "torch", "torchvision", "detectron2", "numpy", "detectron2._C", "CUDA"):
+        assert any(line.startswith(name + " ") for line in lines), f"{name} not in\n{text}"
+
+
+@pytest.mark.parametrize("missing", ["detectron2", "torch"])
+def test_import_without_a_requirement_says_the_command_in_one_line(run_without, missing):
+    result = run_without("-c", "from solo_d2 import add_solo_d2_config", missing=(missing,))
+    assert result.returncode != 0
+    last_line = result.stderr.strip().splitlines()[-1]
+    name = "Detectron2" if missing == "detectron2" else missing
+    assert last_line.startswith(f"ImportError: solo_d2 needs {name}, which is not installed. Run: ")
+    assert "-m pip install" in last_line
+
+
+@pytest.mark.parametrize("missing", [("detectron2",), ("torch", "torchvision", "detectron2")])
+def test_env_runs_where_detectron2_or_torch_is_absent(run_without, missing):
+    result = run_without("-m", "solo_d2", "env", missing=missing)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    problems = [line for line in result.stdout.splitlines() if line.startswith("solo_d2 needs")]
+    for name in missing:
+        title = "Detectron2" if name == "detectron2" else name
+        assert any(line.startswith(f"solo_d2 needs {title}, ") for line in problems)
+
+
+def test_env_and_import_use_the_same_words(run_without):
+    imported = run_without("-c", "from solo_d2 import add_solo_d2_config", missing=("detectron2",))
+    reported = run_without("-m", "solo_d2", "env", missing=("detectron2",))
+    line = imported.stderr.strip().splitlines()[-1].removeprefix("ImportError: ")
+    assert line in reported.stdout.splitlines()
+
+
+def test_missing_optional_package_is_no_problem(run_without):
+    result = run_without("-m", "solo_d2", "env", missing=("shapely",))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Warning" not in result.stderr
+    assert "shapely" in result.stdout and "optional" in result.stdout
+
+
+def test_too_old_version_is_named_with_the_least_one(monkeypatch):
+    monkeypatch.setattr(env, "REQUIREMENTS", (env.Requirement("tqdm", "tqdm", "999.0"),))
+    _, problems = env.report()
+    assert len(problems) == 1
+    assert "is too old, 999.0 is the least" in problems[0]
+    assert "tqdm>=999.0" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher"), [("2.4", "2.14.1+cu130"), ("0.19", "0.29.1"), ("0.6", "0.7.2")]
+)
+def test_versions_compare_as_numbers(lower, higher):
+    assert env._numbers(lower) < env._numbers(higher)
+
+
+def test_detectron2_outside_a_clone_comes_from_its_repository(monkeypatch, tmp_path):
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "solo_d2" / "tools" / "env.py"))
+    command = env._command(env._requirement("detectron2"))
+    assert command.endswith("'git+https://github.com/facebookresearch/detectron2.git'")
