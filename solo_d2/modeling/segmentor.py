@@ -14,6 +14,8 @@ from torch.profiler import record_function
 from solo_d2.layers.frozen_bn import fold_frozen_batch_norms
 from solo_d2.postprocessing import postprocess
 
+from .own_keys import warn_about_own_keys
+
 
 class GroundTruth(NamedTuple):
     """Annotations of one image, on the model's device; N = 0 is ordinary."""
@@ -61,6 +63,7 @@ class InstanceSegmentor(nn.Module):
 
     @classmethod
     def from_config(cls, cfg) -> dict:
+        warn_about_own_keys(cfg)
         return {
             "backbone": fold_frozen_batch_norms(build_backbone(cfg)),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
