@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import portalocker
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from solo_d2.errors import UserError
 from solo_d2.modeling.num_classes import get_value
 from solo_d2.modeling.own_keys import refuse_test_time_augmentation
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # key -> (least value, what is allowed)
 _LIMITS = {
@@ -77,11 +81,14 @@ def training_folder(folder: str, *, resume: bool, overwrite: bool) -> Iterator[N
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / ".lock", "w") as lock:  # the system frees the lock of a killed process
-        try:
-            portalocker.lock(lock, portalocker.LOCK_EX | portalocker.LOCK_NB)
-        except portalocker.LockException:
-            raise UserError(f"another process is training in {folder} (OUTPUT_DIR)") from None
+    with open(path / ".lock", "w") as file:
+        if fcntl is not None:
+            try:
+                # The system frees it when this process ends, however it ends. Loading processes,
+                # which may live on for seconds, do not inherit it, unlike one of ``flock``.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"another process is training in {folder} (OUTPUT_DIR)") from None
         if not resume:
             _make_room(path, overwrite=overwrite)
         yield

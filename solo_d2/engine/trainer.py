@@ -3,7 +3,11 @@
 import importlib
 import logging
 import os
+import signal
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,6 +117,10 @@ class Trainer(DefaultTrainer):
                     hook.after_step()
             self.iter = self.storage.iter = self.start_iter
 
+    def run_step(self) -> None:
+        with _interrupt_at_end():
+            super().run_step()
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seed": self._seed}
 
@@ -186,3 +194,29 @@ def _without_amp_on_cpu(cfg: CfgNode) -> CfgNode:
     cfg.SOLVER.AMP.ENABLED = False
     cfg.freeze()
     return cfg
+
+
+@contextmanager
+def _interrupt_at_end() -> Iterator[None]:
+    """Let a Ctrl-C wait for the end of the block, a second one not.
+
+    Within a step it would break the connection to a loading process, which then prints a traceback.
+    """
+    if threading.current_thread() is not threading.main_thread():  # where there are no signals
+        yield
+        return
+    pressed = False
+
+    def handle(*args: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
