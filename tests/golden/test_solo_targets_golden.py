@@ -8,7 +8,7 @@ from fvcore.nn import sigmoid_focal_loss
 from torch.nn import functional as F
 
 from solo_d2.layers.losses import dice_loss
-from solo_d2.layers.masks import mass_centers, reduce_masks, reduce_unpadded_masks
+from solo_d2.layers.masks import downsample_masks, downsample_unpadded_masks, mass_centers
 from solo_d2.modeling.solo.targets import assign_cells, last_claims
 
 pytestmark = pytest.mark.golden
@@ -90,9 +90,11 @@ def test_mask_targets_are_the_originals(golden):
             expected = expected_masks(golden, f"{case}_{impl}_l{level}")
             stride = masks.shape[-1] // expected.shape[-1]
             if impl == "adet_v2":
-                reduced = reduce_unpadded_masks(masks, stride, image_size, tuple(masks.shape[1:]))
+                reduced = downsample_unpadded_masks(
+                    masks, stride, image_size, tuple(masks.shape[1:])
+                )
             else:
-                reduced = reduce_masks(masks, stride)
+                reduced = downsample_masks(masks, stride)
             actual = reduced[targets.instance[targets.level == level]]
             assert torch.equal(actual, expected), (case, impl, level)
             sums = golden[f"{case}_{impl}_l{level}_tmask_sum"].long()

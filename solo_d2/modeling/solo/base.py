@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.distributed import normalizer
 from solo_d2.layers.losses import MASK_LOSSES
-from solo_d2.layers.masks import mass_centers, reduce_masks, reduce_unpadded_masks
+from solo_d2.layers.masks import downsample_masks, downsample_unpadded_masks, mass_centers
 from solo_d2.layers.nms import point_nms
 from solo_d2.layers.resample import ALIGNMENTS, align_to_grid, resize
 
@@ -294,9 +294,9 @@ class SOLOFamily(InstanceSegmentor):
         """Mask targets (N, H / stride, W / stride) bool."""
         with record_function("solo_d2.reduce"):
             if self.pad_before_reduction:
-                return reduce_masks(gt.masks, stride)
+                return downsample_masks(gt.masks, stride)
             padded_size = (gt.masks.shape[-2], gt.masks.shape[-1])
-            return reduce_unpadded_masks(gt.masks, stride, gt.image_size, padded_size)
+            return downsample_unpadded_masks(gt.masks, stride, gt.image_size, padded_size)
 
 
 class CategoryHead(nn.Module):
