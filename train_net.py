@@ -16,7 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 from solo_d2.arguments import parse
 from solo_d2.checkpoint import build_checkpointer
 from solo_d2.config import load_config
-from solo_d2.data import setup_datasets
+from solo_d2.data import require_images, setup_datasets
 from solo_d2.engine import Trainer, check_config, training_folder
 from solo_d2.errors import UserError, is_user_error, one_line
 from solo_d2.evaluation.coco import write_results
@@ -27,7 +27,9 @@ EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS, or with ``resume`` the last checkpoint in OUTPUT_DIR."""
     model = Trainer.build_model(cfg)
-    build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    build_checkpointer(cfg, model, require_complete=True).resume_or_load(
+        cfg.MODEL.WEIGHTS, resume=resume
+    )
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results |= Trainer.test_with_augmentation(cfg, model)
@@ -40,6 +42,7 @@ def main(cfg: CfgNode, args: argparse.Namespace) -> None:
     """What each process does."""
     check_config(cfg, comm.get_world_size())
     setup_datasets(cfg)
+    require_images(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="solo_d2")
     cfg.freeze()
     default_setup(cfg, args)

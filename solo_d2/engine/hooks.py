@@ -93,42 +93,6 @@ class StopAtNonFiniteLoss(HookBase):
         )
 
 
-class CheckWeights(HookBase):
-    """Stops before a checkpoint with inf or NaN replaces a good one.
-
-    Weights may overflow, and batch norm's statistics may take in NaN, while losses are finite.
-    """
-
-    def __init__(self, model: nn.Module, period: int):
-        """
-        Args:
-            model: see above.
-            period: iterations between checkpoints.
-        """
-        self._model = model
-        self._period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or (self._period > 0 and done % self._period == 0):
-            check_finite(self._model, self.trainer.iter)
-
-
-def check_finite(model: nn.Module, iteration: int) -> None:
-    """
-    Raises:
-        NonFiniteLossError: a parameter or buffer of the model holds inf or NaN.
-    """
-    tensors = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    finite = torch.stack([v.isfinite().all() for v in tensors.values()]).tolist()
-    bad = [name for name, ok in zip(tensors, finite) if not ok]
-    if bad:
-        raise NonFiniteLossError(
-            f"iteration {iteration}: {len(bad)} of the model's {len(tensors)} tensors are not "
-            f"finite (first {bad[0]}); no checkpoint is written, and the last one is as it was"
-        )
-
-
 class KeepBest(HookBase):
     """Saves model_best.pth after an evaluation that was better than all before it.
 
@@ -193,10 +157,3 @@ class KeepBest(HookBase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_iter = state["best"], state["best_iter"]
         self.waited = state["waited"]
-
-
-class UntaggedCheckpointer(Checkpointer):
-    """Saves files that a resume does not start from."""
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        pass

@@ -289,7 +289,7 @@ def test_no_step_is_made_with_a_loss_or_gradient_that_is_not_finite(
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(toy_cfg):
     cfg = toy_cfg("SEED", 1)
-    with pytest.raises(NonFiniteLossError, match=r"iteration 9: 1 of .* \(first steps\)"):
+    with pytest.raises(UserError, match=r"model_0000009\.pth is not written: .* steps"):
         poison(start(cfg), 6, "buffer").train()
     assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_0000004.pth"
     assert not (Path(cfg.OUTPUT_DIR) / "model_0000009.pth").exists()
