@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor, DefaultTrainer, default_setup
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
@@ -89,11 +90,20 @@ def test_detectron2s_trainer_does_what_a_config_says_or_a_warning_names_it(name,
 def users_set(shapes_cache):
     """A user's data, registered in Detectron2's way: classes are unknown until it is loaded."""
     setup_datasets(load_config(opts=("DATASETS.TRAIN", ("shapes_train",), *SIZE)))
-    metadata = MetadataCatalog.get("shapes_train")
-    register_coco_instances("users_train", {}, metadata.json_file, metadata.image_root)
+    DatasetCatalog.get("shapes_train")  # drawn
+    register_again()
     yield "users_train"
     DatasetCatalog.remove("users_train")
     MetadataCatalog.remove("users_train")
+
+
+def register_again():
+    """Without class names, as at the start of a process."""
+    if "users_train" in DatasetCatalog:
+        DatasetCatalog.remove("users_train")
+        MetadataCatalog.remove("users_train")
+    drawn = MetadataCatalog.get("shapes_train")
+    register_coco_instances("users_train", {}, drawn.json_file, drawn.image_root)
 
 
 def small_config(name, *overrides):
@@ -111,10 +121,7 @@ def trained(users_set, tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp(name)
         cfg = small_config(name, "DATASETS.TRAIN", (users_set,), "DATASETS.TEST", ())
         cfg.OUTPUT_DIR = str(folders[name])
-        MetadataCatalog.remove(users_set)  # as in a new process: not loaded yet
-        DatasetCatalog.remove(users_set)
-        metadata = MetadataCatalog.get("shapes_train")
-        register_coco_instances(users_set, {}, metadata.json_file, metadata.image_root)
+        register_again()
         default_setup(cfg, None)
         DefaultTrainer(cfg).train()
     return folders
@@ -177,11 +184,12 @@ def gradients(name, records, rank=None):
     mapper = InstanceMapper(cfg, is_train=True)
     batch = [mapper(record) for record in (records if rank is None else records[rank::2])]
     wrapped = model if rank is None else DistributedDataParallel(model, broadcast_buffers=False)
-    losses = wrapped(batch)
-    sum(losses.values()).backward()
-    found = {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
-    # DistributedDataParallel finds parameters without a gradient in the next iteration
-    sum(wrapped(batch).values()).backward()
+    with EventStorage():
+        losses = wrapped(batch)
+        sum(losses.values()).backward()
+        found = {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+        # DistributedDataParallel finds parameters without a gradient in the next iteration
+        sum(wrapped(batch).values()).backward()
     return {"losses": {k: v.detach() for k, v in losses.items()}, "gradients": found}
 
 
@@ -229,11 +237,14 @@ def test_two_processes_agree_on_gradients_of_every_parameter(two_processes, name
         assert gradient.isfinite().all(), parameter
 
 
-def test_centermask_is_evaluated_with_test_time_augmentation(users_set, tmp_path):
+@pytest.mark.parametrize(("name", "tasks"), [("CenterMask", ["bbox", "segm"]), ("FCOS", ["bbox"])])
+def test_centermask_and_fcos_are_evaluated_with_test_time_augmentation(
+    users_set, tmp_path, name, tasks
+):
     """As Detectron2's Mask R-CNN is: results of flipped and resized images are merged."""
     augmentation = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64))
     cfg = small_config(
-        *("CenterMask", *augmentation, "DATASETS.TEST", ("shapes_val",)),
+        *(name, *augmentation, "DATASETS.TEST", ("shapes_val",)),
         *("DATASETS.SHAPES.VAL_IMAGES", 2, "OUTPUT_DIR", str(tmp_path)),
         *("MODEL.FCOS.SCORE_THRESH_TEST", 0.0),
     )
@@ -241,10 +252,10 @@ def test_centermask_is_evaluated_with_test_time_augmentation(users_set, tmp_path
     torch.manual_seed(0)
     model = Trainer.build_model(cfg)
     results = Trainer.test_with_augmentation(cfg, model)
-    assert results.keys() == {"bbox_TTA", "segm_TTA"}
-    assert math.isfinite(results["segm_TTA"]["AP"])
+    assert results.keys() == {f"{task}_TTA" for task in tasks}
+    assert all(math.isfinite(results[f"{task}_TTA"]["AP"]) for task in tasks)
     found = json.loads((tmp_path / "inference_TTA/coco_instances_results.json").read_text())
-    assert any("counts" in x["segmentation"] for x in found)
+    assert found and all(("segmentation" in x) == ("segm" in tasks) for x in found)
 
 
 @pytest.mark.parametrize("name", ["SOLO", "DecoupledSOLO", "SOLOv2", "YOLACT", "AdaptIS"])
