@@ -119,7 +119,9 @@ def run(argv: list[str] | None = None) -> int:
                 args=(cfg, args),
             )
     except ProcessExitedException as error:
-        return error.exit_code  # the process has said why
+        if error.exit_code < 0:  # killed; else it has said why
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED

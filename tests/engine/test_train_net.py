@@ -1,6 +1,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import signal
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from solo_d2.data import InstanceMapper
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -200,6 +203,22 @@ def test_an_error_in_a_plug_in_keeps_its_traceback(run, tmp_path, toy_model):
 
             patch.setattr(toy_model, "forward", fail)
             run(*SHORT, "--overwrite", "OUTPUT_DIR", tmp_path)
+
+
+def test_a_process_among_several_says_what_is_wrong_in_one_line(train_net, capsys, tmp_path):
+    args = train_net.parse(train_net.parser(), ["SOLVER.MAX_ITER", "0"])
+    cfg = train_net.load_config("", opts=args.opts)
+    with pytest.raises(SystemExit, match="1"):
+        train_net.main_of_several(cfg, args)
+    assert capsys.readouterr().err.startswith("error: SOLVER.MAX_ITER is 0")
+
+
+def test_a_killed_loading_process_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        InstanceMapper, "__call__", lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    code, errors = run(*SHORT, "DATALOADER.NUM_WORKERS", 1, "OUTPUT_DIR", tmp_path)
+    assert code == 1 and errors[-1].startswith("error: DataLoader worker")
 
 
 def test_a_folder_with_a_training_is_not_used_for_another_one(run, tmp_path):
