@@ -1,17 +1,14 @@
 """Where the configs of a comparison differ, and whether they may."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
-from solo_d2.engine import scale_learning_rate
 from solo_d2.errors import UserError
 
 # What may differ besides MODEL, and why. The rest of a config is data, schedule and evaluation.
 ALLOWED = {
-    "INPUT.SQUARE_SIZE": "some architectures are defined for square inputs",
     "INPUT.KEEP_CROWD": "whether crowd regions reach the model, which ignores what it finds there",
     "INPUT.FORMAT": "the order of the colors that the weights were trained with",
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": "PointRend's key, not looked at for instances",
@@ -42,8 +39,8 @@ TRAINING = (
     *("INPUT.SSD.", "INPUT.MASK_FORMAT", "TEST.PRECISE_BN."),
 )
 # Set by the comparison itself, or only the layout of the file.
-_IGNORED = {"OUTPUT_DIR", "VERSION", "SOLVER.LR_REFERENCE_BATCH"}
-_GROUPS = ("forbidden", "backbone", "listed", "stages", "model", "evaluation only")
+_IGNORED = {"OUTPUT_DIR", "VERSION"}
+_GROUPS = ("forbidden", "backbone", "listed", "rates", "stages", "model", "evaluation only")
 
 
 class Difference(NamedTuple):
@@ -71,7 +68,7 @@ def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 def find_differences(
-    models: Mapping[str, Sequence[CfgNode]], *, training: bool
+    models: Mapping[str, Sequence[CfgNode]], *, training: bool, rates: bool = False
 ) -> list[Difference]:
     """All differences between configs, the forbidden ones first.
 
@@ -81,6 +78,7 @@ def find_differences(
     Args:
         models: by name the configs of its stages, before data sets are registered.
         training: whether they are trained; else what only a training looks at may differ.
+        rates: whether each model is trained with several learning rates; theirs may differ.
     """
     stages = {name: [_comparable(cfg) for cfg in cfgs] for name, cfgs in models.items()}
     first = {name: _total(flats) for name, flats in stages.items()}
@@ -94,6 +92,8 @@ def find_differences(
         }
         if any(value != values[next(iter(values))] for value in values.values()):
             group, reason = _judge(key, list(first.values()), training=training)
+            if rates and key == "SOLVER.BASE_LR":
+                group, reason = "rates", "each model is trained with each of --lrs"
         elif within and key != "MODEL.WEIGHTS":
             group, reason = "stages", "the model is trained in stages"
         else:
@@ -130,18 +130,24 @@ def describe(difference: Difference) -> str:
     return f"{difference.key} is {values}"
 
 
+def architecture(cfg: CfgNode) -> str:
+    """The name that its users know: an R-CNN is called after its heads."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name != "GeneralizedRCNN":
+        return name
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "FCOSProposalGenerator":
+        return "CenterMask" if cfg.MODEL.MASK_ON else "FCOS"
+    if "POINT_HEAD" in cfg.MODEL:
+        return "PointRend"
+    return "Mask R-CNN" if cfg.MODEL.MASK_ON else "Faster R-CNN"
+
+
 def images_seen(cfgs: Sequence[CfgNode]) -> int:
     """By all stages of a training."""
     return sum(cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH for cfg in cfgs)
 
 
 def _comparable(cfg: CfgNode) -> dict[str, Any]:
-    cfg = cfg.clone()
-    cfg.defrost()
-    logger = logging.getLogger(scale_learning_rate.__module__)
-    disabled, logger.disabled = logger.disabled, True  # it says what it does, here for nothing
-    scale_learning_rate(cfg)
-    logger.disabled = disabled
     return {k: v for k, v in flatten(cfg).items() if k not in _IGNORED}
 
 
