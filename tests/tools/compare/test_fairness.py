@@ -67,10 +67,10 @@ def test_what_only_a_training_looks_at_may_differ_where_nothing_is_trained():
     }
 
 
-def test_a_learning_rate_counts_as_it_is_scaled_to_the_batch():
-    scaled = config("SOLVER.LR_REFERENCE_BATCH", 16, "SOLVER.BASE_LR", 0.04)
-    assert not differences(scaled, config("SOLVER.BASE_LR", 0.01))
-    assert scaled.SOLVER.BASE_LR == 0.04
+def test_learning_rates_may_differ_where_several_are_tried():
+    models = {"a": [config("SOLVER.BASE_LR", 0.1)], "b": [config("SOLVER.BASE_LR", 0.2)]}
+    (found,) = find_differences(models, training=True, rates=True)
+    assert found.key == "SOLVER.BASE_LR" and found.allowed
 
 
 def test_stages_count_together_and_may_differ_from_each_other():
