@@ -187,7 +187,8 @@ def _trainings(report: Report) -> Iterable[tuple[str, Mapping[str, Any], int]]:
 
 def _of(model: str, curve: Mapping[str, Any]) -> Row:
     stage = f", {curve['stage']}" if curve["stage"] else ""
-    return {"model": model, "training": f"{model}, seed {curve['seed']}{stage}"}
+    seed = "" if curve["seed"] is None else f", seed {curve['seed']}"
+    return {"model": model, "training": f"{model}{seed}{stage}"}
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

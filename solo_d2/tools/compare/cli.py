@@ -32,6 +32,7 @@ from .runs import Model, Run, make_runs, read_models
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 # Operations differ between images only by what is found in them.
 _FLOP_IMAGES = 3
+DATA = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")
 
 
 class Comparison:
@@ -232,15 +233,11 @@ class Comparison:
             row["training_curves"] = [
                 {"seed": run.seed, "stage": f"stage{i + 1}" if len(run.cfgs) > 1 else None, **curve}
                 for run in done
-                for i, cfg in enumerate(run.cfgs)
-                if (curve := accuracy.training_curve(Path(cfg.OUTPUT_DIR))) is not None
+                for i, folder in enumerate(run.training_folders)
+                if (curve := accuracy.training_curve(folder)) is not None
             ]
-            lines = [
-                line
-                for run in done
-                for cfg in run.cfgs
-                for line in accuracy.read_metrics(Path(cfg.OUTPUT_DIR))
-            ]
+            folders = [folder for run in done for folder in run.training_folders]
+            lines = [line for folder in folders for line in accuracy.read_metrics(folder)]
             row["training"]["seconds_per_iteration"] = measure.iteration_time(lines)
             if row["status"] != "failed":
                 row["status"] = "evaluated"
@@ -429,7 +426,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         nargs=4,
-        metavar=("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"),
+        metavar=DATA,
         help="your own data, as in train_net.py",
     )
     parser.add_argument(

@@ -84,6 +84,13 @@ class Run:
         return self.model.weights or str(Path(self.cfg.OUTPUT_DIR) / "model_final.pth")
 
     @property
+    def training_folders(self) -> list[Path]:
+        """Where the logs of the training are, one folder for each stage."""
+        if self.model.weights:
+            return [Path(self.model.weights).parent]
+        return [Path(cfg.OUTPUT_DIR) for cfg in self.cfgs]
+
+    @property
     def record(self) -> dict[str, Any]:
         """What the results depend on, apart from data and code."""
         stages = []

@@ -198,8 +198,8 @@ def test_the_gallery_begins_with_the_largest_disagreement(data, tmp_path):
         files[name].write_text(json.dumps(detections))
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text("{}")
-        accuracy = accuracy.load_accuracy(data, files[name], tmp_path / name / "results.json")
-        ious[name] = accuracy["ious"]
+        found = accuracy.load_accuracy(data, files[name], tmp_path / name / "results.json")
+        ious[name] = found["ious"]
         assert ious[name].keys() == {1, 2, 3}
     gallery = accuracy.choose_gallery(data, ious, files, count=3)
     assert [x["image_id"] for x in gallery] == [2, 1, 3]
