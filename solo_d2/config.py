@@ -8,6 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
 from .errors import UserError, one_line
+from .model_zoo import get_config_file
 from .modeling.adaptis.config import add_adaptis_config
 from .modeling.backbone.config import add_backbone_config
 from .modeling.centermask.config import add_centermask_config
@@ -19,24 +20,26 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
     """Defaults, then a config file, then data sets, then KEY VALUE pairs.
 
     Args:
-        config_file: a yaml file; "" for none.
+        config_file: a yaml file, or the name of a packaged one, for example
+            "SOLOv2/SOLOv2_R50_3x.yaml"; "" for none. No code in it is run.
         data: json and image folder for training, json and image folder for validation, or nothing.
         opts: keys and values in turn.
 
     Raises:
-        UserError: a file is missing, a key is unknown or a value has the wrong type.
+        UserError: a file is missing or has an invalid format, a key is unknown, or a value has the
+            wrong type.
     """
     cfg = get_cfg()
     add_solo_d2_config(cfg)
+    path = config_file
     if config_file and not PathManager.isfile(config_file):
-        raise UserError(f"no config file {config_file}")
+        path = get_config_file(config_file)
     try:
-        if config_file:
-            # read as merge_from_file does
-            content = CN.load_yaml_with_base(config_file, allow_unsafe=True)
-            if "POINT_HEAD" in (content.get("MODEL") or ()):
+        if path:
+            model = _read_yaml(path).get("MODEL")
+            if isinstance(model, dict) and "POINT_HEAD" in model:
                 add_point_rend_config(cfg)
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(path, allow_unsafe=False)
         if data:
             custom = cfg.DATASETS.CUSTOM
             custom.TRAIN_JSON, custom.TRAIN_IMAGES, custom.VAL_JSON, custom.VAL_IMAGES = data
@@ -44,6 +47,21 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
     except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError) as error:
         raise UserError(f"config {config_file}: {one_line(error)}") from error
     return cfg
+
+
+def _read_yaml(path: str) -> dict:
+    """A yaml file merged into those that it is based on, read without running code from it."""
+    try:
+        content = CN.load_yaml_with_base(path)
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(f"yaml tags for Python objects are not allowed: {error}") from error
+    except RecursionError as error:
+        raise ValueError("it is based on itself, or nested too deeply") from error
+    except (TypeError, AttributeError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError("it does not map keys to values")
+    return content
 
 
 def add_point_rend_config(cfg: CN) -> None:
@@ -75,12 +93,12 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.CUSTOM.TRAIN_IMAGES = ""
     cfg.DATASETS.CUSTOM.VAL_JSON = ""
     cfg.DATASETS.CUSTOM.VAL_IMAGES = ""
+    # Take annotations with "iscrowd": 1 for single objects, as brush tools write them.
+    cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = False
 
-    # Train and evaluate on the same first images with objects of DATASETS.TRAIN, so many of them:
-    # shows whether a model and its data can be learned at all. 0: off.
+    # Overfitting check: train and evaluate on the first N images of DATASETS.TRAIN that contain
+    # objects (0 = off).
     cfg.DATASETS.OVERFIT_IMAGES = 0
-    # The same with the images of these ids.
-    cfg.DATASETS.OVERFIT_IMAGE_IDS = ()
 
     # The embedded data set: "shapes_train" and "shapes_val", drawn on first use.
     cfg.DATASETS.SHAPES = CN()
@@ -90,73 +108,30 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.SHAPES.IMAGE_SIZE = (128, 128)
     cfg.DATASETS.SHAPES.SEED = 0
 
-    # The toy sets of the AdaptIS paper, likewise: "rods_*" (straight rods that cover each other)
-    # and "tubes_*" (bent tubes and ellipses, slightly transparent). Numbers and sizes as published.
-    cfg.DATASETS.RODS = CN()
-    cfg.DATASETS.RODS.TRAIN_IMAGES = 10000
-    cfg.DATASETS.RODS.VAL_IMAGES = 2000
-    cfg.DATASETS.RODS.IMAGE_SIZE = (96, 96)
-    cfg.DATASETS.RODS.SEED = 0
-    cfg.DATASETS.TUBES = CN()
-    cfg.DATASETS.TUBES.TRAIN_IMAGES = 25000
-    cfg.DATASETS.TUBES.VAL_IMAGES = 1000
-    cfg.DATASETS.TUBES.IMAGE_SIZE = (128, 128)
-    cfg.DATASETS.TUBES.SEED = 0
 
-    # Give crowd regions to the model as well, as instances with the field gt_crowd. For those
-    # architectures that learn to leave them out (YOLACT, AdaptIS); the others never see them.
+def _add_input(cfg: CN) -> None:
+    # "default": Detectron2's (CROP, resize, RANDOM_FLIP). "ssd": CROP, the augmentation of SSD with
+    # YOLACT's parameters (photometric, expand, crop), RANDOM_FLIP, resize; an image that lost all
+    # of its objects is replaced by another one.
+    cfg.INPUT.AUGMENTATION = "default"
+    # Give crowd regions to the model too, as instances with the field gt_crowd. Only for
+    # architectures that ignore what they predict there (YOLACT, AdaptIS, the SOLO family).
     cfg.INPUT.KEEP_CROWD = False
 
 
-def _add_input(cfg: CN) -> None:
-    # Resize to a square of so many pixels, in training and inference, with neither the aspect ratio
-    # kept nor antialiasing; it replaces MIN_SIZE_* and MAX_SIZE_*. YOLACT was published with 550.
-    # 0: off.
-    cfg.INPUT.SQUARE_SIZE = 0
-    # "default" is Detectron2's (CROP, resize, RANDOM_FLIP); "ssd" is YOLACT's (CROP, the three of
-    # INPUT.SSD in their order, RANDOM_FLIP, resize). With "ssd", an image that lost all of its
-    # objects is replaced by another one.
-    cfg.INPUT.AUGMENTATION = "default"
-    cfg.INPUT.SSD = CN()
-    # Change brightness, contrast, saturation and hue.
-    cfg.INPUT.SSD.PHOTOMETRIC = True
-    # Every second image is put on a canvas of up to so many times its sides; 1: none is. The color
-    # of the canvas is in the order RGB, whatever INPUT.FORMAT is.
-    cfg.INPUT.SSD.MAX_EXPAND = 4.0
-    cfg.INPUT.SSD.FILL = [123.68, 116.78, 103.94]
-    # Cut out a window that holds the center of an object; objects with their centers outside leave.
-    cfg.INPUT.SSD.CROP = True
-    # Windows must overlap an object by a random minimum of IoU, as in SSD. The published code of
-    # YOLACT tests in a way that never fails.
-    cfg.INPUT.SSD.CROP_IOU_TEST = False
-    # Boxes that are tight around what the window left of the masks, as Detectron2's after a crop.
-    # False: only clipped to the window, as published.
-    cfg.INPUT.SSD.TIGHT_BOXES = True
-    # Objects whose boxes are not wider and higher than this, in pixels of the network's input,
-    # leave. The published code means 4, but drops empty ones only.
-    cfg.INPUT.SSD.MIN_BOX_SIZE = 0.0
-
-
 def _add_training(cfg: CN) -> None:
-    # Batch size that BASE_LR, WARMUP_ITERS, STEPS, MAX_ITER belong to. When it is not 0 and differs
-    # from IMS_PER_BATCH, BASE_LR is multiplied by IMS_PER_BATCH / LR_REFERENCE_BATCH (the linear
-    # rule, arXiv 1706.02677); the schedule is left alone.
-    cfg.SOLVER.LR_REFERENCE_BATCH = 0
     # "SGD" as in Detectron2, or "AdamW" with the same parameter groups.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Largest L2 norm of all gradients together; 0: no limit. SOLVER.CLIP_GRADIENTS looks at each
-    # parameter alone.
+    # Largest L2 norm of all gradients together (0 = no limit). SOLVER.CLIP_GRADIENTS limits each
+    # parameter on its own.
     cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0
-    # Stop at the first loss that is inf or NaN and write nonfinite_loss.json to OUTPUT_DIR. False
-    # makes no step with that batch, says so, and goes on.
-    cfg.SOLVER.STOP_ON_NONFINITE_LOSS = True
-    # Load what fits of MODEL.WEIGHTS, with warnings, where the rest is for another number of
-    # classes or another architecture; False refuses such a file.
-    cfg.MODEL.WEIGHTS_SKIP_MISMATCHED = False
-    # Keep model_best.pth by this evaluation metric; "" keeps none. With several test sets it is
-    # preceded by the name of one: "<name>/segm/AP".
-    cfg.TEST.BEST_METRIC = "segm/AP"
-    # After each evaluation, draw so many test images with ground truth and prediction; 0: none.
+    # Keep model_best.pth by this metric. "": the one that the model is made for ("segm/AP",
+    # "bbox/AP" without masks, "panoptic_seg/PQ" for AdaptIS), of the first test set if there are
+    # several. To choose another of them, write "<name>/segm/AP".
+    cfg.TEST.BEST_METRIC = ""
+    # Stop after this many evaluations in a row without a better one (0 = train to the end).
+    cfg.TEST.PATIENCE = 0
+    # After each evaluation, draw this many test images with ground truth and prediction.
     cfg.TEST.VIS_IMAGES = 8
     # Predictions below this score are not drawn.
     cfg.TEST.VIS_SCORE_THRESH = 0.3

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="solo-d2 report",
-        description="Evaluate and measure the model of a run folder. Writes RUN/report/report.html, "
+        description="Evaluate and measure the model of a run folder; write RUN/report/report.html, "
         "report.md, report.json and per_class.csv.",
     )
     parser.add_argument("run", help="output folder of a training: config.yaml, model_final.pth")

@@ -12,8 +12,8 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from solo_d2.config import add_solo_d2_config
-from solo_d2.data import check as check_module
-from solo_d2.data import register_coco_json, register_coco_mini
+from solo_d2.data import register_coco_json
+from solo_d2.tools import check as check_module
 from solo_d2.tools.check import (
     REFUSED,
     REMARK,
@@ -658,7 +658,7 @@ def test_many_classes_stand_side_by_side(document, write):
 )
 def test_real_data_has_no_problems(data_dir, monkeypatch, name, config_file, images, objects):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(data_dir))
-    register_coco_mini()  # where the environment has it now
+
     cfg = get_cfg()
     add_solo_d2_config(cfg)
     cfg.merge_from_file(str(REPOSITORY / "configs" / config_file))
