@@ -1,8 +1,12 @@
 """Frozen batch norm as part of the convolution before it."""
 
+from typing import TypeVar
+
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class FoldedConv2d(Conv2d):
@@ -23,10 +27,12 @@ class FoldedConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
 
-def fold_frozen_batch_norms(module: nn.Module) -> nn.Module:
-    """Make every ``Conv2d`` with a frozen batch norm a ``FoldedConv2d``, in place.
+def fold_frozen_batch_norms(module: Module) -> Module:
+    """Turn every ``Conv2d`` with a frozen batch norm into a ``FoldedConv2d``, in place.
 
     State dicts stay as they are. Layers of other classes, deformable ones too, are left alone.
+    Layers change their class and are not replaced, because Detectron2's FPN and mask head also keep
+    their convolutions in plain lists, and because hooks on them must survive.
 
     Returns:
         The module itself.

@@ -1,6 +1,12 @@
-"""The route that every one-stage architecture here takes from a batch to its instances."""
+"""From a batch of images to their instances: the route of every one-stage architecture here.
 
-from abc import abstractmethod
+Shape shorthand of this file:
+    N: images
+    M: instances of one image, with a mask each
+    H, W: height and width of the padded batch
+"""
+
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -8,33 +14,33 @@ from detectron2.layers import move_device_like
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.profiler import record_function
 
-from solo_d2.layers.frozen_bn import fold_frozen_batch_norms
 from solo_d2.postprocessing import postprocess
 
 from .own_keys import warn_about_own_keys
+from .prepare import prepare
 
 
 class GroundTruth(NamedTuple):
-    """Annotations of one image, on the model's device; N = 0 is ordinary."""
+    """Annotations of one image on the model's device. M = 0 is an ordinary value."""
 
-    boxes: Tensor  # (N, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive
-    classes: Tensor  # (N,) int64
-    masks: Tensor  # (N, H, W) bool, padded with zeros to the batch
+    boxes: Tensor  # (M, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive
+    classes: Tensor  # (M,) int64
+    masks: Tensor  # (M, H, W) bool, zero in the padding
     image_size: tuple[int, int]  # height and width before padding
-    crowd_boxes: Tensor  # (M, 4) of regions that hold objects not told apart; in none of the above
-    crowd_masks: Tensor  # (M, H, W) bool
+    # Regions of many objects, not annotated one by one; none of them is in the fields above.
+    crowd_boxes: Tensor  # (number of crowds, 4)
+    crowd_masks: Tensor  # (number of crowds, H, W) bool
 
 
-class InstanceSegmentor(nn.Module):
+class InstanceSegmentor(nn.Module, ABC):
     """Base class: normalizes and batches images, runs the backbone, post-processes.
 
     A subclass implements ``losses`` and ``inference``.
     """
 
-    # Crowds are no objects to it: INPUT.KEEP_CROWD may be on.
+    # Crowd regions do not count as objects, so INPUT.KEEP_CROWD is allowed.
     separates_crowds = True
 
     def __init__(
@@ -45,19 +51,22 @@ class InstanceSegmentor(nn.Module):
         pixel_std: list[float],
         freeze_bn_stats: bool = False,
         mask_threshold: float = 0.5,
+        num_classes: int | None = None,
     ):
         """
         Args:
-            backbone: any Detectron2 backbone.
-            pixel_mean, pixel_std: per channel, in the order of the input images.
+            backbone: any Detectron2 backbone; prepared in place, see ``prepare``.
+            pixel_mean, pixel_std: per channel, in the order of the input images' channels.
             freeze_bn_stats: keep the backbone's batch norms in eval mode while training; their
                 affine parameters are still trained.
             mask_threshold: a pixel belongs to an instance where its soft mask exceeds this.
+            num_classes: training fails for a class that is not below this; None: no check.
         """
         super().__init__()
-        self.backbone = backbone
+        self.backbone = prepare(backbone)
         self.freeze_bn_stats = freeze_bn_stats
         self.mask_threshold = mask_threshold
+        self.num_classes = num_classes
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -65,7 +74,7 @@ class InstanceSegmentor(nn.Module):
     def from_config(cls, cfg) -> dict:
         warn_about_own_keys(cfg)
         return {
-            "backbone": fold_frozen_batch_norms(build_backbone(cfg)),
+            "backbone": build_backbone(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "freeze_bn_stats": cfg.MODEL.BACKBONE.FREEZE_BN_STATS,
@@ -75,23 +84,30 @@ class InstanceSegmentor(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    def modules_with_frozen_statistics(self) -> list[nn.Module]:
+        """Modules whose batch norms stay in eval mode while training; a subclass adds its own."""
+        return [self.backbone] if self.freeze_bn_stats else []
+
     def train(self, mode: bool = True) -> "InstanceSegmentor":
         super().train(mode)
-        if self.freeze_bn_stats:
-            for module in self.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        for frozen in self.modules_with_frozen_statistics():
+            for module in frozen.modules():
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.SyncBatchNorm):
                     module.eval()
         return self
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: as Detectron2's ``DatasetMapper`` makes them: "image" (C, H, W), for
+            batched_inputs: as Detectron2's ``DatasetMapper`` makes them: "image" (3, h, w), for
                 training "instances", for inference "height" and "width" of the output.
 
         Returns:
             Training: named losses. Inference: a list of {"instances": Instances} at output size
             with ``pred_masks``, ``pred_boxes``, ``scores``, ``pred_classes``.
+
+        Raises:
+            ValueError: an annotation is missing or wrong, or the weights cannot be used.
         """
         images = self.preprocess_image(batched_inputs)
         with record_function("solo_d2.backbone"):
@@ -99,6 +115,8 @@ class InstanceSegmentor(nn.Module):
         if self.training:
             return self.losses(images, features, self.prepare_ground_truth(batched_inputs, images))
         results = self.inference(images, features)
+        if not all(map(len, results)):
+            self.check_weights()
         padded_size = tuple(images.tensor.shape[-2:])
         processed = []
         for instances, inputs in zip(results, batched_inputs):
@@ -109,19 +127,37 @@ class InstanceSegmentor(nn.Module):
             processed.append({"instances": result})
         return processed
 
+    def check_weights(self) -> None:
+        """Called where nothing was found, which is all that non-finite weights ever do.
+
+        Raises:
+            ValueError: a weight is inf or NaN.
+        """
+        weights = {k: v for k, v in self.state_dict().items() if v.is_floating_point()}
+        finite = torch.stack([value.isfinite().all() for value in weights.values()])
+        if not finite.all():
+            name = list(weights)[int(finite.logical_not().nonzero()[0])]
+            raise ValueError(f"the model's weights are not finite: {name} has inf or NaN values")
+
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalize, then pad with zeros at the right and bottom."""
+        """Normalize, then pad with zeros at the right and bottom.
+
+        Raises:
+            ValueError: the weights were converted to half precision.
+        """
+        dtype = self.pixel_mean.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the model was converted to {dtype}; keep its weights in float32 and call it "
+                f"within torch.autocast({self.device.type!r}, dtype={dtype}) instead"
+            )
         images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        batch = ImageList.from_tensors(
+        return ImageList.from_tensors(
             images,
             self.backbone.size_divisibility,
             padding_constraints=self.backbone.padding_constraints,
         )
-        if self.device.type == "cpu":
-            # the layout runs through the network and saves oneDNN a third of its time there
-            batch.tensor = batch.tensor.contiguous(memory_format=torch.channels_last)
-        return batch
 
     def prepare_ground_truth(
         self, batched_inputs: list[dict], images: ImageList
@@ -129,48 +165,63 @@ class InstanceSegmentor(nn.Module):
         """Annotations on the device, polygons rasterized, masks padded to the batch.
 
         Raises:
-            ValueError: an input has no "instances", or instances without masks.
+            ValueError: an input has no "instances", or they have no masks, masks of another size
+                than the image's, or a class out of range.
         """
         height, width = images.tensor.shape[-2:]
-        ground_truth = []
-        for inputs, (h, w) in zip(batched_inputs, images.image_sizes):
-            if "instances" not in inputs:
-                raise ValueError(
-                    f"training needs 'instances'; image {inputs.get('file_name', '?')} has none"
-                )
-            instances: Instances = inputs["instances"]
-            # an image without annotations has no gt_masks field at all
-            if instances.has("gt_masks"):
-                bitmasks = instances.gt_masks
-                if isinstance(bitmasks, PolygonMasks):
-                    bitmasks = BitMasks.from_polygon_masks(bitmasks, h, w)
-                masks = F.pad(bitmasks.tensor.to(self.device), (0, width - w, 0, height - h))
-                boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
-            elif len(instances.get_fields().get("gt_classes", ())):
-                raise ValueError(
-                    f"image {inputs.get('file_name', '?')} has instances without masks; "
-                    "set MODEL.MASK_ON: True so that they are loaded"
-                )
-            else:
-                masks = torch.zeros((0, height, width), dtype=torch.bool, device=self.device)
-                boxes, classes = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.long)
-            boxes, classes = boxes.to(self.device), classes.to(self.device)
-            objects: slice | Tensor = slice(None)
-            crowds: slice | Tensor = slice(0)
-            if instances.has("gt_crowd"):
-                crowds = instances.gt_crowd.to(self.device)
-                objects = ~crowds
-            ground_truth.append(
-                GroundTruth(
-                    boxes[objects],
-                    classes[objects],
-                    masks[objects],
-                    (h, w),
-                    crowd_boxes=boxes[crowds],
-                    crowd_masks=masks[crowds],
-                )
+        return [
+            self._image_ground_truth(inputs, size, (height, width))
+            for inputs, size in zip(batched_inputs, images.image_sizes)
+        ]
+
+    def _image_ground_truth(
+        self, inputs: dict, image_size: tuple[int, int], padded_size: tuple[int, int]
+    ) -> GroundTruth:
+        name = inputs.get("file_name", "?")
+        if "instances" not in inputs:
+            raise ValueError(f"training needs 'instances'; image {name} has none")
+        instances: Instances = inputs["instances"]
+        # an image without annotations has no gt_masks field at all
+        if instances.has("gt_masks"):
+            bitmasks = instances.gt_masks
+            if isinstance(bitmasks, PolygonMasks):
+                bitmasks = BitMasks.from_polygon_masks(bitmasks, *image_size)
+            masks, boxes = bitmasks.tensor, instances.gt_boxes.tensor
+            classes = instances.gt_classes
+        elif len(instances.get_fields().get("gt_classes", ())):
+            raise ValueError(
+                f"image {name} has instances without masks; set MODEL.MASK_ON: True so that they "
+                "are loaded"
             )
-        return ground_truth
+        else:
+            masks = torch.zeros((0, *image_size), dtype=torch.bool)
+            boxes, classes = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.long)
+        if tuple(masks.shape[1:]) != tuple(image_size):
+            raise ValueError(
+                f"image {name} is {image_size[0]} pixels high and {image_size[1]} wide, but its "
+                f"gt_masks are {masks.shape[1]} x {masks.shape[2]}"
+            )
+        # looked at before the move to the device, where it would have to be waited for
+        if self.num_classes is not None and len(classes):
+            low, high = classes.aminmax()
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"image {name} has an instance of class {int(low if low < 0 else high)}, but "
+                    f"gt_classes must be in [0, {self.num_classes}) (num_classes)"
+                )
+        is_crowd = instances.gt_crowd if instances.has("gt_crowd") else None
+        objects: slice | Tensor = slice(None)
+        crowds: slice | Tensor = slice(0)
+        if is_crowd is not None and is_crowd.any():
+            objects, crowds = ~is_crowd, is_crowd
+        return GroundTruth(
+            boxes[objects].to(self.device),
+            classes[objects].to(self.device),
+            _padded(masks[objects], padded_size, self.device),
+            image_size,
+            crowd_boxes=boxes[crowds].to(self.device),
+            crowd_masks=_padded(masks[crowds], padded_size, self.device),
+        )
 
     @abstractmethod
     def losses(
@@ -180,7 +231,7 @@ class InstanceSegmentor(nn.Module):
 
     @abstractmethod
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
-        """Instances per image in the network's frame, with soft ``pred_masks`` (N, h, w)."""
+        """Instances per image in the network's frame, with soft ``pred_masks`` (M, h, w)."""
 
     def postprocess(
         self, instances: Instances, height: int, width: int, padded_size: tuple[int, int]
@@ -193,3 +244,13 @@ class InstanceSegmentor(nn.Module):
             padded_size=padded_size,
             mask_threshold=self.mask_threshold,
         )
+
+
+def _padded(masks: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    """(M, h, w) -> (M, *size) on the device; no copy where nothing changes."""
+    m, h, w = masks.shape
+    if (h, w) == size:
+        return masks.to(device)
+    padded = torch.zeros((m, *size), dtype=torch.bool, device=device)
+    padded[:, :h, :w] = masks
+    return padded

@@ -1,8 +1,10 @@
 """DarkNet-53 (YOLOv3, arXiv 1804.02767) as a bottom-up backbone."""
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
+
+from .registry import register_backbone
 
 # Residual blocks of res1 to res5.
 _BLOCKS = {53: (1, 2, 8, 8, 4)}
@@ -112,7 +114,7 @@ class DarkNet(Backbone):
         return outputs
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_darknet_backbone(cfg, input_shape: ShapeSpec) -> DarkNet:
     """DarkNet from ``cfg.MODEL.DARKNET`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``."""
     options = cfg.MODEL.DARKNET

@@ -1,7 +1,7 @@
 """ResNets with deformable convolutions that need no compiled extension."""
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
+from detectron2.modeling import FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from solo_d2.layers.deform_conv import DeformConv2d
 
 from .fpn import build_fcos_fpn, build_fpn
+from .registry import register_backbone
 
 
 class DeformBottleneck(BottleneckBlock):
@@ -57,7 +58,7 @@ class DeformBottleneck(BottleneckBlock):
         return F.relu_(out + shortcut)
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     """Detectron2's ResNet with RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED honoured.
 
@@ -95,13 +96,13 @@ def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_deform_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under a feature pyramid P2 to P6."""
     return build_fpn(cfg, build_deform_resnet_backbone(cfg, input_shape))
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under FCOS's feature pyramid, P3 to P7."""
     return build_fcos_fpn(cfg, build_deform_resnet_backbone(cfg, input_shape))

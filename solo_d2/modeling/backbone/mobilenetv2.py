@@ -1,11 +1,12 @@
 """MobileNetV2 (arXiv 1801.04381) of torchvision as a bottom-up backbone."""
 
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling import FPN, Backbone
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
 from .fpn import build_fcos_fpn, build_fpn
+from .registry import register_backbone
 
 # Last block of each stride. The final 1x1 conv to 1280 channels serves the classifier and is left
 # out: it would quadruple the width of the coarsest lateral connection.
@@ -68,7 +69,7 @@ class MobileNetV2(Backbone):
         return outputs
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
     """MobileNetV2 from ``cfg.MODEL.MOBILENETV2`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``."""
     options = cfg.MODEL.MOBILENETV2
@@ -80,13 +81,13 @@ def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
     )
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under a feature pyramid P2 to P6."""
     return build_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_fcos_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under FCOS's feature pyramid, P3 to P7."""
     return build_fcos_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))

@@ -2,9 +2,11 @@
 
 import torch
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .registry import register_backbone
 
 
 class AdaptISUNet(Backbone):
@@ -108,7 +110,7 @@ def _center_crop(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x[:, :, top : top + size[0], left : left + size[1]]
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_adaptis_unet_backbone(cfg, input_shape: ShapeSpec) -> AdaptISUNet:
     """The U-Net from ``cfg.MODEL.UNET``."""
     options = cfg.MODEL.UNET

@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling import FPN, Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.deform_conv import DeformConv2d
 
 from .fpn import build_fcos_fpn, build_fpn
+from .registry import register_backbone
 
 
 class VoVNetBody(NamedTuple):
@@ -269,7 +270,7 @@ def _conv(
     )
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_vovnet_backbone(cfg, input_shape: ShapeSpec) -> VoVNet:
     """VoVNetV2 from ``cfg.MODEL.VOVNET`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``.
 
@@ -301,13 +302,13 @@ def build_vovnet_backbone(cfg, input_shape: ShapeSpec) -> VoVNet:
     )
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under a feature pyramid P2 to P6."""
     return build_fpn(cfg, build_vovnet_backbone(cfg, input_shape))
 
 
-@BACKBONE_REGISTRY.register()
+@register_backbone
 def build_fcos_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
     """The same under FCOS's feature pyramid, P3 to P7."""
     return build_fcos_fpn(cfg, build_vovnet_backbone(cfg, input_shape))

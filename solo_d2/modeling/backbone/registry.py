@@ -1,0 +1,31 @@
+"""How the backbones of this package enter Detectron2's registry."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+
+from ..own_keys import warn_about_own_keys
+from ..prepare import prepare
+
+BackboneT = TypeVar("BackboneT", bound=Backbone)
+Builder = Callable[[CfgNode, ShapeSpec], BackboneT]
+
+
+def register_backbone(build: Builder[BackboneT]) -> Builder[BackboneT]:
+    """Register a builder whose backbones are prepared, see ``prepare``.
+
+    Building one also warns about keys that the pipeline may not honor: of a Mask R-CNN, the
+    backbone is the only part of this package that sees the config.
+    """
+
+    @wraps(build)
+    def build_prepared(cfg: CfgNode, input_shape: ShapeSpec) -> BackboneT:
+        warn_about_own_keys(cfg)
+        return prepare(build(cfg, input_shape))
+
+    BACKBONE_REGISTRY.register(build_prepared)
+    return build_prepared

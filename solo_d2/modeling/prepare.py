@@ -1,0 +1,23 @@
+"""What every model gets before it runs: folded frozen batch norms and a memory format."""
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from solo_d2.layers.frozen_bn import fold_frozen_batch_norms
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def prepare(model: Module) -> Module:
+    """Fold frozen batch norms into their convolutions and store weights channels-last, in place.
+
+    For any model or part of one, ours or Detectron2's. Names and values of the state dict stay as
+    they are, and a second call changes nothing. Channels-last weights make the activations
+    channels-last too, whatever the layout of the image.
+
+    Returns:
+        The module itself.
+    """
+    return fold_frozen_batch_norms(model).to(memory_format=torch.channels_last)
