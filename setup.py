@@ -1,8 +1,22 @@
 """Packaging of solo_d2. `make install` installs the pinned versions of .ci/*.lock instead."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithConfigs(build_py):
+    """Also packs configs/ as solo_d2/configs; an editable install reads them where they are."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "solo_d2", "configs")
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier build
+            shutil.copytree("configs", target)
+
 
 setup(
     name="solo_d2",
@@ -12,17 +26,23 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["solo_d2", "solo_d2.*"]),
-    package_data={"solo_d2.tools.compare": ["page.css", "page.js"]},
+    package_data={
+        "solo_d2": ["model_zoo.yaml", "py.typed"],
+        "solo_d2.tools.compare": ["page.css", "page.js"],
+    },
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["solo-d2 = solo_d2.__main__:main"]},
     python_requires=">=3.10",
     # Detectron2 is required too, but cannot be named here: it has no release of its own on PyPI.
-    # `python -m solo_d2 env` says how to install it, README.md says it at length.
+    # `python -m solo_d2 env` says how to install it; README.md has the details.
     install_requires=[
         "torch>=2.4",  # the models; 2.4 has torch.amp and weights-only loading as used here
         "torchvision>=0.19",  # deformable convolution, NMS, MobileNetV2; the pair of torch 2.4
         "numpy>=1.23",  # masks and images outside the models
         "pillow>=9.4",  # reading images; Detectron2's resize works on them
         "opencv-python-headless>=4.6",  # video, contours, drawing; headless: no libGL needed
-        "pycocotools>=2.0.6",  # COCO's masks (RLE) and metrics
+        "pycocotools>=2.0.7",  # COCO's masks (RLE) and metrics; 2.0.6 does not build
+        "pyyaml>=5.1",  # model_zoo.yaml; Detectron2's configs need it anyway
         "fvcore>=0.1.5.post20221221",  # focal loss, parameter counts; Detectron2 has it anyway
         "shapely>=2.0",  # INPUT.CROP on polygons: fvcore's CropTransform imports it
         "matplotlib>=3.5",  # figures of a comparison; Detectron2 has it anyway

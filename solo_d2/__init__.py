@@ -12,6 +12,7 @@ if _missing:
 else:
     from . import data, modeling
     from .config import add_solo_d2_config
+    from .model_zoo import get_config_file, list_models
     from .modeling import (
         SOLO,
         YOLACT,
@@ -36,6 +37,8 @@ else:
         "SOLOv2",
         "add_solo_d2_config",
         "data",
+        "get_config_file",
+        "list_models",
         "modeling",
     ]
 

@@ -8,6 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.utils.file_io import PathManager
 
 from .errors import UserError, one_line
+from .model_zoo import get_config_file
 from .modeling.adaptis.config import add_adaptis_config
 from .modeling.backbone.config import add_backbone_config
 from .modeling.centermask.config import add_centermask_config
@@ -19,24 +20,26 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
     """Defaults, then a config file, then data sets, then KEY VALUE pairs.
 
     Args:
-        config_file: a yaml file; "" for none.
+        config_file: a yaml file, or the name of a packaged one, for example
+            "SOLOv2/SOLOv2_R50_3x.yaml"; "" for none. No code in it is run.
         data: json and image folder for training, json and image folder for validation, or nothing.
         opts: keys and values in turn.
 
     Raises:
-        UserError: a file is missing, a key is unknown or a value has the wrong type.
+        UserError: a file is missing or has an invalid format, a key is unknown, or a value has the
+            wrong type.
     """
     cfg = get_cfg()
     add_solo_d2_config(cfg)
+    path = config_file
     if config_file and not PathManager.isfile(config_file):
-        raise UserError(f"no config file {config_file}")
+        path = get_config_file(config_file)
     try:
-        if config_file:
-            # read as merge_from_file does
-            content = CN.load_yaml_with_base(config_file, allow_unsafe=True)
-            if "POINT_HEAD" in (content.get("MODEL") or ()):
+        if path:
+            model = _read_yaml(path).get("MODEL")
+            if isinstance(model, dict) and "POINT_HEAD" in model:
                 add_point_rend_config(cfg)
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(path, allow_unsafe=False)
         if data:
             custom = cfg.DATASETS.CUSTOM
             custom.TRAIN_JSON, custom.TRAIN_IMAGES, custom.VAL_JSON, custom.VAL_IMAGES = data
@@ -44,6 +47,21 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
     except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError) as error:
         raise UserError(f"config {config_file}: {one_line(error)}") from error
     return cfg
+
+
+def _read_yaml(path: str) -> dict:
+    """A yaml file merged into those that it is based on, read without running code from it."""
+    try:
+        content = CN.load_yaml_with_base(path)
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(f"yaml tags for Python objects are not allowed: {error}") from error
+    except RecursionError as error:
+        raise ValueError("it is based on itself, or nested too deeply") from error
+    except (TypeError, AttributeError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError("it does not map keys to values")
+    return content
 
 
 def add_point_rend_config(cfg: CN) -> None:

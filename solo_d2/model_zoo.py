@@ -1,0 +1,68 @@
+"""The packaged configs by name, and what their authors published."""
+
+import difflib
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from .errors import UserError
+
+# In the wheel configs/ is inside the package; in a clone it is beside it.
+_HERE = Path(__file__).resolve().parent
+_CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.is_dir()), _HERE)
+
+
+class ZooModel(NamedTuple):
+    """A packaged config. What was not published is None."""
+
+    config: str  # for get_config_file and --config-file
+    mask_ap: float | None
+    box_ap: float | None
+    data: str | None  # that the AP was measured on
+    repository: str | None
+    weights_page: str | None  # where the authors offer the weights; "convert" takes their file
+
+
+def get_config_file(name: str) -> str:
+    """Path of a packaged config, for example "SOLOv2/SOLOv2_R50_3x.yaml".
+
+    Raises:
+        UserError: there is no such config; the message names similar ones.
+    """
+    packaged = {_name(path) for path in _CONFIGS.glob("*/*.yaml")}
+    if name in packaged:
+        return str(_CONFIGS / name)
+    similar = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.4)
+    hint = f"; similar names: {', '.join(similar)}" if similar else ""
+    raise UserError(f"no config file {name}, here or in the package{hint}")
+
+
+def config_names() -> list[str]:
+    """Names of the packaged configs, without those that only serve as a base of others."""
+    files = _CONFIGS.glob("*/*.yaml")
+    return sorted(_name(path) for path in files if not path.name.startswith("Base-"))
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def list_models() -> list[ZooModel]:
+    """Every packaged config with its published AP and the page that offers the weights."""
+    zoo = yaml.safe_load((_HERE / "model_zoo.yaml").read_text(encoding="utf-8"))
+    models = []
+    for name in config_names():
+        published = zoo["models"].get(name, {})
+        source = zoo["sources"].get(published.get("source"), {})
+        models.append(
+            ZooModel(
+                config=name,
+                mask_ap=published.get("mask_ap"),
+                box_ap=published.get("box_ap"),
+                data=source.get("data"),
+                repository=source.get("repository"),
+                weights_page=source.get("weights_page"),
+            )
+        )
+    return models
