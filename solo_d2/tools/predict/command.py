@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_pickle=options.allow_pickle,
         )
         predictor.max_pixels = round(options.max_megapixels * 1e6)
-        folder.mkdir(parents=True, exist_ok=True)
         if points and not predictor.takes_points:
             raise UserError(f"--points needs AdaptIS, not {type(predictor.model).__name__}")
+        folder.mkdir(parents=True, exist_ok=True)
     except (UserError, OSError, ValueError, KeyError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE
