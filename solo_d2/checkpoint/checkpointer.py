@@ -1,29 +1,30 @@
 """Detectron2's checkpointer, made safe against kills, wrong files and files with code."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlparse
+from urllib.parse import parse_qs, urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from torch import Tensor, nn
 
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
 
+from .fit import belongs, counted, describe_shapes, listed, nonfinite
 from .load import adapt_to_model, load_weights_file
-
-# An ImageNet file has a classifier that no detector uses: a few tensors. When more are left over,
-# while the model lacks others, the file belongs to another architecture.
-_MAX_UNUSED = 8
-_ON_REQUEST = "set MODEL.WEIGHTS_SKIP_MISMATCHED True to start from what fits"
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Saves whole files only, loads without running code, and refuses what does not fit.
+    """Saves whole files only, loads them without running code, and refuses those of other models.
 
-    A checkpoint has under "solo_d2" the name of the architecture and of the classes.
+    Training starts from whatever fits: ImageNet weights of the backbone, or a checkpoint for other
+    classes, whose class layers are left out and named. Under "solo_d2" a saved file has the names
+    of the architecture and of the classes.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Checkpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         thing_classes: Sequence[str] | None = None,
-        skip_mismatched: bool = False,
+        require_complete: bool = False,
         allow_pickle: bool = False,
         tag_last: bool = True,
         save_to_disk: bool | None = None,
@@ -43,7 +44,8 @@ class Checkpointer(DetectionCheckpointer):
             model: may be wrapped for distributed training.
             save_dir: of the checkpoints; "" saves none.
             thing_classes: names of the classes that the model is for; None: not known.
-            skip_mismatched: load what fits of any file, with warnings about the rest.
+            require_complete: refuse files that lack a tensor of the model, as prediction and
+                evaluation need it. Resuming a training always requires all of them.
             allow_pickle: also load files that may run code.
             tag_last: a saved file is the one that "resume" takes.
             save_to_disk: by default in the main process only.
@@ -51,26 +53,31 @@ class Checkpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.thing_classes = None if thing_classes is None else list(thing_classes)
-        self.skip_mismatched = skip_mismatched
+        self.require_complete = require_complete
         self.allow_pickle = allow_pickle
         self.tag_last = tag_last
-        self._path = ""  # the file being loaded, for messages
-
-    @property
-    def architecture(self) -> str:
-        return type(self.model).__name__
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<save_dir>/<name>.pth``: model, checkpointables and ``kwargs``."""
+        """Write ``<save_dir>/<name>.pth``: model, checkpointables and ``kwargs``.
+
+        Raises:
+            UserError: a weight is infinite or NaN; the file is not written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        weights = self.model.state_dict()
+        if bad := nonfinite(weights):
+            raise UserError(
+                f"checkpoint {path} is not written: values are inf or NaN in {listed(bad)}"
+            )
+        architecture = type(self.model).__name__
         data = {
-            "model": self.model.state_dict(),
-            "solo_d2": {"architecture": self.architecture, "thing_classes": self.thing_classes},
+            "model": weights,
+            "solo_d2": {"architecture": architecture, "thing_classes": self.thing_classes},
             **{key: value.state_dict() for key, value in self.checkpointables.items()},
             **kwargs,
         }
-        path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         with atomic_write(path) as file:
             torch.save(data, file)
@@ -81,111 +88,107 @@ class Checkpointer(DetectionCheckpointer):
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a file or URL; see Detectron2.
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a file or URL into the model; see Detectron2.
+
+        Returns:
+            What else the file holds.
 
         Raises:
             FileNotFoundError: there is no such file.
-            UserError: it cannot be read, is for another architecture or for other classes; the
-                message is one line that names the file.
+            UserError: it cannot be read, belongs to another architecture, has weights that are
+                infinite or NaN, or is incomplete where it must be complete; one line.
         """
-        self._path = path
-        try:
-            return super().load(self._fetch(path), *args, **kwargs)
-        finally:
-            self._parsed_url_during_load = None  # Detectron2 leaves it after an error
-
-    def _fetch(self, path: str) -> str:
-        """The path with a local file behind it; "" stays."""
         if not path:
-            return path
-        name = urlparse(path)._replace(query="").geturl()
-        try:
-            local = self.path_manager.get_local_path(name)
-        except OSError as error:  # downloading
-            raise UserError(f"weights {path}: {one_line(error)}") from error
-        if not os.path.isfile(local):
-            raise FileNotFoundError(f"weights {path}: there is no such file")
-        return path
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pkl"):
-            checkpoint = load_weights_file(filename, allow_pickle=self.allow_pickle)
+            if self.require_complete:
+                raise UserError("no weights were given")
+            return super().load(path)
+        self.logger.info(f"Loading {path}")
+        url = urlparse(path)
+        file = url._replace(query="").geturl()
+        checkpoint = load_weights_file(file, allow_pickle=self.allow_pickle)
+        heuristics = parse_qs(url.query).get("matching_heuristics") == ["True"]
+        weights, model = checkpoint.pop("model"), self.model.state_dict()
+        if heuristics or checkpoint.get("matching_heuristics"):
+            caffe2 = checkpoint.get("__author__") == "Caffe2"
+            weights = align_and_update_state_dicts(model, weights, c2_conversion=caffe2)
         else:
-            checkpoint = super()._load_file(filename)
-        if not checkpoint.get("matching_heuristics", False):
-            checkpoint["model"] = adapt_to_model(checkpoint["model"], self.model.state_dict())
+            weights = adapt_to_model(weights, model)
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        resumed = [key for key in wanted if key in checkpoint]
+        complete = self.require_complete or bool(resumed)
+        self._load_weights(path, weights, checkpoint.get("solo_d2") or {}, complete=complete)
+        for key in resumed:
+            try:
+                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"weights {path}: its {key!r} is not of this training ({one_line(error)})"
+                ) from error
         return checkpoint
 
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        return load_weights_file(f, allow_pickle=self.allow_pickle)
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        saved_with = checkpoint.get("solo_d2") or {}
-        names = saved_with.get("thing_classes")
-        if not self.skip_mismatched:
-            self._check_metadata(saved_with.get("architecture"), names)
-        if names and self.thing_classes and len(names) == len(self.thing_classes):
-            if names != self.thing_classes:
-                self.logger.warning(
-                    f"{self._path} was trained for the classes {names}; here they are "
-                    f"{self.thing_classes}"
-                )
-        total = len(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
-        if not self.skip_mismatched:
-            self._check_shapes(incompatible.incorrect_shapes)
-            self._check_keys(incompatible, total)
-        return incompatible
-
-    def _check_metadata(self, architecture: str | None, names: Sequence[str] | None) -> None:
-        if architecture not in (None, self.architecture):
+    def _load_weights(
+        self, path: str, weights: Mapping[str, Tensor], saved: Mapping[str, Any], *, complete: bool
+    ) -> None:
+        model = self.model.state_dict()
+        shapes = {
+            name: (tuple(tensor.shape), tuple(model[name].shape))
+            for name, tensor in weights.items()
+            if name in model and tensor.shape != model[name].shape
+        }
+        fitting = {name: tensor for name, tensor in weights.items() if name not in shapes}
+        if bad := nonfinite(fitting):
+            raise UserError(f"weights {path}: values are inf or NaN in {listed(bad)}")
+        if not belongs(fitting, weights, model):
+            origin = f" (saved from {saved['architecture']})" if saved.get("architecture") else ""
             raise UserError(
-                f"weights {self._path} are of architecture {architecture}, the model is "
-                f"{self.architecture}; {_ON_REQUEST}"
+                f"weights {path}{origin} are not of {type(self.model).__name__}: hardly any tensor "
+                f"fits; the first in the file is {next(iter(weights))}, the first in the model "
+                f"{next(iter(model))}"
             )
-        if names and self.thing_classes and len(names) != len(self.thing_classes):
-            raise UserError(
-                f"weights {self._path} are for {len(names)} classes, the model has "
-                f"{len(self.thing_classes)}; {_ON_REQUEST}"
-            )
+        missing, unused = self.model.load_state_dict(fitting, strict=False)
+        parameters = {name for name, _ in self.model.named_parameters()}
+        missing = [name for name in missing if name in parameters or ".running_" in f".{name}"]
+        missing = [name for name in missing if name not in shapes]
+        names, ours = saved.get("thing_classes"), self.thing_classes
+        differences = []
+        if shapes:
+            differences.append(describe_shapes(shapes, len(names or ()), len(ours or ())))
+        if differences + missing and complete:
+            differences += [f"the file lacks {listed(missing)}"] if missing else []
+            raise UserError(f"weights {path} do not fit the model: {'; '.join(differences)}")
+        unused = [name for name in unused if not name.endswith("num_batches_tracked")]
+        for what, of in (("not in the file", missing), ("not in the model", unused)):
+            differences += [f"{what}: {counted(of)}"] if of else []
+        if differences:
+            self.logger.warning(f"Weights {path} fit in part: {'; '.join(differences)}")
+        if names and ours and len(names) == len(ours) and names != ours:
+            self.logger.warning(f"{path} was trained for the classes {names}; here they are {ours}")
 
-    def _check_shapes(self, shapes: Sequence[tuple[str, tuple, tuple]]) -> None:
-        """``shapes``: (name, shape in the file, shape in the model) of what does not fit."""
-        if not shapes:
-            return
-        # The outputs for the classes are the smallest of what depends on their number.
-        name, in_file, in_model = min(shapes, key=lambda x: sum(x[2]))
-        found = self._classes_in(in_file, in_model)
-        if found is not None:
-            what = f"are for {found} classes, the model has {len(self.thing_classes or [])}"
-        else:
-            what = f"do not fit the model in {len(shapes)} tensors"
-        raise UserError(
-            f"weights {self._path} {what} ({name}: {in_file} in the file, {in_model} in the "
-            f"model); {_ON_REQUEST}"
-        )
 
-    def _classes_in(self, in_file: tuple, in_model: tuple) -> int | None:
-        """The number of classes that the file's tensor was made for, if that explains its shape."""
-        classes = len(self.thing_classes or [])
-        if not classes or not in_file or in_file[1:] != in_model[1:]:
-            return None
-        if in_model[0] == classes + 1:  # a last output for the background
-            return in_file[0] - 1
-        per_class, rest = divmod(in_model[0], classes)  # several where there are anchors or boxes
-        if rest or in_file[0] % per_class:
-            return None
-        return in_file[0] // per_class
+def build_checkpointer(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    require_complete: bool = False,
+    allow_pickle: bool = False,
+    tag_last: bool = True,
+    **checkpointables: Any,
+) -> Checkpointer:
+    """A checkpointer in OUTPUT_DIR that knows the classes of the config's data.
 
-    def _check_keys(self, incompatible: Any, total: int) -> None:
-        parameters = dict(self.model.named_parameters())
-        missing = [key for key in incompatible.missing_keys if key in parameters]
-        unused = [k for k in incompatible.unexpected_keys if not k.endswith("num_batches_tracked")]
-        if missing and (len(unused) > _MAX_UNUSED or len(unused) >= total):
-            raise UserError(
-                f"weights {self._path} are not of architecture {self.architecture}: "
-                f"{len(missing)} of its parameters are missing (first {missing[0]}), and "
-                f"{len(unused)} of the file's tensors have no place (first {unused[0]}); "
-                + _ON_REQUEST
-            )
+    Args:
+        cfg: of the model.
+        model, require_complete, allow_pickle, tag_last, checkpointables: see ``Checkpointer``.
+    """
+    sets = [name for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if isinstance(name, str)]
+    classes = [MetadataCatalog.get(name).get("thing_classes") for name in sets]
+    return Checkpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        thing_classes=next(filter(None, classes), None),
+        require_complete=require_complete,
+        allow_pickle=allow_pickle,
+        tag_last=tag_last,
+        **checkpointables,
+    )

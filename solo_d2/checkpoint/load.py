@@ -19,7 +19,7 @@ from solo_d2.errors import UserError, one_line
 from .rename_rules import find_new_name, is_dropped, join, recognize
 
 _MULTIARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
-# What the pickled arrays of Detectron2's model zoo are made of; none of it can start anything.
+# The pickled arrays of Detectron2's model zoo consist of these; none of them can start anything.
 _PLAIN_GLOBALS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
@@ -27,14 +27,19 @@ _PLAIN_GLOBALS = {
     ("numpy", "dtype"),
     *((module, name) for module in _MULTIARRAYS for name in ("_reconstruct", "scalar")),
 }
+# How files of torch.save begin, now and before PyTorch 1.6. Other files are plain pickles.
+_TORCH_STARTS = (
+    b"PK\x03\x04",
+    *(pickle.dumps(0x1950A86A20F9469CFC6C, protocol) for protocol in range(2, 6)),
+)
 
 
 def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running code from it.
 
     Args:
-        path: a .pth or .pt file of PyTorch, or a .pkl of Detectron2's model zoo; also a name that
-            Detectron2's path manager knows.
+        path: a file of PyTorch, or a pickle of Detectron2's or Detectron1's model zoo, whatever its
+            suffix; also a name that Detectron2's path manager knows.
         allow_pickle: load whatever the file holds, which may run code from it.
 
     Returns:
@@ -44,7 +49,7 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it needs more than weights, is damaged, or is no checkpoint; one line, naming it.
+        UserError: it holds more than weights, is damaged, or is no checkpoint; one line, naming it.
     """
     try:
         local = Path(PathManager.get_local_path(str(path)))
@@ -52,14 +57,12 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
         raise UserError(f"weights {path}: {one_line(error)}") from error
     if not local.is_file():
         raise FileNotFoundError(f"weights {path}: there is no such file")
-    pickled = local.suffix == ".pkl"
     try:
-        read = _read_pickle if pickled else _read_torch
-        content = read(local, allow_pickle)
+        content = _read(local, allow_pickle)
     except _NeedsCode as error:
         raise UserError(
-            f"weights {path}: loading it may run code from it ({error}); if you trust it, add "
-            "--allow-pickle"
+            f"weights {path}: reading it may run code from it ({error}); if you trust it, predict "
+            "and convert read it with --allow-pickle"
         ) from None
     except OSError:
         raise
@@ -67,8 +70,9 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
         raise UserError(
             f"weights {path}: not a checkpoint, or a damaged one ({type(error).__name__})"
         ) from error
-    checkpoint = _from_model_zoo(content) if pickled else content
-    return _with_state_dict(checkpoint, path)
+    checkpoint = _with_state_dict(content, path)
+    _check_metadata(checkpoint, path)
+    return checkpoint
 
 
 def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> dict[str, Any]:
@@ -122,26 +126,33 @@ class _PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_pickle(path: Path, allow_pickle: bool) -> Any:
+def _read(path: Path, allow_pickle: bool) -> Any:
     with open(path, "rb") as file:
-        unpickler = pickle.Unpickler if allow_pickle else _PlainUnpickler
-        return unpickler(file, encoding="latin1").load()  # many were written by Python 2
-
-
-def _read_torch(path: Path, allow_pickle: bool) -> Any:
+        is_torch = file.read(64).startswith(_TORCH_STARTS)
+        file.seek(0)
+        if not is_torch:
+            unpickler = pickle.Unpickler if allow_pickle else _PlainUnpickler
+            return _from_model_zoo(unpickler(file, encoding="latin1").load())  # Python 2 wrote many
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they are about becomes an error of ours
-            return torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+            content = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL (\S+)", str(error))
         if allow_pickle or unknown is None:
             raise
         raise _NeedsCode(unknown[1]) from None
+    if isinstance(content, dict) and "model_state" in content:  # pycls
+        return {
+            "model": content["model_state"],
+            "__author__": "pycls",
+            "matching_heuristics": True,
+        }
+    return content
 
 
 def _from_model_zoo(content: Any) -> Any:
-    """As ``DetectionCheckpointer`` reads a .pkl: of Detectron2, or else of Caffe2."""
+    """A pickle of Detectron2, or else of Caffe2 (Detectron1), as Detectron2 reads it."""
     if not isinstance(content, dict) or "model" in content:
         return content
     blobs = content.get("blobs", content)
@@ -161,11 +172,32 @@ def _with_state_dict(content: Any, path: str | Path) -> dict[str, Any]:
         raise UserError(f"weights {path}: holds no tensors by name, so it is not a checkpoint")
     if all(name.startswith("module.") for name in weights):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    tensors = {
-        name: torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
-        for name, value in weights.items()
-    }
+    tensors = {}
+    for name, value in weights.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            value = torch.from_numpy(np.array(value))
+        if not isinstance(value, Tensor):
+            raise UserError(f"weights {path}: {name} is a {type(value).__name__}, not a tensor")
+        tensors[name] = value
     return {**checkpoint, "model": tensors}
+
+
+def _check_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse wrong types in what our checkpointer writes beside the tensors."""
+    saved = checkpoint.get("solo_d2")
+    entries = [("iteration", checkpoint.get("iteration"), int), ("solo_d2", saved, dict)]
+    if isinstance(saved, dict):
+        classes = saved.get("thing_classes")
+        entries += [(key, saved.get(key), str) for key in ("architecture", "format")]
+        entries += [("thing_classes", classes, list)]
+        if isinstance(classes, list):
+            entries += [("class name", name, str) for name in classes]
+    for key, value, expected in entries:
+        if value is not None and not isinstance(value, expected):
+            raise UserError(
+                f"weights {path}: its {key} is of type {type(value).__name__}, not "
+                f"{expected.__name__}"
+            )
 
 
 def _is_state_dict(value: Any) -> bool:

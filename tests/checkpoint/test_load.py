@@ -49,16 +49,16 @@ def test_finds_the_state_dict(tmp_path, content, zipped):
     assert checkpoint.get("iteration") == content.get("iteration")
 
 
-@pytest.mark.parametrize("suffix", ["pth", "pkl"])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_is_refused_by_name_and_not_run(tmp_path, suffix, zipped):
-    path, touched = tmp_path / f"weights.{suffix}", tmp_path / "touched"
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".pyth", ".pkl", ""])
+@pytest.mark.parametrize("kind", ["zip", "before 1.6", "pickle"])
+def test_code_is_refused_by_name_and_not_run(tmp_path, suffix, kind):
+    path, touched = tmp_path / f"weights{suffix}", tmp_path / "touched"
     content = {"model": WEIGHTS, "x": RunsCode(touched)}
-    if suffix == "pkl":
+    if kind == "pickle":
         content["model"] = {name: value.numpy() for name, value in WEIGHTS.items()}
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
-        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(UserError, match=rf"{path}: .*open.*--allow-pickle") as error:
         load_weights_file(path)
     assert "\n" not in str(error.value)
@@ -73,10 +73,11 @@ def test_harmless_objects_need_the_option_too(tmp_path):
     assert_is_weights(load_weights_file(path, allow_pickle=True))
 
 
+@pytest.mark.parametrize("name", ["R-50.pkl", "R-50.pth", "R-50"])
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("author", ["Detectron2 Model Zoo", None])
-def test_model_zoo_arrays_need_no_option(tmp_path, protocol, author):
-    path = tmp_path / "R-50.pkl"
+def test_model_zoo_arrays_need_no_option(tmp_path, name, protocol, author):
+    path = tmp_path / name
     arrays = {name: value.numpy() for name, value in WEIGHTS.items()}
     if author:
         content = {"model": arrays, "__author__": author}
@@ -87,6 +88,22 @@ def test_model_zoo_arrays_need_no_option(tmp_path, protocol, author):
     assert_is_weights(checkpoint)
     assert checkpoint["__author__"] == (author or "Caffe2")
     assert checkpoint.get("matching_heuristics", False) == (author is None)
+
+
+def test_files_of_pycls_are_read_as_detectron2_reads_them(tmp_path):
+    torch.save({"model_state": WEIGHTS, "epoch": 3, "cfg": "text"}, tmp_path / "R-50.pyth")
+    checkpoint = load_weights_file(tmp_path / "R-50.pyth")
+    assert_is_weights(checkpoint)
+    assert checkpoint["matching_heuristics"] and checkpoint["__author__"] == "pycls"
+
+
+@pytest.mark.parametrize("value", [3, "text", np.array(["a"]), np.array([None]), [1.0]])
+def test_what_is_no_tensor_among_tensors_is_named(tmp_path, value):
+    path = tmp_path / "weights.pkl"
+    arrays = {name: value.numpy() for name, value in WEIGHTS.items()}
+    path.write_bytes(pickle.dumps({"model": {**arrays, "odd": value}, "__author__": "me"}))
+    with pytest.raises(UserError, match=f"{path}: odd is a {type(value).__name__}, not a tensor"):
+        load_weights_file(path)
 
 
 def truncated(path, fraction, **options):
