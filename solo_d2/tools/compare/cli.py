@@ -19,9 +19,9 @@ from detectron2.data import DatasetCatalog
 
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
+from solo_d2.engine import training_folder
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
-from solo_d2.locks import only_one
 from solo_d2.tools import env
 
 from . import accuracy, fairness, measure
@@ -366,7 +366,7 @@ def run(options: argparse.Namespace, command: str) -> int:
             opts=overrides,
             iterations=options.iterations,
         )
-        with only_one(output):
+        with training_folder(str(output), resume=True, overwrite=False):
             try:
                 comparison = Comparison(models, options, command)
             except (ValueError, KeyError, OSError) as error:  # of the data

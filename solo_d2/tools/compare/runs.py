@@ -17,9 +17,9 @@ from detectron2.utils.file_io import PathManager
 from solo_d2.checkpoint import build_checkpointer
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
-from solo_d2.engine import Trainer, write_results
+from solo_d2.engine import Trainer
 from solo_d2.errors import UserError, one_line
-from solo_d2.evaluation.coco import RESULTS_FILE
+from solo_d2.evaluation.coco import RESULTS_FILE, write_results
 from solo_d2.files import atomic_write
 
 from .fairness import flatten
