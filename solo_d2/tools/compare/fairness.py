@@ -36,7 +36,7 @@ TRAINING = (
     *("SOLVER.", "DATALOADER.", "SEED", "DATASETS.TRAIN", "DATASETS.PROPOSAL_FILES_TRAIN"),
     *("DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "DATASETS.CUSTOM.TRAIN_", "INPUT.MIN_SIZE_TRAIN"),
     *("INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.", "INPUT.RANDOM_FLIP", "INPUT.AUGMENTATION"),
-    *("INPUT.SSD.", "INPUT.MASK_FORMAT", "TEST.PRECISE_BN."),
+    *("INPUT.MASK_FORMAT", "TEST.PRECISE_BN."),
 )
 # Set by the comparison itself, or only the layout of the file.
 _IGNORED = {"OUTPUT_DIR", "VERSION"}
@@ -170,8 +170,6 @@ def _judge(key: str, models: Sequence[dict[str, Any]], *, training: bool) -> tup
         return "model", "the model is what is compared"
     if key in ALLOWED:
         return "listed", ALLOWED[key]
-    if key.startswith("INPUT.SSD.") and all(x["INPUT.AUGMENTATION"] != "ssd" for x in models):
-        return "listed", "INPUT.AUGMENTATION uses it nowhere"
     if not training and key.startswith(TRAINING):
         return "evaluation only", "nothing is trained here"
     return "forbidden", "data, schedule and evaluation must be the same for all"

@@ -400,7 +400,7 @@ def _panels(report: Report, entry: Mapping[str, Any]) -> list[tuple[str, int | N
     truth = entry["ground_truth"]
     size = truth[0]["rle"]["size"] if truth else (240, 320)
     try:
-        image = read_image(entry["file_name"], format="RGB")
+        image = read_image(entry["file_name"])
     except (OSError, ValueError):  # gone since
         image = np.full((*size, 3), 128, np.uint8)
     colors = [_CROWD if x["iscrowd"] else instance_color(i) for i, x in enumerate(truth)]

@@ -27,10 +27,8 @@ def test_equal_configs_do_not_differ_whatever_their_folders():
         ("MODEL.WEIGHTS", "other.pth", "backbone"),
         ("MODEL.RESNETS.DEPTH", 18, "backbone"),
         ("MODEL.VOVNET.OUT_FEATURES", ["stage5"], "model"),  # no model has a VoVNet
-        ("INPUT.SQUARE_SIZE", 550, "listed"),
         ("INPUT.KEEP_CROWD", True, "listed"),
         ("DATALOADER.NUM_WORKERS", 7, "listed"),
-        ("INPUT.SSD.CROP", False, "listed"),  # no model is trained with it
         ("MODEL.DEVICE", "cpu", "forbidden"),
         ("INPUT.AUGMENTATION", "ssd", "forbidden"),
         ("INPUT.MIN_SIZE_TEST", 640, "forbidden"),

@@ -156,6 +156,7 @@ def test_flops_of_the_network_do_not_depend_on_what_is_found(tiny_configs):
     found = {}
     for threshold in (2.0, 0.0):
         cfg.MODEL.SOLO.SCORE_THRESH_TEST = threshold
+        cfg.MODEL.SOLO.UPDATE_THRESH_TEST = 0.0
         torch.manual_seed(0)
         model = build_model(cfg).eval()
         found[threshold] = measure.count_flops(model, measure.test_inputs(cfg, 1))
