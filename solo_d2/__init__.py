@@ -1,5 +1,7 @@
 """Instance segmentation models for Detectron2. Importing this package registers them."""
 
+import warnings as _warnings
+
 from .tools.env import missing_requirement
 
 _missing = missing_requirement()
@@ -10,20 +12,24 @@ if _missing:
         raise ImportError(_missing)
 
 else:
-    from . import data, modeling
-    from .config import add_solo_d2_config
-    from .model_zoo import get_config_file, list_models
-    from .modeling import (
-        SOLO,
-        YOLACT,
-        AdaptIS,
-        AdaptISPredictor,
-        CenterMaskROIHeads,
-        DecoupledSOLO,
-        FCOSProposalGenerator,
-        InstanceSegmentor,
-        SOLOv2,
-    )
+    with _warnings.catch_warnings():
+        # fvcore and Detectron2 use what PyTorch deprecates
+        _warnings.simplefilter("ignore", FutureWarning)
+        from . import data, modeling
+        from .config import add_solo_d2_config
+        from .model_zoo import get_config_file, list_models
+        from .modeling import (
+            SOLO,
+            YOLACT,
+            AdaptIS,
+            AdaptISPredictor,
+            CenterMaskROIHeads,
+            DecoupledSOLO,
+            FCOSProposalGenerator,
+            InstanceSegmentor,
+            SOLOv2,
+        )
+        from .predictor import Predictor, Result, load
 
     __all__ = [
         "SOLO",
@@ -34,11 +40,14 @@ else:
         "DecoupledSOLO",
         "FCOSProposalGenerator",
         "InstanceSegmentor",
+        "Predictor",
+        "Result",
         "SOLOv2",
         "add_solo_d2_config",
         "data",
         "get_config_file",
         "list_models",
+        "load",
         "modeling",
     ]
 

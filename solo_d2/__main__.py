@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from solo_d2.tools.env import missing_requirement
+
 # verb -> what it does; each is solo_d2/tools/<verb>.py or a package of that name
 VERBS = {
     "predict": "segment images, folders and videos",
@@ -24,6 +26,9 @@ def main() -> int:
         return 0
     if verb not in VERBS:
         print(f"{usage}\n\nerror: there is no verb {verb!r}", file=sys.stderr)
+        return 2
+    if verb != "env" and (problem := missing_requirement()):
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     sys.argv = [f"solo-d2 {verb}", *sys.argv[2:]]
     return importlib.import_module(f"solo_d2.tools.{verb}").main()

@@ -1,25 +1,72 @@
-"""The command line of every tool: options anywhere among the KEY VALUE pairs."""
+"""What the command lines of all tools have in common."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+# Detectron2's config; those of solo_d2 are below the same.
+CONFIG_ROOTS = frozenset(
+    "CUDNN_BENCHMARK DATALOADER DATASETS FLOAT32_PRECISION GLOBAL INPUT MODEL OUTPUT_DIR SEED "
+    "SOLVER TEST VERSION VIS_PERIOD".split()
+)
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse options, which may stand before, between and after KEY VALUE pairs of the config.
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """Parse options, inputs and KEY VALUE pairs in any order.
 
     Args:
-        parser: without positional arguments.
-        argv: words; by default the command line's.
+        parser: for the options. If it has a positional argument "inputs" with nargs="*", words
+            that belong to nothing else are added to it.
+        arguments: by default those of the command line.
 
     Returns:
-        The parser's namespace with ``opts``, the keys and values in turn. What is wrong ends the
-        program with a message and exit code 2, as usual.
+        Its values, and under ``opts`` the keys and values of the config in turn.
     """
-    args, opts = parser.parse_known_args(argv)
-    for key in opts[::2]:
-        if key.startswith("-"):
-            parser.error(f"there is no option {key}")
+    opts, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
     if len(opts) % 2:
-        parser.error(f"KEY VALUE pairs: {opts[-1]!r} has no value ({len(opts)} words in all)")
-    args.opts = opts
-    return args
+        parser.error(f"config key {opts[-1]} has no value")
+    options, rest = parser.parse_known_args(words)
+    # A parser of Detectron2 has "opts" of its own, which gets what is no option.
+    options.opts = opts + list(getattr(options, "opts", None) or [])
+    if rest and hasattr(options, "inputs") and not any(word.startswith("-") for word in rest):
+        options.inputs += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(config keys, each with the word that follows it; all other words).
+
+    A key is a word that begins with the name of a config section, and is not a file.
+    """
+    opts, others = [], []
+    remaining = iter(words)
+    for word in remaining:
+        if word.split(".")[0] in CONFIG_ROOTS and not Path(word).exists():
+            opts += [word, *(value for value in [next(remaining, None)] if value is not None)]
+        else:
+            others.append(word)
+    return opts, others
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, config_required: bool = True) -> None:
+    """The options --config-file, --weights and --allow-pickle."""
+    parser.add_argument(
+        "--config-file",
+        required=config_required,
+        default="",
+        metavar="YAML",
+        help="a file, or a packaged config such as SOLOv2/SOLOv2_R50_3x.yaml",
+    )
+    parser.add_argument(
+        "--weights", default="", metavar="FILE", help="default: MODEL.WEIGHTS of the config"
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="load weights that can run code; only for files that you trust",
+    )

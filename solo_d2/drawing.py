@@ -1,52 +1,134 @@
-"""Pictures of predictions, alone or beside the ground truth."""
+"""Pictures of instances, alone or beside the ground truth. The only code here that draws them.
+
+Shape shorthand:
+
+    N: instances
+    H, W: height and width of the image
+    h, w: height and width of one instance's bounding box
+"""
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import pycocotools.mask as mask_util
 import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import GenericMask, Visualizer
+from detectron2.structures.masks import polygons_to_bitmask
+from PIL import Image, ImageDraw
+
+from .label_layout import font, letters_mask, place_labels
+
+_FILL = 0.4  # opacity of a mask
+# Any few in a row differ strongly, and all show on dark and on bright images.
+_PALETTE = (
+    (255, 82, 82),  # red
+    (0, 190, 255),  # sky blue
+    (255, 190, 0),  # amber
+    (140, 90, 255),  # violet
+    (0, 200, 83),  # green
+    (255, 70, 200),  # pink
+    (190, 225, 0),  # lime
+    (50, 105, 255),  # blue
+    (255, 125, 0),  # orange
+    (20, 225, 180),  # turquoise
+    (190, 110, 70),  # brown
+    (205, 165, 255),  # lilac
+)
 
 # Pixels of the grid: space around each panel, height of a caption, largest width of a panel as a
-# multiple of its height.
+# multiple of its height, font.
 _MARGIN = 4
 _CAPTION = 18
 _MAX_ASPECT = 2.0
-# Panels are drawn larger and then shrunk, for labels that leave small objects visible.
-_OVERSAMPLING = 1.5
+_CAPTION_FONT = 12
+
+
+class _Region(NamedTuple):
+    """What one instance covers: a mask within its bounding box, or the box alone."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    mask: np.ndarray | None  # (h, w) uint8, 0 or 1
+
+    @property
+    def area(self) -> int:
+        return self.width * self.height if self.mask is None else cv2.countNonZero(self.mask)
 
 
 def draw_instances(
-    image_rgb: np.ndarray, instances: Instances, metadata: Any, score_threshold: float
+    image_rgb: np.ndarray,
+    instances: Instances,
+    names: Sequence[str] | None = None,
+    *,
+    color_by: str = "instance",
+    labels: bool = True,
+    score_threshold: float = 0.0,
 ) -> np.ndarray:
-    """Draw masks, class names and scores over an image.
+    """Draw masks (or boxes, where there are no masks), class names and scores over an image.
+
+    A label that finds no place without covering other objects or labels is left out.
 
     Args:
-        image_rgb: (H, W, 3) uint8.
-        instances: predictions with ``scores``, ``pred_classes`` and ``pred_masks`` (N, H, W) or
-            ``pred_boxes``, on any device.
-        metadata: has ``thing_classes``, or else class numbers are written. May be None.
+        image_rgb: (H, W, 3) uint8. It is not changed.
+        instances: predictions with ``scores``, ``pred_classes`` and ``pred_masks`` (N, H, W),
+            ``pred_boxes`` (which contain the masks), or both, on any device.
+        names: of the classes; a class without a name is labeled with its number.
+        color_by: "instance" gives each instance a color of its own, "class" each class.
+        labels: write class names and scores.
         score_threshold: instances with a lower score are left out.
 
     Returns:
         (H, W, 3) uint8, RGB.
+
+    Raises:
+        ValueError: ``color_by`` has an unsupported value.
     """
-    return _draw_predictions(image_rgb, instances, metadata, score_threshold, scale=1.0)
+    if color_by not in ("instance", "class"):
+        raise ValueError(f"color_by is {color_by!r}, not 'instance' or 'class'")
+    classes = instances.pred_classes.tolist()
+    scores = instances.scores.tolist()
+    # The index among all instances, so that another threshold changes no color.
+    kept = [i for i, score in enumerate(scores) if score >= score_threshold]
+    colors = [instance_color(i if color_by == "instance" else classes[i]) for i in kept]
+    texts = [f"{_name(classes[i], names)} {scores[i]:.0%}" for i in kept]
+    return _draw(image_rgb, _predicted_regions(instances, kept), colors, texts if labels else None)
+
+
+def draw_masks(
+    image_rgb: np.ndarray,
+    rles: Sequence[Mapping[str, Any]],
+    colors: Sequence[tuple[int, int, int]],
+    labels: Sequence[str],
+) -> np.ndarray:
+    """Draw masks in given colors, with labels where there is room for them.
+
+    Args:
+        image_rgb: (H, W, 3) uint8. It is not changed.
+        rles: compressed RLE of each mask, in COCO's format.
+        colors: RGB of each mask; see ``instance_color``.
+        labels: of each mask.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    regions = [_mask_region(np.ascontiguousarray(mask_util.decode(rle))) for rle in rles]
+    return _draw(image_rgb, regions, colors, labels)
 
 
 def draw_points(image_rgb: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
     """Draw dots over an image.
 
     Args:
-        image_rgb: (H, W, 3) uint8; it is not changed.
-        points: x and y in pixels, whole numbers being their centers.
+        image_rgb: (H, W, 3) uint8. It is not changed.
+        points: x and y in pixels; integers are pixel centers.
 
     Returns:
         (H, W, 3) uint8, RGB.
@@ -63,7 +145,7 @@ def draw_points(image_rgb: np.ndarray, points: Sequence[tuple[float, float]]) ->
 def comparison_grid(
     records: Sequence[Mapping[str, Any]],
     predictions: Sequence[Instances | Mapping[str, Instances]],
-    metadata: Any,
+    names: Sequence[str] | None,
     *,
     score_threshold: float,
     height: int = 240,
@@ -74,9 +156,9 @@ def comparison_grid(
         records: Detectron2 dataset dicts; "annotations" may be absent or empty.
         predictions: for each record the ``Instances`` at the image's size, or the model's output
             ``{"instances": Instances}``.
-        metadata: of the data set; has ``thing_classes``, or else class numbers are written.
+        names: of the classes; a class without a name is labeled with its number.
         score_threshold: predictions with a lower score are left out.
-        height: of a panel in pixels. Images are scaled to it, keeping their ratio.
+        height: of a panel in pixels. Images are scaled to it; their aspect ratio is kept.
 
     Returns:
         (rows * (height + margins and caption), W, 3) uint8, RGB; without records a blank caption.
@@ -87,17 +169,12 @@ def comparison_grid(
     if len(records) != len(predictions):
         raise ValueError(f"{len(records)} records but {len(predictions)} predictions")
     rows = []
-    for record, prediction in zip(records, predictions, strict=True):
+    for record, prediction in zip(records, predictions):
         image = read_image(record["file_name"], format="RGB")
         instances = prediction["instances"] if isinstance(prediction, Mapping) else prediction
-        scale = _OVERSAMPLING * _panel_scale(image, height)
-        annotations = record.get("annotations", [])
-        panels = [
-            image,
-            _draw_annotations(image, annotations, metadata, scale),
-            _draw_predictions(image, instances, metadata, score_threshold, scale),
-        ]
-        rows.append((Path(record["file_name"]).name, [_fit(p, image, height) for p in panels]))
+        instances = instances[instances.scores >= score_threshold]
+        panels = _panels(image, record.get("annotations", []), instances, names, height)
+        rows.append((Path(record["file_name"]).name, panels))
 
     cell_width = max((panels[0].shape[1] for _, panels in rows), default=height)
     grid_width = 3 * cell_width + 4 * _MARGIN
@@ -108,91 +185,176 @@ def comparison_grid(
     return np.concatenate(lines)
 
 
-def _draw_predictions(
-    image: np.ndarray, instances: Instances, metadata: Any, score_threshold: float, scale: float
-) -> np.ndarray:
-    instances = instances.to("cpu")
-    instances = instances[instances.scores >= score_threshold]
-    classes = instances.pred_classes.tolist()
-    names = _class_names(classes, metadata)
-    labels = [f"{n} {s:.0%}" for n, s in zip(names, instances.scores.tolist(), strict=True)]
-    masks = boxes = None
-    if instances.has("pred_masks"):
-        masks = list(torch.as_tensor(instances.pred_masks).numpy())
-    else:
-        boxes = instances.pred_boxes.tensor.numpy()
-    return _overlay(image, classes, labels, masks, boxes, scale)
-
-
-def _draw_annotations(
-    image: np.ndarray, annotations: Sequence[Mapping[str, Any]], metadata: Any, scale: float
-) -> np.ndarray:
-    classes = [a["category_id"] for a in annotations]
-    crowd = ["|crowd" if a.get("iscrowd", 0) else "" for a in annotations]
-    labels = [n + c for n, c in zip(_class_names(classes, metadata), crowd, strict=True)]
-    masks = boxes = None
-    if all(a.get("segmentation") for a in annotations):
-        masks = [a["segmentation"] for a in annotations]
-    else:
-        boxes = np.array(
-            [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        )
-    return _overlay(image, classes, labels, masks, boxes, scale)
-
-
-def _overlay(
+def _panels(
     image: np.ndarray,
-    classes: Sequence[int],
-    labels: list[str],
-    masks: list[Any] | None,
-    boxes: np.ndarray | None,
-    scale: float,
-) -> np.ndarray:
-    """Draw on the image, then scale it: (H, W, 3) to about (H * scale, W * scale, 3)."""
-    # Matplotlib cannot make a picture of less than one pixel.
-    scale = max(scale, 1.0 / min(image.shape[:2]))
-    visualizer = Visualizer(image, scale=scale)
-    if masks is not None:
-        masks = [_generic_mask(m, *image.shape[:2]) for m in masks]
-    visualizer.overlay_instances(
-        masks=masks,
-        boxes=boxes,
-        labels=labels,
-        assigned_colors=[_color(c, i) for i, c in enumerate(classes)],
-        alpha=0.45,
-    )
-    return visualizer.output.get_image()
-
-
-def _generic_mask(mask: Any, height: int, width: int) -> GenericMask:
-    if isinstance(mask, np.ndarray) and width == 2:
-        # GenericMask takes an array of two columns for points, so give it a wider canvas.
-        mask, width = np.pad(mask, ((0, 0), (0, 1))), 3
-    return GenericMask(mask, height, width)
-
-
-def _class_names(classes: Sequence[int], metadata: Any) -> list[str]:
-    names = getattr(metadata, "thing_classes", None) or []
-    return [names[c] if c < len(names) else str(c) for c in classes]
-
-
-def _color(category: int, index: int) -> tuple[float, float, float]:
-    """A hue per class, the same in every picture; the instance sets the lightness."""
-    hue = (0.12 + category * 0.618034) % 1.0  # golden ratio: any few classes are far apart
-    return colorsys.hls_to_rgb(hue, (0.5, 0.65, 0.38)[index % 3], 0.9)
-
-
-def _panel_scale(image: np.ndarray, height: int) -> float:
-    return min(height / image.shape[0], _MAX_ASPECT * height / image.shape[1])
-
-
-def _fit(panel: np.ndarray, image: np.ndarray, height: int) -> np.ndarray:
-    """Scale a panel to the size that its image has in a cell; no side is less than 1 pixel."""
+    annotations: Sequence[Mapping[str, Any]],
+    instances: Instances,
+    names: Sequence[str] | None,
+    height: int,
+) -> list[np.ndarray]:
+    """Image, ground truth, prediction: scaled first and then drawn on, for sharp lines."""
     h, w = image.shape[:2]
-    scale = _panel_scale(image, height)
+    scale = min(height / h, _MAX_ASPECT * height / w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
-    interpolation = cv2.INTER_AREA if panel.shape[0] > size[1] else cv2.INTER_LINEAR
-    return cv2.resize(panel, size, interpolation=interpolation)
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    classes = [a["category_id"] for a in annotations]
+    crowd = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
+    truth = [_name(c, names) + suffix for c, suffix in zip(classes, crowd)]
+    predicted = instances.pred_classes.tolist()
+    texts = [f"{_name(c, names)} {s:.0%}" for c, s in zip(predicted, instances.scores.tolist())]
+    panels = [small]
+    for regions, labels in (
+        ([_annotated_region(a, h, w) for a in annotations], truth),
+        (_predicted_regions(instances, range(len(instances))), texts),
+    ):
+        scaled = [_scale(region, size[0] / w, size[1] / h) for region in regions]
+        panels.append(_draw(small, scaled, [instance_color(i) for i in range(len(scaled))], labels))
+    return panels
+
+
+def _predicted_regions(instances: Instances, kept: Sequence[int]) -> list[_Region]:
+    """Of the instances with these indices."""
+    boxes = instances.pred_boxes.tensor.cpu().numpy() if instances.has("pred_boxes") else None
+    if boxes is not None and not instances.has("pred_masks"):
+        return [_box_region(boxes[i]) for i in kept]
+    masks = torch.as_tensor(instances.pred_masks).cpu().numpy()
+    masks = masks.astype(bool, copy=False).view(np.uint8)
+    if boxes is None:
+        return [_mask_region(masks[i]) for i in kept]
+    # All masks together can be large, so read each within its box only.
+    windows = np.stack([np.floor(boxes[:, :2]) - 1, np.ceil(boxes[:, 2:]) + 1], axis=1)
+    windows = windows.clip(0, masks.shape[:0:-1]).astype(int).tolist()
+    return [_mask_region(masks[i], *windows[i]) for i in kept]
+
+
+def _annotated_region(annotation: Mapping[str, Any], height: int, width: int) -> _Region:
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        return _box_region(np.asarray(box))
+    if isinstance(segmentation, list):
+        return _mask_region(
+            polygons_to_bitmask([np.asarray(p) for p in segmentation], height, width).view(np.uint8)
+        )
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+    return _mask_region(np.ascontiguousarray(mask_util.decode(segmentation)))
+
+
+def _mask_region(
+    mask: np.ndarray, start: Sequence[int] = (0, 0), stop: Sequence[int] | None = None
+) -> _Region:
+    """``mask``: (H, W) uint8, 0 or 1. It is looked at from x, y ``start`` to ``stop`` only."""
+    stop = stop or mask.shape[::-1]
+    window = np.ascontiguousarray(mask[start[1] : stop[1], start[0] : stop[0]])
+    left, top, width, height = cv2.boundingRect(window) if window.size else (0, 0, 0, 0)
+    part = np.ascontiguousarray(window[top : top + height, left : left + width])
+    return _Region(start[0] + left, start[1] + top, width, height, part)
+
+
+def _box_region(box: np.ndarray) -> _Region:
+    x1, y1, x2, y2 = (round(float(x)) for x in box)
+    return _Region(x1, y1, x2 - x1, y2 - y1, None)
+
+
+def _scale(region: _Region, x: float, y: float) -> _Region:
+    left, top = round(region.left * x), round(region.top * y)
+    width = max(1, round((region.left + region.width) * x) - left)
+    height = max(1, round((region.top + region.height) * y) - top)
+    mask = region.mask
+    if mask is not None and mask.size:
+        mask = cv2.resize(mask * 255, (width, height), interpolation=cv2.INTER_LINEAR)
+        mask = (mask > 127).astype(np.uint8)
+    return _Region(left, top, width, height, mask)
+
+
+def _draw(
+    image: np.ndarray,
+    regions: Sequence[_Region],
+    colors: Sequence[tuple[int, int, int]],
+    texts: Sequence[str] | None,
+) -> np.ndarray:
+    """Fill all regions, large ones first, then outline them, then label them."""
+    image = np.ascontiguousarray(image).copy()
+    size = float(np.sqrt(image.shape[0] * image.shape[1]))
+    thickness = max(1, round(size / 500))
+    order = [i for i in np.argsort([-r.area for r in regions]) if min(regions[i][2:4]) > 0]
+    for i in order:
+        _fill(image, regions[i], colors[i])
+    for i in order:
+        _outline(image, regions[i], colors[i], thickness)
+    if texts is not None:
+        font_size = int(np.clip(size / 45, 10, 40))
+        labels = [letters_mask(texts[i], font_size) for i in order]
+        boxes = [regions[i][:4] for i in order]
+        places = place_labels(_owners([regions[i] for i in order], image), boxes, labels)
+        for i, letters, place in zip(order, labels, places):
+            if place is not None:
+                _write(image, letters, place, colors[i])
+    return image
+
+
+def _fill(image: np.ndarray, region: _Region, color: tuple[int, int, int]) -> None:
+    if region.mask is None:
+        return
+    part = _part(image, region)
+    mask = region.mask[: part.shape[0], : part.shape[1]]
+    levels = np.arange(256)[:, None] * (1 - _FILL) + np.array(color) * _FILL
+    blended = cv2.LUT(np.ascontiguousarray(part), levels.round().astype(np.uint8)[None])
+    np.copyto(part, blended, where=mask[..., None].astype(bool))
+
+
+def _outline(
+    image: np.ndarray, region: _Region, color: tuple[int, int, int], thickness: int
+) -> None:
+    left, top, width, height, mask = region
+    if mask is None:
+        corner = (left + width - 1, top + height - 1)
+        cv2.rectangle(image, (left, top), corner, color, thickness, cv2.LINE_AA)
+        return
+    contours, _ = cv2.findContours(
+        mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top)
+    )
+    cv2.drawContours(image, contours, -1, color, thickness, cv2.LINE_AA)
+
+
+def _owners(regions: Sequence[_Region], image: np.ndarray) -> np.ndarray:
+    """(H, W): at each pixel the number of the region drawn there last, from 1; 0 for none."""
+    owner = np.zeros(image.shape[:2], np.int32)
+    for number, region in enumerate(regions, 1):
+        if region.mask is not None:
+            part = _part(owner, region)
+            part[region.mask[: part.shape[0], : part.shape[1]].astype(bool)] = number
+    return owner
+
+
+def _part(array: np.ndarray, region: _Region) -> np.ndarray:
+    """The view of (H, W, ...) that the region's bounding box covers."""
+    left, top, width, height, _ = region
+    return array[top : top + height, left : left + width]
+
+
+def _write(
+    image: np.ndarray, letters: np.ndarray, place: tuple[int, int], color: tuple[int, int, int]
+) -> None:
+    """The letters on a plate of the given color, black or white, whichever is easier to read."""
+    x, y = place
+    part = image[y : y + letters.shape[0], x : x + letters.shape[1]]
+    ink = 0.0 if np.dot(color, (0.299, 0.587, 0.114)) > 120 else 255.0
+    opacity = letters[..., None].astype(np.float32) / 255
+    part[:] = (np.array(color) * (1 - opacity) + ink * opacity).round()
+
+
+def _name(category: int, names: Sequence[str] | None) -> str:
+    return names[category] if names and category < len(names) else str(category)
+
+
+def instance_color(number: int) -> tuple[int, int, int]:
+    """RGB. The palette repeats lighter, then darker."""
+    target, weight = ((0, 0.0), (255, 0.35), (0, 0.3))[number // len(_PALETTE) % 3]
+    base = np.array(_PALETTE[number % len(_PALETTE)])
+    red, green, blue = (base + (target - base) * weight).round().astype(int).tolist()
+    return red, green, blue
 
 
 def _panel_row(
@@ -206,19 +368,8 @@ def _panel_row(
 
 
 def _captions(texts: Sequence[str], cell_width: int, grid_width: int) -> np.ndarray:
-    line = np.full((_CAPTION, grid_width, 3), 255, dtype=np.uint8)
+    line = Image.new("RGB", (grid_width, _CAPTION), "white")
     for i, text in enumerate(texts):
         left = _MARGIN + i * (cell_width + _MARGIN)
-        # OpenCV's font has ASCII only.
-        text = text.encode("ascii", "replace").decode()
-        cv2.putText(
-            line,
-            text,
-            (left, _CAPTION - 5),
-            cv2.FONT_HERSHEY_SIMPLEX,
-            0.45,
-            (0, 0, 0),
-            1,
-            cv2.LINE_AA,
-        )
-    return line
+        ImageDraw.Draw(line).text((left, 1), text, fill="black", font=font(_CAPTION_FONT))
+    return np.asarray(line)

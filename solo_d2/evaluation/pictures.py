@@ -74,7 +74,7 @@ class PredictionPictures(DatasetEvaluator):
         picture = comparison_grid(
             [self._records[name] for name in names],
             [predictions[name] for name in names],
-            MetadataCatalog.get(self._dataset_name),
+            MetadataCatalog.get(self._dataset_name).get("thing_classes"),
             score_threshold=self._score_threshold,
         )
         folder = "eval_only"

@@ -117,11 +117,17 @@ class InstanceSegmentor(nn.Module, ABC):
         results = self.inference(images, features)
         if not all(map(len, results)):
             self.check_weights()
+        return self.postprocess_batch(results, batched_inputs, images)
+
+    def postprocess_batch(
+        self, results: list[Instances], batched_inputs: list[dict], images: ImageList
+    ) -> list[dict]:
+        """The results of ``inference`` in the output frames, as ``forward`` returns them."""
         padded_size = tuple(images.tensor.shape[-2:])
         processed = []
         for instances, inputs in zip(results, batched_inputs):
-            height = inputs.get("height", inputs["image"].shape[-2])
-            width = inputs.get("width", inputs["image"].shape[-1])
+            height = inputs.get("height", instances.image_size[0])
+            width = inputs.get("width", instances.image_size[1])
             with record_function("solo_d2.output"):
                 result = self.postprocess(instances, height, width, padded_size)
             processed.append({"instances": result})

@@ -1,4 +1,4 @@
-"""What solo_d2 runs on, and the command that mends what is missing: ``python -m solo_d2 env``.
+"""Installed versions, and one command that installs what is missing: ``solo-d2 env``.
 
 Only the standard library is imported at the top, so that this runs where nothing else does.
 """
@@ -14,6 +14,7 @@ import shlex
 import sys
 import sysconfig
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,11 @@ class Requirement(NamedTuple):
     module: str
     distribution: str
     minimum: str = "0"
-    required: bool = True
+    purpose: str = ""  # of an optional one
+
+    @property
+    def required(self) -> bool:
+        return not self.purpose
 
 
 MINIMUM_PYTHON = (3, 10)
@@ -36,7 +41,7 @@ REQUIREMENTS = (
     Requirement("numpy", "numpy", "1.23"),
     Requirement("PIL", "pillow", "9.4"),
     Requirement("cv2", "opencv-python-headless", "4.6"),
-    Requirement("pycocotools", "pycocotools", "2.0.6"),
+    Requirement("pycocotools", "pycocotools", "2.0.7"),
     Requirement("fvcore", "fvcore", "0.1.5"),
     Requirement("iopath", "iopath", "0.1.8"),
     Requirement("omegaconf", "omegaconf", "2.1"),
@@ -49,9 +54,12 @@ REQUIREMENTS = (
     Requirement("matplotlib", "matplotlib"),
     Requirement("tensorboard", "tensorboard"),
     Requirement("detectron2", "detectron2", "0.6"),
-    Requirement("shapely", "shapely", "2.0", required=False),
-    Requirement("torchmetrics", "torchmetrics", "1.4", required=False),
-    Requirement("faster_coco_eval", "faster-coco-eval", "1.8", required=False),
+    Requirement("shapely", "shapely", "2.0", purpose="INPUT.CROP on polygons"),
+    Requirement("torchmetrics", "torchmetrics", "1.4", purpose="panoptic quality"),
+    Requirement("faster_coco_eval", "faster-coco-eval", "1.8", purpose="faster evaluation"),
+    Requirement("av", "av", "12.0", purpose="writing videos"),
+    Requirement("altair", "altair", "5.4", purpose="charts of compare"),
+    Requirement("vl_convert", "vl-convert-python", "1.6", purpose="charts of compare"),
 )
 
 
@@ -60,53 +68,54 @@ def missing_requirement() -> str:
 
     Detectron2 and what it cannot do without are looked for, and not imported.
     """
-    for name in ("torch", "torchvision", "detectron2"):
-        if _find_spec(name) is None:
-            return _problem(_requirement(name), "is not installed")
-    return ""
+    names = ("torch", "torchvision", "detectron2")
+    missing = [r for r in REQUIREMENTS if r.module in names and _find_spec(r.module) is None]
+    if not missing:
+        return ""
+    titles = " and ".join(_title(requirement) for requirement in missing)
+    verb = "is" if len(missing) == 1 else "are"
+    return f"solo_d2 needs {titles}, which {verb} not installed. Run: {_command(missing)}"
 
 
-def report() -> tuple[list[str], list[str]]:
-    """Versions, and for each thing that is missing or too old a line with its remedy.
+def report() -> tuple[list[str], list[str], str]:
+    """Look at everything that solo_d2 imports.
 
     Returns:
         lines: what was found, in "name  value" form.
         problems: one line for each required thing that is missing, too old or broken.
+        command: installs all of that; "" if there is nothing to install.
     """
     rows = [("Python", f"{platform.python_version()} ({sys.executable})")]
     rows.append(("platform", platform.platform()))
-    problems = []
+    problems, wanted = [], []
     if sys.version_info < MINIMUM_PYTHON:
-        wanted = ".".join(map(str, MINIMUM_PYTHON))
-        problems.append(f"Python {platform.python_version()} is too old, solo_d2 needs {wanted}.")
+        least = ".".join(map(str, MINIMUM_PYTHON))
+        problems.append(f"solo_d2 needs Python {least}, this is {platform.python_version()}")
     for requirement in REQUIREMENTS:
         state, complaint = _inspect(requirement)
-        rows.append((requirement.distribution, state))
         if complaint and requirement.required:
-            problems.append(_problem(requirement, complaint))
+            problems.append(f"solo_d2 needs {_title(requirement)}, which {complaint}")
+            wanted.append(requirement)
         elif complaint:
-            rows[-1] = (requirement.distribution, f"{state} (optional; {_command(requirement)})")
+            state = f"{state} (optional, for {requirement.purpose})"
+        rows.append((requirement.distribution, state))
     rows.append(("detectron2._C", _compiled_part()))
     rows.append(("CUDA", _cuda()))
     width = max(len(name) for name, _ in rows) + 2
-    return [f"{name:<{width}}{value}" for name, value in rows], problems
+    return [f"{name:<{width}}{value}" for name, value in rows], problems, _command(wanted)
 
 
 def main() -> int:
     """Print the report; return 1 if something required is missing, else 0."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other packages deprecate is no news here
-        lines, problems = report()
-    print("\n".join(lines))
-    for problem in problems:
-        print(problem)
+        lines, problems, command = report()
+    print("\n".join([*lines, *problems]))
+    if command:
+        print(f"Run: {command}")
     if not problems:
-        print("Everything that solo_d2 needs is here.")
+        print("Everything that solo_d2 needs is installed.")
     return 1 if problems else 0
-
-
-def _requirement(module: str) -> Requirement:
-    return next(r for r in REQUIREMENTS if r.module == module)
 
 
 def _find_spec(module: str) -> object:
@@ -150,25 +159,34 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(x) for x in match.group().split(".")) if match else ()
 
 
-def _problem(requirement: Requirement, complaint: str) -> str:
-    name = "Detectron2" if requirement.module == "detectron2" else requirement.distribution
-    return f"solo_d2 needs {name}, which {complaint}. Run: {_command(requirement)}"
+def _title(requirement: Requirement) -> str:
+    return "Detectron2" if requirement.module == "detectron2" else requirement.distribution
 
 
-def _command(requirement: Requirement) -> str:
+def _command(requirements: Sequence[Requirement]) -> str:
+    """One command line that installs all of them; Detectron2 last, since its build needs torch."""
     pip = f"{shlex.quote(sys.executable)} -m pip install"
-    if requirement.module != "detectron2":
-        minimum = "" if requirement.minimum == "0" else f">={requirement.minimum}"
-        return f"{pip} --upgrade {shlex.quote(requirement.distribution + minimum)}"
+    packages = [
+        shlex.quote(r.distribution + ("" if r.minimum == "0" else f">={r.minimum}"))
+        for r in requirements
+        if r.module != "detectron2"
+    ]
+    commands = [f"{pip} --upgrade {' '.join(packages)}"] if packages else []
+    if any(r.module == "detectron2" for r in requirements):
+        commands.append(f"{pip} {_detectron2()}")
+    return " && ".join(commands)
+
+
+def _detectron2() -> str:
+    """Arguments of pip."""
     lock = Path(__file__).resolve().parents[2] / ".ci" / "detectron2.lock"
     if lock.exists():  # a clone of solo_d2: the build that `make install` takes, hash-checked
         site = shlex.quote(sysconfig.get_path("purelib"))
         return (
-            f"{pip} --no-deps --require-hashes --only-binary=:all: --python-version 3.10 "
+            "--no-deps --require-hashes --only-binary=:all: --python-version 3.10 "
             f"--upgrade --target {site} -r {shlex.quote(str(lock))}"
         )
-    source = "git+https://github.com/facebookresearch/detectron2.git"
-    return f"{pip} --no-build-isolation '{source}'"
+    return "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
 
 
 def _compiled_part() -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from solo_d2.tools import env
@@ -28,12 +29,29 @@ def run_without(tmp_path):
     return run
 
 
-def test_complete_environment_has_no_problem():
-    lines, problems = env.report()
-    assert problems == []
-    text = "\n".join(lines)
-    for name in ("Python", "torch", "torchvision", "detectron2", "numpy", "detectron2._C", "CUDA"):
-        assert any(line.startswith(name + " ") for line in lines), f"{name} not in\n{text}"
+def test_versions_are_listed_and_nothing_is_wrong_where_all_is_there(monkeypatch):
+    there = (env.Requirement("numpy", "numpy", "1.0"), env.Requirement("cv2", "opencv", "1.0"))
+    monkeypatch.setattr(env, "REQUIREMENTS", there)
+    lines, problems, command = env.report()
+    assert (problems, command) == ([], "")
+    assert [line.split()[0] for line in lines] == [
+        *("Python", "platform", "numpy", "opencv", "detectron2._C", "CUDA")
+    ]
+    assert lines[2].split()[1] == np.__version__
+
+
+def test_one_command_installs_all_that_is_missing_or_old(monkeypatch, capsys):
+    wanted = (
+        env.Requirement("no_such_module", "its-package"),
+        env.Requirement("numpy", "numpy", "999.0"),
+        env.Requirement("cv2", "opencv", "1.0"),
+        env.Requirement("no_detectron2", "detectron2"),
+        env.Requirement("no_other", "other", purpose="nothing"),
+    )
+    monkeypatch.setattr(env, "REQUIREMENTS", wanted)
+    assert env.main() == 1
+    (command,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Run: ")]
+    assert command.endswith("-m pip install --upgrade its-package 'numpy>=999.0' detectron2")
 
 
 @pytest.mark.parametrize("missing", ["detectron2", "torch"])
@@ -57,11 +75,26 @@ def test_env_runs_where_detectron2_or_torch_is_absent(run_without, missing):
         assert any(line.startswith(f"solo_d2 needs {title}, ") for line in problems)
 
 
-def test_env_and_import_use_the_same_words(run_without):
+@pytest.mark.parametrize("verb", ["predict", "check"])
+def test_other_verbs_name_what_is_missing_in_one_line(run_without, verb):
+    result = run_without("-m", "solo_d2", verb, "--help", missing=("detectron2",))
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: solo_d2 needs Detectron2, which is not installed. Run: ")
+
+
+def test_env_and_import_give_the_same_command(run_without):
     imported = run_without("-c", "from solo_d2 import add_solo_d2_config", missing=("detectron2",))
     reported = run_without("-m", "solo_d2", "env", missing=("detectron2",))
-    line = imported.stderr.strip().splitlines()[-1].removeprefix("ImportError: ")
-    assert line in reported.stdout.splitlines()
+    command = imported.stderr.strip().splitlines()[-1].split(" Run: ")[1]
+    assert f"Run: {command}" in reported.stdout.splitlines()
+
+
+def test_torch_and_detectron2_are_one_command(run_without):
+    result = run_without("-c", "import solo_d2; solo_d2.load", missing=("torch", "detectron2"))
+    line = result.stderr.strip().splitlines()[-1]
+    assert "needs torch and Detectron2, which are not installed" in line
+    assert line.count(" && ") == 1 and line.index("'torch>=2.4'") < line.index("detectron2.")
 
 
 def test_missing_optional_package_is_no_problem(run_without):
@@ -73,10 +106,10 @@ def test_missing_optional_package_is_no_problem(run_without):
 
 def test_too_old_version_is_named_with_the_least_one(monkeypatch):
     monkeypatch.setattr(env, "REQUIREMENTS", (env.Requirement("tqdm", "tqdm", "999.0"),))
-    _, problems = env.report()
+    _, problems, command = env.report()
     assert len(problems) == 1
     assert "is too old, 999.0 is the least" in problems[0]
-    assert "tqdm>=999.0" in problems[0]
+    assert "tqdm>=999.0" in command
 
 
 @pytest.mark.parametrize(
@@ -88,5 +121,5 @@ def test_versions_compare_as_numbers(lower, higher):
 
 def test_detectron2_outside_a_clone_comes_from_its_repository(monkeypatch, tmp_path):
     monkeypatch.setattr(env, "__file__", str(tmp_path / "solo_d2" / "tools" / "env.py"))
-    command = env._command(env._requirement("detectron2"))
+    command = env._command([env.Requirement("detectron2", "detectron2")])
     assert command.endswith("'git+https://github.com/facebookresearch/detectron2.git'")
