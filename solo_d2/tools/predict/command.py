@@ -182,7 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="KEY VALUE pairs override the config. Exit code: 0 all done, 1 some inputs were "
         "skipped, 2 nothing could be started, 130 interrupted.",
     )
-    add_model_arguments(parser, config_required=False)
+    add_model_arguments(
+        parser,
+        config_required=False,
+        weights_help="output folder of a training, or checkpoint; with --config-file by default "
+        "MODEL.WEIGHTS",
+    )
     parser.add_argument("--output", default="output/predictions", metavar="DIR")
     parser.add_argument(
         "--format",
