@@ -93,12 +93,12 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.CUSTOM.TRAIN_IMAGES = ""
     cfg.DATASETS.CUSTOM.VAL_JSON = ""
     cfg.DATASETS.CUSTOM.VAL_IMAGES = ""
+    # Take annotations with "iscrowd": 1 for single objects, as brush tools write them.
+    cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = False
 
-    # Train and evaluate on the same first images with objects of DATASETS.TRAIN, so many of them:
-    # shows whether a model and its data can be learned at all. 0: off.
+    # Overfitting check: train and evaluate on the first N images of DATASETS.TRAIN that contain
+    # objects (0 = off).
     cfg.DATASETS.OVERFIT_IMAGES = 0
-    # The same with the images of these ids.
-    cfg.DATASETS.OVERFIT_IMAGE_IDS = ()
 
     # The embedded data set: "shapes_train" and "shapes_val", drawn on first use.
     cfg.DATASETS.SHAPES = CN()
@@ -108,51 +108,15 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.SHAPES.IMAGE_SIZE = (128, 128)
     cfg.DATASETS.SHAPES.SEED = 0
 
-    # The toy sets of the AdaptIS paper, likewise: "rods_*" (straight rods that cover each other)
-    # and "tubes_*" (bent tubes and ellipses, slightly transparent). Numbers and sizes as published.
-    cfg.DATASETS.RODS = CN()
-    cfg.DATASETS.RODS.TRAIN_IMAGES = 10000
-    cfg.DATASETS.RODS.VAL_IMAGES = 2000
-    cfg.DATASETS.RODS.IMAGE_SIZE = (96, 96)
-    cfg.DATASETS.RODS.SEED = 0
-    cfg.DATASETS.TUBES = CN()
-    cfg.DATASETS.TUBES.TRAIN_IMAGES = 25000
-    cfg.DATASETS.TUBES.VAL_IMAGES = 1000
-    cfg.DATASETS.TUBES.IMAGE_SIZE = (128, 128)
-    cfg.DATASETS.TUBES.SEED = 0
-
-    # Give crowd regions to the model as well, as instances with the field gt_crowd. For those
-    # architectures that learn to leave them out (YOLACT, AdaptIS); the others never see them.
-    cfg.INPUT.KEEP_CROWD = False
-
 
 def _add_input(cfg: CN) -> None:
-    # Resize to a square of so many pixels, in training and inference, with neither the aspect ratio
-    # kept nor antialiasing; it replaces MIN_SIZE_* and MAX_SIZE_*. YOLACT was published with 550.
-    # 0: off.
-    cfg.INPUT.SQUARE_SIZE = 0
-    # "default" is Detectron2's (CROP, resize, RANDOM_FLIP); "ssd" is YOLACT's (CROP, the three of
-    # INPUT.SSD in their order, RANDOM_FLIP, resize). With "ssd", an image that lost all of its
-    # objects is replaced by another one.
+    # "default": Detectron2's (CROP, resize, RANDOM_FLIP). "ssd": CROP, the augmentation of SSD with
+    # YOLACT's parameters (photometric, expand, crop), RANDOM_FLIP, resize; an image that lost all
+    # of its objects is replaced by another one.
     cfg.INPUT.AUGMENTATION = "default"
-    cfg.INPUT.SSD = CN()
-    # Change brightness, contrast, saturation and hue.
-    cfg.INPUT.SSD.PHOTOMETRIC = True
-    # Every second image is put on a canvas of up to so many times its sides; 1: none is. The color
-    # of the canvas is in the order RGB, whatever INPUT.FORMAT is.
-    cfg.INPUT.SSD.MAX_EXPAND = 4.0
-    cfg.INPUT.SSD.FILL = [123.68, 116.78, 103.94]
-    # Cut out a window that holds the center of an object; objects with their centers outside leave.
-    cfg.INPUT.SSD.CROP = True
-    # Windows must overlap an object by a random minimum of IoU, as in SSD. The published code of
-    # YOLACT tests in a way that never fails.
-    cfg.INPUT.SSD.CROP_IOU_TEST = False
-    # Boxes that are tight around what the window left of the masks, as Detectron2's after a crop.
-    # False: only clipped to the window, as published.
-    cfg.INPUT.SSD.TIGHT_BOXES = True
-    # Objects whose boxes are not wider and higher than this, in pixels of the network's input,
-    # leave. The published code means 4, but drops empty ones only.
-    cfg.INPUT.SSD.MIN_BOX_SIZE = 0.0
+    # Give crowd regions to the model too, as instances with the field gt_crowd. Only for
+    # architectures that ignore what they predict there (YOLACT, AdaptIS, the SOLO family).
+    cfg.INPUT.KEEP_CROWD = False
 
 
 def _add_training(cfg: CN) -> None:

@@ -1,20 +1,21 @@
-"""Data sets. Importing this package registers the embedded ones and "coco_mini_*"."""
+"""Data sets and the mapper. Importing this package registers sets whose names are not taken."""
 
-from .coco_json import register_coco_json, register_coco_mini
-from .setup import EMBEDDED, setup_datasets
-from .shapes import SHAPES
-from .toys import RODS, TUBES
+from .catalog import is_free, register_coco_json, register_named_sets
+from .mapper import InstanceMapper
+from .setup import require_images, setup_datasets
+from .shapes import RODS, SHAPES, TUBES
 
 __all__ = [
-    "EMBEDDED",
     "RODS",
     "SHAPES",
     "TUBES",
+    "InstanceMapper",
     "register_coco_json",
-    "register_coco_mini",
+    "require_images",
     "setup_datasets",
 ]
 
-for _drawn in EMBEDDED.values():
-    _drawn.register()
-register_coco_mini()
+for _drawn in (SHAPES, RODS, TUBES):
+    if is_free(f"{_drawn.name}_train") and is_free(f"{_drawn.name}_val"):
+        _drawn.register()
+register_named_sets()

@@ -1,7 +1,8 @@
 """From a record of a data set to a training example."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,19 @@ from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BoxMode
 
-from .augmentation import build_augmentations
+from solo_d2.errors import UserError, one_line
+from solo_d2.modeling.num_classes import get_value, num_classes_keys
 
-# Narrower or lower objects are no objects: Detectron2's own limit, in pixels.
-_MIN_BOX_SIZE = 1e-5
+from .augmentation import build_augmentations
+from .images import read_image
 
 
 class InstanceMapper(DatasetMapper):
-    """Detectron2's mapper that can keep crowds and crop images without objects.
+    """Detectron2's mapper that honors every key of INPUT.
 
-    There the original takes boxes from masks that do not exist. Augmentations may ask for "boxes"
-    (N, 4), x1 y1 x2 y2 in pixels, and "is_crowd" (N,) bool of the annotations.
+    It can keep crowds, reads images of more than 8 bits, lets augmentations ask for "boxes" (those
+    of the objects), and takes images without objects through crops, where the original takes boxes
+    from masks that do not exist. Pass it to ``build_detection_train_loader(cfg, mapper=...)``.
     """
 
     @configurable
@@ -31,31 +34,50 @@ class InstanceMapper(DatasetMapper):
         self,
         is_train: bool,
         *,
+        augmentations: list[T.Augmentation | T.Transform],
+        image_format: str,
+        use_instance_mask: bool = False,
+        use_keypoint: bool = False,
+        instance_mask_format: str = "polygon",
+        keypoint_hflip_indices: np.ndarray | None = None,
+        precomputed_proposal_topk: int | None = None,
+        recompute_boxes: bool = False,
         keep_crowd: bool = False,
-        min_box_size: float = 0.0,
         reject_emptied: bool = False,
-        **options: Any,
+        num_classes: int | None = None,
     ):
         """
         Args:
-            is_train: see ``DatasetMapper``, as for the other options.
+            is_train, augmentations, image_format, use_instance_mask, use_keypoint,
+            instance_mask_format, keypoint_hflip_indices, precomputed_proposal_topk,
+            recompute_boxes: see ``DatasetMapper``.
             keep_crowd: give crowd regions too, behind the objects; a field ``gt_crowd`` (N,) bool
                 of the instances tells them.
-            min_box_size: pixels; what is not both wider and higher after augmentation leaves.
             reject_emptied: give None where augmentation left nothing of an image's objects; the
                 loader then takes another image.
+            num_classes: of the model; classes out of its range are an error. None: not checked.
 
         Raises:
             ValueError: crowds are to be kept as polygons; COCO has them as RLE.
         """
-        super().__init__(is_train, **options)
+        super().__init__(
+            is_train,
+            augmentations=augmentations,
+            image_format=image_format,
+            use_instance_mask=use_instance_mask,
+            use_keypoint=use_keypoint,
+            instance_mask_format=instance_mask_format,
+            keypoint_hflip_indices=keypoint_hflip_indices,
+            precomputed_proposal_topk=precomputed_proposal_topk,
+            recompute_boxes=recompute_boxes,
+        )
         if keep_crowd and self.instance_mask_format != "bitmask":
             raise ValueError(
                 'INPUT.KEEP_CROWD needs INPUT.MASK_FORMAT: "bitmask"; crowds are no polygons'
             )
         self.keep_crowd = keep_crowd
-        self.min_box_size = max(min_box_size, _MIN_BOX_SIZE)
         self.reject_emptied = reject_emptied
+        self.num_classes = num_classes
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -66,76 +88,113 @@ class InstanceMapper(DatasetMapper):
                     f"INPUT.KEEP_CROWD: {cfg.MODEL.META_ARCHITECTURE} would take crowds for objects"
                 )
         options = super().from_config(cfg, is_train)
-        ssd = cfg.INPUT.SSD if is_train and cfg.INPUT.AUGMENTATION == "ssd" else None
-        if ssd and ssd.CROP and ssd.TIGHT_BOXES:
-            options["recompute_boxes"] = cfg.MODEL.MASK_ON
+        is_ssd = is_train and cfg.INPUT.AUGMENTATION == "ssd"
+        num_classes = get_value(cfg, num_classes_keys(cfg)[0])
         return {
             **options,
             "augmentations": build_augmentations(cfg, is_train),
+            "recompute_boxes": cfg.MODEL.MASK_ON if is_ssd else options["recompute_boxes"],
             "keep_crowd": cfg.INPUT.KEEP_CROWD,
-            "min_box_size": ssd.MIN_BOX_SIZE if ssd else 0.0,
-            "reject_emptied": ssd is not None,
+            "reject_emptied": is_ssd,
+            "num_classes": num_classes if num_classes > 0 else None,
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """A record to the model's input; None rejects it, see ``reject_emptied``."""
-        annotations = self._kept(dataset_dict.get("annotations", ()))
-        boxes = np.array(
-            [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
-        ).reshape(-1, 4)
-        is_crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool)
+        """A record to the model's input; None rejects it, see ``reject_emptied``.
 
-        def augment(augmented: T.AugInput) -> T.TransformList:
-            augmented.boxes, augmented.is_crowd = boxes, is_crowd
-            return self.augmentations(augmented)
+        Raises:
+            UserError: the image or its annotations cannot be used; the message names the file.
+        """
+        example = copy.deepcopy(dataset_dict)
+        with _naming(example):
+            image = read_image(example["file_name"], self.image_format)
+            utils.check_image_size(example, image)
+        semantic = None
+        if "sem_seg_file_name" in example:
+            semantic = utils.read_image(example.pop("sem_seg_file_name"), "L").squeeze(2)
+        annotations = example.pop("annotations", None)
+        objects = [a for a in annotations or () if not a.get("iscrowd", 0)]
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
 
-        # Detectron2's mapper gives its augmentations nothing but pixels
-        mapper = copy.copy(self)
-        mapper.augmentations = augment
-        example = DatasetMapper.__call__(mapper, dataset_dict)
-        if self.reject_emptied and not is_crowd.all() and not self._has_objects(example):
-            return None
-        return example
+        augmented = T.AugInput(image, boxes=np.array(boxes).reshape(-1, 4), sem_seg=semantic)
+        transforms = self.augmentations(augmented)
+        image_shape = augmented.image.shape[:2]
+        pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        example["image"] = torch.as_tensor(pixels)
+        if augmented.sem_seg is not None:
+            example["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            utils.transform_proposals(
+                example, image_shape, transforms, proposal_topk=self.proposal_topk
+            )
+        if not self.is_train or annotations is None:
+            return example
 
-    def _kept(self, annotations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Objects, and behind them the crowds, if these are kept."""
-        objects = [a for a in annotations if not a.get("iscrowd", 0)]
-        crowds = [a for a in annotations if a.get("iscrowd", 0)]
-        return [*objects, *crowds] if self.keep_crowd else objects
+        crowds = [a for a in annotations if a.get("iscrowd", 0)] if self.keep_crowd else []
+        with _naming(example):
+            instances = self._instances([*objects, *crowds], len(objects), transforms, image_shape)
+        example["instances"] = instances
+        found = len(instances) - (int(instances.gt_crowd.sum()) if self.keep_crowd else 0)
+        return None if self.reject_emptied and objects and not found else example
 
-    def _has_objects(self, example: dict[str, Any]) -> bool:
-        instances = example["instances"]
-        return len(instances) > (int(instances.gt_crowd.sum()) if self.keep_crowd else 0)
+    def _instances(
+        self,
+        annotations: list[dict[str, Any]],
+        objects: int,
+        transforms: T.TransformList,
+        image_shape: tuple[int, int],
+    ) -> Any:
+        """``Instances`` of what is left in the image.
 
-    def _transform_annotations(
-        self, dataset_dict: dict[str, Any], transforms: Any, image_shape: tuple[int, int]
-    ) -> None:
-        kept = self._kept(dataset_dict.pop("annotations"))
-        objects = sum(not a.get("iscrowd", 0) for a in kept)
-        for annotation in kept:
+        Args:
+            annotations: objects, then crowds.
+            objects: how many of them are objects.
+            transforms: from the file's pixels to the example's.
+            image_shape: height and width of the example.
+        """
+        self._check(annotations)
+        for annotation in annotations:
             if not self.use_instance_mask:
                 annotation.pop("segmentation", None)
             if not self.use_keypoint:
                 annotation.pop("keypoints", None)
+        transformed = [
+            utils.transform_instance_annotations(
+                annotation,
+                transforms,
+                image_shape,
+                keypoint_hflip_indices=self.keypoint_hflip_indices,
+            )
+            for annotation in annotations
+        ]
         instances = utils.annotations_to_instances(
-            [
-                utils.transform_instance_annotations(
-                    annotation,
-                    transforms,
-                    image_shape,
-                    keypoint_hflip_indices=self.keypoint_hflip_indices,
-                )
-                for annotation in kept
-            ],
-            image_shape,
-            mask_format=self.instance_mask_format,
+            transformed, image_shape, mask_format=self.instance_mask_format
         )
         if self.keep_crowd:
-            instances.gt_crowd = torch.arange(len(kept)) >= objects
+            instances.gt_crowd = torch.arange(len(annotations)) >= objects
         # what an augmentation took out of the image by its box is gone, whatever its mask says
         instances = utils.filter_empty_instances(instances, by_mask=False)
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        dataset_dict["instances"] = utils.filter_empty_instances(
-            instances, box_threshold=self.min_box_size
-        )
+        return utils.filter_empty_instances(instances)
+
+    def _check(self, annotations: list[dict[str, Any]]) -> None:
+        for annotation in annotations:
+            category = annotation["category_id"]
+            if self.num_classes is not None and not 0 <= category < self.num_classes:
+                raise ValueError(
+                    f"an annotation has the class {category!r}, but the model has "
+                    f"{self.num_classes} classes, 0 to {self.num_classes - 1}"
+                )
+            if self.use_instance_mask and "segmentation" not in annotation:
+                raise ValueError("an annotation has no mask (segmentation); see MODEL.MASK_ON")
+
+
+@contextmanager
+def _naming(record: dict[str, Any]) -> Iterator[None]:
+    """Errors about the record's content name its file."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        name = record.get("file_name", record.get("image_id"))
+        raise UserError(f"image {name}: {one_line(error)}") from error

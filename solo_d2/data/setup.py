@@ -1,11 +1,10 @@
 """From the config to registered data sets."""
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from solo_d2.modeling.num_classes import (
     dataset_num_classes,
@@ -14,52 +13,66 @@ from solo_d2.modeling.num_classes import (
     write_num_classes,
 )
 
-from .coco_json import register_coco_json, register_subset
+from .catalog import (
+    SubsetLoader,
+    check_images_exist,
+    datasets_folder,
+    enter,
+    is_free,
+    register_coco_json,
+    source_file,
+)
+from .coco import SKIPPED
 from .shapes import SHAPES
-from .toys import RODS, TUBES
-
-EMBEDDED = {drawn.name: drawn for drawn in (SHAPES, RODS, TUBES)}
 
 
 def setup_datasets(cfg: CfgNode) -> None:
     """Register the data sets that a config describes and enter them into DATASETS.TRAIN and TEST.
 
     Call it once, after merging the config and before freezing it. "shapes_train" and "shapes_val"
-    get the parameters of DATASETS.SHAPES, "rods_*" and "tubes_*" likewise. If DATASETS.CUSTOM
-    names a json file, "<NAME>_train" and "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by
-    nothing, where only one is named).
-    With DATASETS.OVERFIT_IMAGES or OVERFIT_IMAGE_IDS both become the same few images. Where a
-    model of Detectron2's own is told -1 classes, the number of the data takes its place, since it
-    needs a number. Data without classes of stuff get one, the background, which panoptic outputs
-    refer to.
+    get the parameters of DATASETS.SHAPES. If DATASETS.CUSTOM names a json file, "<NAME>_train" and
+    "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by nothing, where only one is named).
+    With DATASETS.OVERFIT_IMAGES both become the same few images. Where the number of classes is -1,
+    that of the data takes its place. Data sets that others registered stay as they are.
 
     Raises:
-        FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing.
-        ValueError: half of DATASETS.CUSTOM is missing, a json is wrong, two of the data sets
-            have different classes, or images to overfit are asked for that there are not.
+        FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing, or an image of it.
+        ValueError: half of DATASETS.CUSTOM is missing, a json is refused or has nothing to train
+            on, two of the data sets have different classes, or there are fewer images than are to
+            be overfitted.
     """
-    register_embedded(cfg)
+    register_shapes(cfg)
     custom = find_custom(cfg)
-    splits = {split: (data_set.name,) if data_set else () for split, data_set in custom.items()}
-    for data_set in filter(None, custom.values()):
-        register_coco_json(*data_set)
-    if any(splits.values()):
+    if any(custom.values()):
+        for split, data_set in custom.items():
+            if data_set:
+                _register_custom(cfg, data_set, is_train=split == "TRAIN")
+        splits = {split: (data_set.name,) if data_set else () for split, data_set in custom.items()}
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = splits["TRAIN"], splits["VAL"]
     _check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    few, ids = cfg.DATASETS.OVERFIT_IMAGES, cfg.DATASETS.OVERFIT_IMAGE_IDS
-    if few and ids:
-        raise ValueError("give DATASETS.OVERFIT_IMAGES or DATASETS.OVERFIT_IMAGE_IDS, not both")
-    if few or ids:
-        subset = register_subset(cfg.DATASETS.TRAIN[0], ids or few)
-        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (subset,)
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if not MetadataCatalog.get(name).get("stuff_classes"):
-            MetadataCatalog.get(name).stuff_classes = ["background"]
+    if cfg.DATASETS.OVERFIT_IMAGES:
+        parent, count = cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES
+        subset = SubsetLoader(f"{parent}_first{count}", parent, count)
+        enter(subset)
+        subset()
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (subset.name,)
     if any(get_value(cfg, key) == -1 for key in num_classes_keys(cfg)):
         try:
             write_num_classes(cfg, dataset_num_classes(cfg))
         except ValueError:  # no data set at all: the model says so, if it is built
             pass
+
+
+def require_images(cfg: CfgNode) -> None:
+    """Look for every image of DATASETS.TEST, so that none is missing after the training.
+
+    Raises:
+        FileNotFoundError: some are missing; the message counts them and names the first.
+    """
+    for name in cfg.DATASETS.TEST:
+        records = DatasetCatalog.get(name)
+        if isinstance(records, list):
+            check_images_exist([r for r in records if "file_name" in r], name)
 
 
 class CustomSet(NamedTuple):
@@ -70,11 +83,22 @@ class CustomSet(NamedTuple):
     image_root: Path
 
 
-def register_embedded(cfg: CfgNode) -> None:
-    """Register the embedded sets with the parameters of DATASETS.SHAPES, .RODS and .TUBES."""
-    for name, drawn in EMBEDDED.items():
-        parameters = cfg.DATASETS[name.upper()]
-        drawn.register(
+def _register_custom(cfg: CfgNode, data_set: CustomSet, *, is_train: bool) -> None:
+    coco = register_coco_json(
+        *data_set, masks=cfg.MODEL.MASK_ON, crowd_is_object=cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT
+    )
+    if is_train and not coco.objects:
+        reason = coco.counts(SKIPPED) or "there are no annotations"
+        hint = " (without MODEL.MASK_ON, a box is enough)" if "no segmentation" in reason else ""
+        raise ValueError(f"{data_set.json_file}: no object to train on: {reason}{hint}")
+    DatasetCatalog.get(data_set.name)  # looks for the images
+
+
+def register_shapes(cfg: CfgNode) -> None:
+    """Register "shapes_*" with the parameters of DATASETS.SHAPES, unless the names are taken."""
+    parameters = cfg.DATASETS.SHAPES
+    if is_free("shapes_train") and is_free("shapes_val"):
+        SHAPES.register(
             train_images=parameters.TRAIN_IMAGES,
             val_images=parameters.VAL_IMAGES,
             image_size=parameters.IMAGE_SIZE,
@@ -109,8 +133,9 @@ def find_custom(cfg: CfgNode) -> dict[str, CustomSet | None]:
 
 def _find(path: str, key: str) -> Path:
     """The path itself if it exists, else under $DETECTRON2_DATASETS."""
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-    candidates = dict.fromkeys([Path(path).expanduser(), root / Path(path).expanduser()])
+    candidates = dict.fromkeys(
+        [Path(path).expanduser(), datasets_folder() / Path(path).expanduser()]
+    )
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -120,7 +145,7 @@ def _find(path: str, key: str) -> Path:
 def _check_same_classes(names: tuple[str, ...]) -> None:
     known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     sources = {
-        f"{name!r} ({MetadataCatalog.get(name).get('json_file')})": classes
+        f"{name!r} ({source_file(name)})": classes
         for name, classes in known.items()
         if classes is not None
     }

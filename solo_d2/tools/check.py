@@ -9,8 +9,8 @@ import json
 import os
 import sys
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from solo_d2.config import load_config
-from solo_d2.data.coco_json import (
-    DataError,
-    entry_errors,
-    read_document,
-    tidy_annotation,
-    to_detectron2,
-    to_rle,
-)
-from solo_d2.data.setup import class_mismatch, find_custom, register_embedded
+from solo_d2.data.annotations import to_rle
+from solo_d2.data.catalog import CocoLoader
+from solo_d2.data.coco import REFUSED, REPAIRED, SKIPPED, CocoFile, read_coco, to_records
+from solo_d2.data.images import read_image
+from solo_d2.data.setup import class_mismatch, find_custom, register_shapes
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
 from solo_d2.modeling.solo.targets import level_offsets
@@ -48,8 +44,9 @@ from solo_d2.tools.occupancy import (
 
 EXIT_CLEAN, EXIT_PROBLEMS, EXIT_USAGE = 0, 1, 2
 
-# What training makes of an offender: it stops, goes on without it, or does not mind.
-REFUSED, SKIPPED, REMARK = "refused", "skipped", "remark"
+# Beside the effects of the reader: what is odd, though training uses it as it is.
+REMARK = "remark"
+_EFFECTS = [REFUSED, SKIPPED, REPAIRED, REMARK]
 
 SOLO_FAMILY = ("SOLO", "DecoupledSOLO", "SOLOv2")
 
@@ -57,7 +54,7 @@ SOLO_FAMILY = ("SOLO", "DecoupledSOLO", "SOLOv2")
 _MEDIUM, _LARGE = 32**2, 96**2
 _QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95}
 _QUANTILES["max"] = 1.0
-# Pixels by which a polygon may leave the image, and a box differ from its mask's, unremarked.
+# Pixels by which a polygon may leave the image without a remark.
 _TOLERANCE = 2.0
 _ORIENTATION = 0x0112  # the EXIF tag
 _EXAMPLES = 3
@@ -68,17 +65,10 @@ class Source(NamedTuple):
 
     name: str
     keys: list[str]  # the keys of the config that name it
-    json_file: str
-    image_root: str
-    ids: dict[Any, int] | None = None  # category id to class; None: as the json has them
-    classes: list[str] | None = None
-
-
-@dataclasses.dataclass
-class Finding:
-    effect: str
-    what: str
-    offenders: list[str]
+    json_file: Path
+    image_root: Path
+    classes: list[str] | None = None  # that it is registered with
+    crowd_is_object: bool = False
 
 
 @dataclasses.dataclass
@@ -103,7 +93,7 @@ class Report:
     keys: list[str]
     json_file: str
     image_root: str
-    findings: list[Finding] = dataclasses.field(default_factory=list)
+    findings: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)
     images: int = 0
     objects: int = 0
     crowds: int = 0
@@ -118,11 +108,7 @@ class Report:
 
     def add(self, effect: str, what: str, offender: str) -> None:
         """Note an offender beside its like."""
-        for finding in self.findings:
-            if (finding.effect, finding.what) == (effect, what):
-                finding.offenders.append(offender)
-                return
-        self.findings.append(Finding(effect, what, [offender]))
+        self.findings.setdefault((effect, what), []).append(offender)
 
 
 def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
@@ -139,36 +125,28 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
     """
     sources = find_sources(cfg)
     grids = None
+    network_input = NetworkInput(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     if cfg.MODEL.META_ARCHITECTURE in SOLO_FAMILY:
         grids, network_input = Grids.from_config(cfg), NetworkInput.from_config(cfg)
-    else:
-        network_input = NetworkInput(
-            min_size=cfg.INPUT.MIN_SIZE_TEST,
-            max_size=cfg.INPUT.MAX_SIZE_TEST,
-            square_size=cfg.INPUT.SQUARE_SIZE,
-        )
     reports = []
-    paths: dict[str, dict[str, str]] = {}
+    paths: dict[str, dict[str, Path]] = {}
     classes: dict[str, list[str]] = {}
     for source in sources:
-        report = Report(source.name, source.keys, source.json_file, source.image_root)
+        report = Report(source.name, source.keys, str(source.json_file), str(source.image_root))
         reports.append(report)
-        document = _read(report)
-        images = {image["id"]: image for image in document["images"]}
-        paths[source.name] = _check_images(report, images.values(), decode=decode_images)
-        ids, names = source.ids, source.classes
-        if ids is None or names is None:
-            ids, names = _classes_of_json(report, document["categories"])
-        if names:
-            classes[f"{source.name!r} ({source.json_file})"] = names
-        annotations = _check_annotations(report, document["annotations"], images, ids)
+        coco = _read(report, source, masks=cfg.MODEL.MASK_ON)
+        if coco is None:
+            continue
+        classes[f"{source.name!r} ({source.json_file})"] = coco.classes
+        images = coco.document["images"]
+        paths[source.name] = _check_images(report, images, source.image_root, decode_images)
+        _check_annotations(report, coco)
         if report.is_training and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
-            _check_polygons_only(report, annotations)
-        _count(report, annotations, images, ids, names, network_input)
+            _check_polygons_only(report, coco)
+        _count(report, coco, network_input)
         if grids:
-            records = _records(annotations, images, ids)
             features = list(cfg.MODEL.SOLO.IN_FEATURES)
-            report.cells = _count_cells(report, records, grids, network_input, features)
+            report.cells = _count_cells(report, coco, grids, network_input, features)
     mismatch = class_mismatch(classes)
     if mismatch:
         reports[-1].add(REFUSED, "data sets with other classes", mismatch)
@@ -177,7 +155,7 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
         training[0].add(REFUSED, "training data without any object", training[0].json_file)
     for train in training:
         for test in reports:
-            if "DATASETS.TEST" in test.keys:
+            if "DATASETS.TEST" in test.keys and {train.name, test.name} <= paths.keys():
                 _check_overlap(train, test, paths)
     return reports
 
@@ -188,12 +166,13 @@ def find_sources(cfg: CfgNode) -> list[Source]:
     Raises:
         UserError, FileNotFoundError, ValueError: see ``check``.
     """
-    register_embedded(cfg)
+    register_shapes(cfg)
     custom = find_custom(cfg)
     if any(custom.values()):
         keys = {"TRAIN": "DATASETS.TRAIN", "VAL": "DATASETS.TEST"}
+        as_object = cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT
         return [
-            Source(found.name, [keys[split]], str(found.json_file), str(found.image_root))
+            Source(found.name, [keys[split]], found.json_file, found.image_root, None, as_object)
             for split, found in custom.items()
             if found
         ]
@@ -207,71 +186,71 @@ def find_sources(cfg: CfgNode) -> list[Source]:
 
 
 def _registered(name: str, keys: list[str]) -> Source:
-    if name not in DatasetCatalog.list():
+    if name not in DatasetCatalog:
         raise UserError(f"{keys[0]}: there is no data set {name!r}")
-    metadata = MetadataCatalog.get(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-    if not json_file or image_root is None:
+    loader, metadata = DatasetCatalog.data[name], MetadataCatalog.get(name)
+    if isinstance(loader, CocoLoader):  # the original file, not the repaired copy
+        json_file, image_root = loader.source()  # draws an embedded data set
+        as_object = loader.options["crowd_is_object"]
+        classes = metadata.get("thing_classes")
+        return Source(name, keys, json_file, image_root, classes, as_object)
+    if "json_file" not in metadata.as_dict():
+        DatasetCatalog.get(name)
+    files = metadata.get("json_file"), metadata.get("image_root")
+    if not files[0] or files[1] is None:
         raise UserError(f"{keys[0]}: {name!r} is not made from a COCO json, the only format here")
-    if not os.path.exists(json_file):
-        DatasetCatalog.get(name)  # draws the embedded data set; of another, says what is missing
-    ids = metadata.get("thing_dataset_id_to_contiguous_id")
-    return Source(name, keys, json_file, image_root, ids, metadata.get("thing_classes"))
+    return Source(name, keys, Path(files[0]), Path(files[1]), metadata.get("thing_classes"))
 
 
-def _read(report: Report) -> dict[str, list[dict]]:
-    """The entries that can be told apart."""
+def _read(report: Report, source: Source, *, masks: bool) -> CocoFile | None:
+    """What the reader accepts; its findings go to the report."""
     try:
-        document = read_document(report.json_file)
+        coco = read_coco(
+            source.json_file,
+            source.image_root,
+            masks=masks,
+            crowd_is_object=source.crowd_is_object,
+            tolerant=True,
+        )
     except ValueError as error:
         report.add(REFUSED, "file that is no COCO json", one_line(error))
-        return {"images": [], "annotations": [], "categories": []}
-    wrong: dict[str, set[int]] = defaultdict(set)
-    for section, index, flaw in entry_errors(document):
-        report.add(REFUSED, flaw.kind, str(flaw))
-        wrong[section].add(index)
-    return {
-        section: [x for i, x in enumerate(document[section]) if i not in wrong[section]]
-        for section in ("images", "annotations", "categories")
-    }
+        return None
+    for (effect, what), offenders in coco.findings.items():
+        report.findings[effect, what] = offenders
+    if source.classes is not None and source.classes != coco.classes:
+        expected = {"the data set as registered": source.classes, report.json_file: coco.classes}
+        report.add(REFUSED, "file with other classes than registered", class_mismatch(expected))
+    return coco
 
 
-def _classes_of_json(report: Report, categories: list[dict]) -> tuple[dict[Any, int], list[str]]:
-    try:
-        categories = sorted(categories, key=lambda category: category["id"])
-    except TypeError:
-        report.add(REFUSED, "category ids that have no order", str([c["id"] for c in categories]))
-    ids = {category["id"]: i for i, category in enumerate(categories)}
-    return ids, [str(category["name"]) for category in categories]
-
-
-def _check_images(report: Report, images: Iterable[dict], *, decode: bool) -> dict[str, str]:
+def _check_images(report: Report, images: list[dict], root: Path, decode: bool) -> dict[str, Path]:
     """Look at the files; returns their paths by their name in the json."""
-    images = list(images)
     report.images = len(images)
     if not images:
         report.add(REFUSED, "data set without images", report.json_file)
-    paths: dict[str, str] = {}
+    paths: dict[str, Path] = {}
     for image in images:
         name = image["file_name"]
         if name in paths:
             report.add(REMARK, "images listed more than once", name)
-        paths[name] = os.path.join(report.image_root, name)
-    if not os.path.isdir(report.image_root):
-        report.add(REFUSED, "missing image folder", report.image_root)
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            report.add(REMARK, "file names that leave the image folder", name)
+        paths[name] = root / name
+    if not root.is_dir():
+        report.add(REFUSED, "missing image folder", str(root))
         return paths
     for image in _progress(images, f"{report.name}: images"):
         _check_image(report, image, paths[image["file_name"]], decode=decode)
     return paths
 
 
-def _check_image(report: Report, image: dict, path: str, *, decode: bool) -> None:
+def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> None:
     name = image["file_name"]
     try:
         with Image.open(path) as file:
-            size, orientation = file.size, _orientation(file, decode)
-            if decode:
-                file.load()
+            size, orientation, mode = file.size, _orientation(file, decode), file.mode
+        if decode or mode.startswith(("I", "F")):  # of which the range of values must be known
+            read_image(path)
     except FileNotFoundError:
         report.add(REFUSED, "missing images", name)
         return
@@ -279,6 +258,9 @@ def _check_image(report: Report, image: dict, path: str, *, decode: bool) -> Non
         reason = "not an image" if "cannot identify" in str(error) else one_line(error)
         report.add(REFUSED, "unreadable images", f"{name} ({reason})")
         return
+    if mode.startswith(("I", "F")):
+        what = "images of more than 8 bits: 16 bits are divided by 257, floats multiplied by 255"
+        report.add(REPAIRED, what, name)
     stated = (image["width"], image["height"])
     turned = size[::-1] if orientation >= 5 else size  # as Detectron2 reads it
     sizes = f"{name} ({stated[0]} x {stated[1]} in the json, {turned[0]} x {turned[1]} as read)"
@@ -303,107 +285,66 @@ def _orientation(file: Image.Image, decode: bool) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _check_annotations(
-    report: Report, annotations: list[dict], images: dict[Any, dict], ids: dict[Any, int]
-) -> list[dict]:
-    """Look at each annotation; returns what training uses, completed, with "mask_area"."""
-    good = []
-    known = set(ids)
-    seen: set[tuple] = set()
-    for annotation in _progress(annotations, f"{report.name}: annotations"):
-        try:
-            tidy = tidy_annotation(annotation, images, known)
-        except DataError as error:
-            report.add(REFUSED, error.kind, str(error))
-            continue
-        image = images[annotation["image_id"]]
+def _check_annotations(report: Report, coco: CocoFile) -> None:
+    """Remarks on annotations that training uses as they are."""
+    images = {image["id"]: image for image in coco.document["images"]}
+    seen: set[str] = set()
+    for annotation in _progress(coco.document["annotations"], f"{report.name}: annotations"):
+        image, segmentation = images[annotation["image_id"]], annotation.get("segmentation")
         who = f"annotation {annotation['id']} ({image['file_name']})"
-        if isinstance(tidy, str):
-            report.add(SKIPPED, f"annotations with {tidy}", who)
-            continue
-        rle = to_rle(tidy["segmentation"], image["height"], image["width"])
-        area = int(mask_util.area(rle))
-        if area == 0:
-            report.add(SKIPPED, "annotations whose polygons cover no pixel", who)
-            continue
-        for what in _remarks(annotation, tidy, image, mask_util.toBbox(rle).tolist()):
+        if isinstance(segmentation, list):
+            points = np.concatenate([np.asarray(p, dtype=float) for p in segmentation])
+            points, sides = points.reshape(-1, 2), (image["width"], image["height"])
+            if (points < -_TOLERANCE).any() or (points > np.add(sides, _TOLERANCE)).any():
+                report.add(REMARK, "polygons that leave the image", who)
+        keys = ("image_id", "category_id", "segmentation" if segmentation else "bbox")
+        content = json.dumps([annotation[key] for key in keys])
+        if content in seen:
+            what = "annotations with image, category and mask of an earlier one"
             report.add(REMARK, what, who)
-        content = json.dumps(
-            [annotation[key] for key in ("image_id", "category_id", "segmentation")]
-        )
-        identity = (annotation["image_id"], annotation["category_id"], content)
-        if identity in seen:
-            report.add(REMARK, "annotations with image, category and mask of an earlier one", who)
-        seen.add(identity)
-        good.append(tidy | {"mask_area": area})
-    return good
+        seen.add(content)
 
 
-def _remarks(annotation: dict, tidy: dict, image: dict, mask_box: list[float]) -> Iterator[str]:
-    """What is odd about an annotation, as it is and as it is completed."""
-    for key in ("area", "iscrowd", "bbox"):
-        if annotation.get(key) is None:
-            yield f'annotations without "{key}": completed'
-    if type(annotation["id"]) is not int or annotation["id"] <= 0:
-        yield "annotations whose id is no positive integer: numbered anew"
-    if isinstance(tidy["segmentation"], list):
-        if len(tidy["segmentation"]) < len(annotation["segmentation"]):
-            yield "masks with a degenerate polygon: left out of them"
-        points = np.concatenate([np.asarray(p, dtype=float) for p in tidy["segmentation"]])
-        points, sides = points.reshape(-1, 2), (image["width"], image["height"])
-        if (points < -_TOLERANCE).any() or (points > np.add(sides, _TOLERANCE)).any():
-            yield "polygons that leave the image"
-    x, y, w, h = tidy["bbox"]
-    a, b = np.array([x, y, x + w, y + h]), np.array(mask_box)
-    b[2:] += b[:2]
-    common = np.clip(np.minimum(a, b)[2:] - np.maximum(a, b)[:2], 0, None).prod()
-    union = w * h + mask_box[2] * mask_box[3] - common
-    if common < union / 2 and np.abs(a - b).max() > _TOLERANCE:
-        yield "boxes unlike their mask's, which should be [x, y, width, height]"
-
-
-def _check_polygons_only(report: Report, annotations: list[dict]) -> None:
-    for annotation in annotations:
+def _check_polygons_only(report: Report, coco: CocoFile) -> None:
+    what = 'masks (RLE) for INPUT.MASK_FORMAT "polygon"; set it to "bitmask"'
+    for annotation in coco.document["annotations"]:
         if not annotation["iscrowd"] and isinstance(annotation["segmentation"], dict):
-            report.add(
-                REFUSED,
-                'masks (RLE) for INPUT.MASK_FORMAT "polygon"; set it to "bitmask"',
-                f"annotation {annotation['id']}",
-            )
+            report.add(REFUSED, what, f"annotation {annotation['id']}")
 
 
-def _count(
-    report: Report,
-    annotations: list[dict],
-    images: dict[Any, dict],
-    ids: dict[Any, int],
-    names: list[str],
-    network_input: NetworkInput,
-) -> None:
+def _count(report: Report, coco: CocoFile, network_input: NetworkInput) -> None:
     """Objects per image and per class, and their sizes as they are and at test size."""
+    annotations = coco.document["annotations"]
     objects = [a for a in annotations if not a["iscrowd"]]
     report.objects = len(objects)
     report.crowds = len(annotations) - len(objects)
     per_image = Counter(a["image_id"] for a in objects)
     report.most_objects = max(per_image.values(), default=0)
-    for identity, image in images.items():
-        if not per_image[identity]:
+    images, factors = {}, {}
+    for image in coco.document["images"]:
+        images[image["id"]] = height, width = image["height"], image["width"]
+        new_height, new_width = network_input.size(height, width)
+        factors[image["id"]] = new_height * new_width / (height * width)
+        if not per_image[image["id"]]:
             report.add(REMARK, "images without objects", image["file_name"])
-    per_class = Counter(ids[a["category_id"]] for a in objects)
+    per_class = Counter(coco.ids[a["category_id"]] for a in objects)
     per_class_image = Counter(
-        c for c, _ in {(ids[a["category_id"]], a["image_id"]) for a in objects}
+        c for c, _ in {(coco.ids[a["category_id"]], a["image_id"]) for a in objects}
     )
-    report.classes = {name: (per_class[i], per_class_image[i]) for i, name in enumerate(names)}
-    for i, name in enumerate(names):
+    report.classes = {n: (per_class[i], per_class_image[i]) for i, n in enumerate(coco.classes)}
+    for i, name in enumerate(coco.classes):
         if not per_class[i]:
             report.add(REMARK, "classes without objects", name)
-    factors = {}
-    for identity, image in images.items():
-        height, width = network_input.size(image["height"], image["width"])
-        factors[identity] = height * width / (image["height"] * image["width"])
-    areas = torch.tensor([float(a["mask_area"]) for a in objects])
+    areas = torch.tensor([_area(a, *images[a["image_id"]]) for a in objects])
     resized = areas * torch.tensor([factors[a["image_id"]] for a in objects])
     report.sizes = {"original": _size_row(areas), "at test size": _size_row(resized)}
+
+
+def _area(annotation: dict, height: int, width: int) -> float:
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        return float(annotation["area"])
+    return float(mask_util.area(to_rle(segmentation, height, width)))
 
 
 def _size_row(areas: Tensor) -> dict[str, float]:
@@ -423,28 +364,15 @@ def _quantiles(values: Tensor) -> dict[str, float]:
     }
 
 
-def _records(
-    annotations: list[dict], images: dict[Any, dict], ids: dict[Any, int]
-) -> list[dict[str, Any]]:
-    """Detectron2's dataset dicts, for what needs no pixels, of the images with annotations."""
-    records: dict[Any, dict[str, Any]] = {}
-    for annotation in annotations:
-        image = images[annotation["image_id"]]
-        record = records.setdefault(image["id"], {**image, "annotations": []})
-        if not annotation["iscrowd"]:
-            record["annotations"].append(to_detectron2(annotation, ids))
-    return list(records.values())
-
-
 def _count_cells(
     report: Report,
-    records: list[dict[str, Any]],
+    coco: CocoFile,
     grids: Grids,
     network_input: NetworkInput,
     features: list[str],
 ) -> Cells:
     seen, vanished = [], []
-    for record in _progress(records, f"{report.name}: cells"):
+    for record in _progress(to_records(coco, ""), f"{report.name}: cells"):
         try:
             objects = network_input.objects(record)
         except ValueError as error:
@@ -453,7 +381,8 @@ def _count_cells(
             continue
         seen.append(objects)
         if not objects.areas.all():
-            empty = [a for a, area in zip(record["annotations"], objects.areas) if not area]
+            kept = [a for a in record["annotations"] if not a["iscrowd"]]
+            empty = [a for a, area in zip(kept, objects.areas) if not area]
             vanished.append(record | {"annotations": empty})
     size_advice = []
     for factor in (1.5, 2.0, 3.0) if vanished and network_input.min_size else ():
@@ -476,7 +405,7 @@ def _count_cells(
     )
 
 
-def _check_overlap(train: Report, test: Report, paths: dict[str, dict[str, str]]) -> None:
+def _check_overlap(train: Report, test: Report, paths: dict[str, dict[str, Path]]) -> None:
     if train is test:
         test.add(REMARK, "data sets that are trained on and evaluated on", test.name)
         return
@@ -486,7 +415,7 @@ def _check_overlap(train: Report, test: Report, paths: dict[str, dict[str, str]]
             test.add(REMARK, f"images that are in {train.name} too, by name and content", name)
 
 
-def _same_content(path: str, other: str) -> bool:
+def _same_content(path: Path, other: Path) -> bool:
     try:
         return filecmp.cmp(path, other, shallow=False)
     except OSError:  # missing images are reported as such
@@ -506,14 +435,13 @@ def to_text(report: Report, cfg: CfgNode) -> str:
         f"{report.image_root}, {report.objects} objects (at most {report.most_objects} an image), "
         f"{report.crowds} crowds"
     ]
-    effects = [REFUSED, SKIPPED, REMARK]
-    findings = sorted(report.findings, key=lambda finding: effects.index(finding.effect))
-    rows = [(f.effect, len(f.offenders), f.what, _examples(f.offenders)) for f in findings]
+    findings = sorted(report.findings.items(), key=lambda x: _EFFECTS.index(x[0][0]))
+    rows = [(effect, len(who), what, _examples(who)) for (effect, what), who in findings]
     if rows:
         headers = ["training", "count", "finding", "offenders"]
         parts.append(tabulate(rows, headers, maxcolwidths=[None, None, 44, 60]))
     else:
-        parts.append("Nothing to remark.")
+        parts.append("No problems.")
     if report.objects:
         parts.append(_class_table(report.classes))
         parts.append(_size_table(report, cfg))
@@ -550,8 +478,6 @@ def _size_table(report: Report, cfg: CfgNode) -> str:
 
 def _test_size(cfg: CfgNode) -> str:
     low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if cfg.INPUT.SQUARE_SIZE:
-        return f"both sides {cfg.INPUT.SQUARE_SIZE} (INPUT.SQUARE_SIZE)"
     if low == 0:
         return "that of the image (INPUT.MIN_SIZE_TEST is 0)"
     return f"shorter side {low}, longer at most {high} (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)"
@@ -601,22 +527,20 @@ def summary(reports: Sequence[Report]) -> str:
     """One line on all data sets."""
     counts: Counter[str] = Counter()
     for report in reports:
-        for finding in report.findings:
-            counts[finding.effect] += len(finding.offenders)
+        for (effect, _), offenders in report.findings.items():
+            counts[effect] += len(offenders)
     sets = "1 data set" if len(reports) == 1 else f"{len(reports)} data sets"
-    text = f"{sets} checked: nothing to remark"
+    text = f"{sets} checked: no problems"
     if counts:
-        text = (
-            f"{sets} checked: {counts[REFUSED]} things that training refuses, "
-            f"{counts[SKIPPED]} that it skips, {counts[REMARK]} remarks"
-        )
+        text = f"{sets} checked: " + ", ".join(f"{counts[e]} {e}" for e in _EFFECTS[:3])
+        text += f", {counts[REMARK]} remarks"
     without = sum(report.cells.occupancy.without_cell for report in reports if report.cells)
     return text + (f"; {without} objects without a grid cell" if without else "")
 
 
 def has_problems(reports: Sequence[Report]) -> bool:
     """Whether training would refuse or skip anything."""
-    return any(finding.effect != REMARK for report in reports for finding in report.findings)
+    return any(effect in (REFUSED, SKIPPED) for report in reports for effect, _ in report.findings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -643,7 +567,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses and named tuples as dicts, for json."""
+    """Dataclasses and named tuples as dicts, for json; findings as a list of dicts."""
+    if isinstance(value, Report):
+        findings = [
+            {"effect": effect, "what": what, "offenders": who}
+            for (effect, what), who in value.findings.items()
+        ]
+        return _plain(vars(value) | {"findings": findings})
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if hasattr(value, "_asdict"):
@@ -659,7 +589,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m solo_d2 check",
         description="Check the data sets of a config before training.",
-        epilog="Exit code: 0 nothing or only remarks, 1 training would refuse or skip something, "
+        epilog="Exit code: 0 only repairs and remarks, 1 training would refuse or skip something, "
         "2 the check could not be made.",
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")

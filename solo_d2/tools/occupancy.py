@@ -17,7 +17,6 @@ from detectron2.modeling import build_backbone
 from detectron2.structures import BitMasks, ImageList
 from torch import Tensor
 
-from solo_d2.data.augmentation import SquareResize
 from solo_d2.layers.masks import mass_centers
 from solo_d2.modeling.solo.targets import assign_cells, last_claims, level_offsets
 
@@ -34,34 +33,13 @@ class Objects(NamedTuple):
     extent: tuple[int, int]  # height and width that the grids span
 
 
-class NetworkInput:
+class NetworkInput(NamedTuple):
     """What resizing and padding make of an image's annotations."""
 
-    def __init__(
-        self,
-        *,
-        min_size: int,
-        max_size: int,
-        square_size: int = 0,
-        size_divisibility: int = 0,
-        padding_constraints: dict[str, int] | None = None,
-    ):
-        """
-        Args:
-            min_size, max_size: of the resized image's sides; 0 for min_size does not resize.
-            square_size: both sides of the resized image instead, if not 0.
-            size_divisibility, padding_constraints: of the backbone.
-        """
-        self.min_size = 0 if square_size else min_size
-        self.max_size = max_size
-        self.square_size = square_size
-        self._resize = T.ResizeShortestEdge(min_size, max_size)
-        if square_size:
-            self._resize = SquareResize(square_size)
-        self._padding: dict[str, Any] = {
-            "size_divisibility": size_divisibility,
-            "padding_constraints": padding_constraints,
-        }
+    min_size: int  # of the resized image's sides; 0 does not resize
+    max_size: int
+    size_divisibility: int = 0  # of the backbone, as the next
+    padding_constraints: dict[str, int] | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "NetworkInput":
@@ -69,22 +47,19 @@ class NetworkInput:
         with torch.device("meta"):
             backbone = build_backbone(cfg)
         return cls(
-            min_size=cfg.INPUT.MIN_SIZE_TEST,
-            max_size=cfg.INPUT.MAX_SIZE_TEST,
-            square_size=cfg.INPUT.SQUARE_SIZE,
-            size_divisibility=backbone.size_divisibility,
-            padding_constraints=backbone.padding_constraints,
+            cfg.INPUT.MIN_SIZE_TEST,
+            cfg.INPUT.MAX_SIZE_TEST,
+            backbone.size_divisibility,
+            backbone.padding_constraints,
         )
 
     def scaled(self, factor: float) -> "NetworkInput":
         """The same with other sides of the resized image."""
         sizes = round(self.min_size * factor), round(self.max_size * factor)
-        return NetworkInput(min_size=sizes[0], max_size=sizes[1], **self._padding)
+        return self._replace(min_size=sizes[0], max_size=sizes[1])
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the resized image."""
-        if self.square_size:
-            return self.square_size, self.square_size
         if self.min_size == 0:
             return height, width
         return T.ResizeShortestEdge.get_output_shape(height, width, self.min_size, self.max_size)
@@ -97,7 +72,8 @@ class NetworkInput:
         """
         height, width = record["height"], record["width"]
         image = np.broadcast_to(np.uint8(0), (height, width))  # only its shape is read
-        transforms = T.TransformList([self._resize.get_transform(image)])
+        resize = T.ResizeShortestEdge(self.min_size, self.max_size)
+        transforms = T.TransformList([resize.get_transform(image)])
         size = self.size(height, width)
         annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
         boxes, centers, areas = [torch.zeros(0, 4)], [torch.zeros(0, 2)], [torch.zeros(0).long()]
@@ -115,7 +91,11 @@ class NetworkInput:
             boxes.append(instances.gt_boxes.tensor)
             centers.append(center)
             areas.append(area)
-        batch = ImageList.from_tensors([torch.empty(size, device="meta")], **self._padding)
+        batch = ImageList.from_tensors(
+            [torch.empty(size, device="meta")],
+            self.size_divisibility,
+            padding_constraints=self.padding_constraints,
+        )
         extent = tuple(batch.tensor.shape[-2:])
         return Objects(torch.cat(boxes), torch.cat(centers), torch.cat(areas), extent)
 

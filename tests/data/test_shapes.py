@@ -21,8 +21,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Instances
 from pycocotools.coco import COCO
 
-from solo_d2.data import EMBEDDED, SHAPES, cache, draw, drawn
-from solo_d2.data.shapes import drawing
+from solo_d2.data import SHAPES, cache, scenes, shapes
 
 SIZE = (128, 128)
 
@@ -49,7 +48,7 @@ def cache_dir(tmp_path, monkeypatch):
 
 
 def scene(index, seed=3, size=SIZE):
-    return drawing.draw_scene(np.random.default_rng([seed, index]), *size)
+    return scenes.draw_scene(np.random.default_rng([seed, index]), *size)
 
 
 def files(folder):
@@ -117,7 +116,7 @@ def test_area_and_box_are_those_of_the_segmentation(coco):
     for annotation in coco.dataset["annotations"]:
         mask = coco.annToMask(annotation)
         y, x = np.nonzero(mask)
-        assert annotation["area"] == mask.sum() >= drawing.MIN_PIXELS * 0.9
+        assert annotation["area"] == mask.sum() >= scenes.MIN_PIXELS * 0.9
         box = [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
         np.testing.assert_array_equal(annotation["bbox"], box)
 
@@ -175,7 +174,7 @@ def test_segmentations_agree_with_the_drawn_masks():
     for index in range(40):
         rng = np.random.default_rng(index)
         for shape in scene(index)[1]:
-            annotation = drawn.mask_annotation(rng, shape, polygons=0.8)
+            annotation = shapes.mask_annotation(rng, shape, polygons=0.8)
             segmentation = annotation["segmentation"]
             if isinstance(segmentation, list):
                 polygons += 1
@@ -197,18 +196,18 @@ def test_segmentations_agree_with_the_drawn_masks():
 def test_masks_that_one_polygon_cannot_show_get_none(holed):
     mask = np.zeros((32, 32), bool)
     mask[4:28, 4:28] = True
-    assert drawn._polygon(mask) == [4, 4, 4, 28, 28, 28, 28, 4]
+    assert shapes._polygon(mask) == [4, 4, 4, 28, 28, 28, 28, 4]
     if holed:
         mask[12:20, 12:20] = False
     else:
         mask[12:20] = False
-    assert drawn._polygon(mask) is None
+    assert shapes._polygon(mask) is None
 
 
 def test_uncompressed_runs_are_cocos():
     mask = np.array([[1, 0], [1, 1]], bool)
-    assert drawn._uncompressed_counts(mask) == [0, 2, 1, 1]
-    assert drawn._uncompressed_counts(np.zeros((2, 2), bool)) == [4]
+    assert shapes._uncompressed_counts(mask) == [0, 2, 1, 1]
+    assert shapes._uncompressed_counts(np.zeros((2, 2), bool)) == [4]
 
 
 def test_visible_parts_do_not_overlap_and_every_shape_stays_visible():
@@ -220,10 +219,10 @@ def test_visible_parts_do_not_overlap_and_every_shape_stays_visible():
         overlapped += any(
             s.mask.sum() < 0.8 * cv2.contourArea(cv2.convexHull(np.argwhere(s.mask)))
             for s in shapes
-            if drawing.CLASSES[s.category] in ("disc", "square", "triangle")
+            if scenes.CLASSES[s.category] in ("disc", "square", "triangle")
         )
         for shape in shapes:
-            assert shape.mask.sum() >= drawing.MIN_PIXELS
+            assert shape.mask.sum() >= scenes.MIN_PIXELS
     assert overlapped >= 3
 
 
@@ -233,7 +232,7 @@ def test_later_shapes_cover_earlier_ones(monkeypatch):
     def flat(rng, size, color, spread):
         return np.tile(color, (*size, 1))
 
-    monkeypatch.setattr(drawing, "_texture", flat)
+    monkeypatch.setattr(scenes, "_texture", flat)
     checked = 0
     for index in range(15):
         image, shapes = scene(index)
@@ -251,13 +250,13 @@ def test_later_shapes_cover_earlier_ones(monkeypatch):
 def test_crowd_regions_hold_many_tiny_shapes():
     rng = np.random.default_rng(0)
     for _ in range(5):
-        layers = drawing._crowd_layers(rng, 0, SIZE)
+        layers = scenes._crowd_layers(rng, 0, SIZE)
         assert len(layers) >= 4
         assert all(layer.area < 12**2 for layer in layers)
-        region = drawing._crowd_region(layers, SIZE)
+        region = scenes._crowd_region(layers, SIZE)
         for layer in layers:
             assert (region | ~layer.mask).all()
-    assert max(len(drawing._crowd_layers(rng, 0, SIZE)) for _ in range(5)) >= 12
+    assert max(len(scenes._crowd_layers(rng, 0, SIZE)) for _ in range(5)) >= 12
 
 
 def test_classes_differ_in_shape_and_not_in_color():
@@ -273,15 +272,15 @@ def test_classes_differ_in_shape_and_not_in_color():
             fills.setdefault(shape.category, []).append(len(x) / (np.ptp(x) + 1) / (np.ptp(y) + 1))
     means = np.array([np.mean(c, 0) for c in colors.values()])
     assert np.ptp(means, axis=0).max() < 40
-    fill = {drawing.CLASSES[k]: np.median(v) for k, v in fills.items()}
+    fill = {scenes.CLASSES[k]: np.median(v) for k, v in fills.items()}
     assert max(fill["ring"], fill["triangle"], fill["cross"]) < 0.9 * fill["disc"]
 
 
-@pytest.mark.parametrize("name", drawing.CLASSES)
+@pytest.mark.parametrize("name", scenes.CLASSES)
 def test_a_rasterised_shape_has_the_area_it_should(name):
-    category = drawing.CLASSES.index(name)
+    category = scenes.CLASSES.index(name)
     for extent, tolerance in ((14, 0.12), (40, 0.05)):  # cv2.fillPoly adds a little all around
-        layer = drawing._layer(
+        layer = scenes._layer(
             np.random.default_rng(1), category, extent, np.array([64.0, 64.0]), (128, 128)
         )
         assert layer.alpha.sum() == pytest.approx(extent**2, rel=tolerance)
@@ -307,7 +306,7 @@ def ensure(shapes=SHAPES, **other):
 def test_a_set_is_drawn_once(cache_dir, monkeypatch):
     folder = ensure()
     assert folder.parent == cache_dir
-    monkeypatch.setattr(drawn.DrawnSet, "generate", lambda *a, **k: pytest.fail("drawn twice"))
+    monkeypatch.setattr(shapes.DrawnSet, "generate", lambda *a, **k: pytest.fail("drawn twice"))
     assert ensure() == folder
 
 
@@ -323,7 +322,7 @@ def test_a_failing_generation_leaves_nothing(cache_dir, monkeypatch):
         (folder / "half").write_text("")
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(drawn.DrawnSet, "generate", fail)
+    monkeypatch.setattr(shapes.DrawnSet, "generate", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         ensure()
     assert [p.name for p in cache_dir.iterdir() if p.is_dir()] == []
@@ -402,9 +401,9 @@ def test_registered_sets_are_drawn_when_loaded(cache_dir):
         assert len(records) == count
         metadata = MetadataCatalog.get(name)
         assert metadata.evaluator_type == "coco"
-        assert metadata.thing_classes == list(drawing.CLASSES)
+        assert metadata.thing_classes == list(scenes.CLASSES)
         contiguous = metadata.thing_dataset_id_to_contiguous_id
-        assert list(contiguous.values()) == list(range(len(drawing.CLASSES)))
+        assert list(contiguous.values()) == list(range(len(scenes.CLASSES)))
         document = json.loads(open(metadata.json_file).read())
         assert {c["name"] for c in document["categories"]} == set(metadata.thing_classes)
         expected = [contiguous[a["category_id"]] for a in document["annotations"]]
@@ -442,15 +441,3 @@ def test_registering_again_replaces(cache_dir):
     SHAPES.register(val_images=2, image_size=(64, 64))
     assert len(DatasetCatalog.get("shapes_val")) == 2
     assert "-2x64x64-" in MetadataCatalog.get("shapes_val").json_file
-
-
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_the_command_writes_a_set(tmp_path, capsys, name):
-    draw.main([name, "--output", str(tmp_path), "--count", "2", "--size", "48", "64"])
-    suffix = EMBEDDED[name].suffix
-    assert sorted(files(tmp_path)) == [
-        "annotations/instances_train.json",
-        f"train/000001{suffix}",
-        f"train/000002{suffix}",
-    ]
-    assert str(tmp_path) in capsys.readouterr().out

@@ -9,10 +9,7 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from solo_d2.config import load_config
-from solo_d2.data import RODS, TUBES, setup_datasets
-from solo_d2.data.setup import register_embedded
-from solo_d2.data.toys import drawing
+from solo_d2.data import RODS, TUBES, toys
 
 SETS = pytest.mark.parametrize("drawn", [RODS, TUBES], ids=lambda drawn: drawn.name)
 # Objects per image, visible pixels and their median (adaptis.md, section 9).
@@ -48,7 +45,7 @@ def test_visible_parts_do_not_overlap_and_some_objects_are_partly_covered(drawn)
     for _, objects in scenes(drawn, 15):
         masks = np.stack([thing.mask for thing in objects])
         assert masks.sum(0).max() == 1
-        assert masks.sum((1, 2)).min() >= drawing.MIN_PIXELS
+        assert masks.sum((1, 2)).min() >= toys.MIN_PIXELS
         in_parts += sum(cv2.connectedComponents(m.astype(np.uint8))[0] > 2 for m in masks)
     assert in_parts >= 5
 
@@ -69,7 +66,7 @@ def test_the_smallest_picture_works(drawn):
 
 def clean_single(draw, monkeypatch):
     """Pictures of one object, blurred or noisy ones left out: (image, mask, distance to edge)."""
-    monkeypatch.setattr(drawing, "_number", lambda *_: 1)
+    monkeypatch.setattr(toys, "_number", lambda *_: 1)
     for index in range(40):
         image, objects = draw(np.random.default_rng(index), 64, 64)
         far = cv2.dilate(
@@ -82,7 +79,7 @@ def clean_single(draw, monkeypatch):
 
 def test_rods_are_red_with_a_blue_rim_on_white(monkeypatch):
     sharp = 0
-    for image, mask, distance in clean_single(drawing.draw_rods, monkeypatch):
+    for image, mask, distance in clean_single(toys.draw_rods, monkeypatch):
         beside = (cv2.dilate(mask.astype(np.uint8), np.ones((7, 7))) > 0) & (
             cv2.dilate(mask.astype(np.uint8), np.ones((3, 3))) == 0
         )
@@ -97,7 +94,7 @@ def test_rods_are_red_with_a_blue_rim_on_white(monkeypatch):
 
 
 def test_one_lies_on_top_and_what_is_seen_through_it_is_darker():
-    canvas = drawing._Canvas(np.full((10, 30, 3), 200, np.float32))
+    canvas = toys._Canvas(np.full((10, 30, 3), 200, np.float32))
     color = np.full((10, 20, 3), 100, np.float32)
     for left in (0, 10):
         canvas.add(np.full((10, 20), 3.0), (0, left), color, opacity=0.7)
@@ -109,16 +106,16 @@ def test_one_lies_on_top_and_what_is_seen_through_it_is_darker():
 
 
 def test_what_is_hardly_in_view_is_not_listed():
-    canvas = drawing._Canvas(np.full((10, 30, 3), 200, np.float32))
-    for size in (drawing.MIN_PIXELS - 1, drawing.MIN_PIXELS):
+    canvas = toys._Canvas(np.full((10, 30, 3), 200, np.float32))
+    for size in (toys.MIN_PIXELS - 1, toys.MIN_PIXELS):
         depth, corner = np.ones((1, size)), (size % 10, 0)
         canvas.add(depth, corner, np.zeros((1, size, 3)), opacity=1)
-    assert [thing.mask.sum() for thing in canvas.objects()] == [drawing.MIN_PIXELS]
+    assert [thing.mask.sum() for thing in canvas.objects()] == [toys.MIN_PIXELS]
 
 
 def test_a_straight_stroke_has_the_depth_of_a_rod():
     points = np.array([[10.0, 8.0], [20.0, 8.0]])
-    depth, corner = drawing._stroke_depth(points, np.array([3.0, 3.0]), (16, 32))
+    depth, corner = toys._stroke_depth(points, np.array([3.0, 3.0]), (16, 32))
     assert corner == (4, 6)
     at = {(y, x): depth[y - 4, x - 6] for y, x in [(7, 15), (7, 9), (10, 15), (11, 15)]}
     assert at[7, 15] == pytest.approx(2.5)  # its center is half a pixel from the axis
@@ -128,7 +125,7 @@ def test_a_straight_stroke_has_the_depth_of_a_rod():
 
 def test_a_window_outside_of_the_picture_is_empty():
     points = np.array([[-40.0, -40.0], [-30.0, -40.0]])
-    depth, corner = drawing._stroke_depth(points, np.array([3.0, 3.0]), (16, 32))
+    depth, corner = toys._stroke_depth(points, np.array([3.0, 3.0]), (16, 32))
     assert depth.size == 0 and corner == (0, 0)
 
 
@@ -149,40 +146,13 @@ def test_files_are_lossless_and_equal_for_equal_parameters(drawn, tmp_path):
             np.testing.assert_array_equal(mask, thing.mask)
 
 
-@pytest.fixture
-def small_cfg(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path / "cache"))
-    opts = [
-        x
-        for name in ("RODS", "TUBES")
-        for x in (f"DATASETS.{name}.TRAIN_IMAGES", 3, f"DATASETS.{name}.VAL_IMAGES", 2)
-    ]
-    yield load_config(opts=[*opts, "DATASETS.RODS.IMAGE_SIZE", (48, 64), "DATASETS.RODS.SEED", 4])
-    monkeypatch.undo()
-    register_embedded(load_config())
-
-
-def test_the_config_decides_what_is_registered(small_cfg):
-    setup_datasets(small_cfg)
-    assert len(DatasetCatalog.get("rods_train")) == 3
-    assert len(DatasetCatalog.get("tubes_val")) == 2
-    record = DatasetCatalog.get("rods_val")[0]
-    assert (record["height"], record["width"]) == (48, 64)
-    metadata = MetadataCatalog.get("rods_val")
-    assert metadata.thing_classes == ["rod"]
-    assert metadata.get("stuff_classes") is None
-    small_cfg.DATASETS.TRAIN, small_cfg.DATASETS.TEST = ("rods_train",), ("rods_val",)
-    setup_datasets(small_cfg)
-    assert MetadataCatalog.get("rods_val").stuff_classes == ["background"]
-    assert "-2x48x64-seed4" in metadata.json_file
-
-
-def test_the_defaults_of_config_and_sets_agree():
-    cfg = load_config()
-    for drawn in (RODS, TUBES):
-        parameters = cfg.DATASETS[drawn.name.upper()]
-        assert (parameters.TRAIN_IMAGES, parameters.VAL_IMAGES) == (
-            drawn.train_images,
-            drawn.val_images,
-        )
-        assert parameters.IMAGE_SIZE == drawn.image_size
+@SETS
+def test_a_set_is_drawn_when_it_is_loaded(drawn, tmp_path, monkeypatch, request):
+    monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path))
+    request.addfinalizer(drawn.register)
+    drawn.register(train_images=3, val_images=2, image_size=(48, 64), seed=4)
+    assert not list(tmp_path.iterdir())
+    assert MetadataCatalog.get(f"{drawn.name}_train").thing_classes == drawn.classes
+    records = DatasetCatalog.get(f"{drawn.name}_val")
+    assert [(r["height"], r["width"]) for r in records] == [(48, 64)] * 2
+    assert "-2x48x64-seed4" in MetadataCatalog.get(f"{drawn.name}_val").json_file

@@ -9,6 +9,7 @@ from PIL import Image
 
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.config import load_config
+from solo_d2.data import RODS
 from solo_d2.tools import click
 from solo_d2.tools.click import Clicks, most_interior_pixel, summary
 
@@ -94,7 +95,6 @@ MODEL:
 DATASETS:
   TRAIN: ("rods_train",)
   TEST: ("rods_val",)
-  RODS: {TRAIN_IMAGES: 1, VAL_IMAGES: 2, IMAGE_SIZE: [32, 48]}
 INPUT: {MIN_SIZE_TEST: 32, FORMAT: "RGB"}
 """
 
@@ -107,8 +107,10 @@ def error_lines(capsys):
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path / "cache"))
+    RODS.register(train_images=1, val_images=2, image_size=(32, 48))
     (tmp_path / "config.yaml").write_text(CONFIG)
-    return str(tmp_path / "config.yaml")
+    yield str(tmp_path / "config.yaml")
+    RODS.register()
 
 
 def test_the_command_clicks_into_each_object(config, tmp_path, capsys):

@@ -13,7 +13,7 @@ import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 
-from solo_d2.data.coco_json import to_rle
+from solo_d2.data.annotations import to_rle
 from solo_d2.evaluation.coco_eval import evaluate_coco, mask_score
 from solo_d2.files import atomic_write
 

@@ -5,7 +5,6 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from solo_d2.data.coco_json import register
 from solo_d2.tools.compare import curves, results
 
 
@@ -72,9 +71,9 @@ def data(tmp_path_factory):
     document = {"images": images, "annotations": annotations}
     document["categories"] = [{"id": c, "name": n} for c, n in zip(ids, ("cat", "dog", "emu"))]
     (folder / "x.json").write_text(json.dumps(document))
-    register(
-        "comparison_test",
-        lambda: [{"image_id": x["id"], "file_name": str(folder / x["file_name"])} for x in images],
+    records = [{"image_id": x["id"], "file_name": str(folder / x["file_name"])} for x in images]
+    DatasetCatalog.register("comparison_test", lambda: records)
+    MetadataCatalog.get("comparison_test").set(
         json_file=str(folder / "x.json"),
         image_root=str(folder),
         thing_classes=["cat", "dog", "emu"],

@@ -1,4 +1,4 @@
-"""Sets of drawn pictures in COCO's format, made on first use."""
+"""The embedded data sets "shapes", "rods" and "tubes": drawn, in COCO's format, on first use."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,20 +15,14 @@ import pycocotools.mask as mask_util
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from .cache import cache_folder, ensure_folder
-from .coco_json import load_records, register
+from .cache import ensure_folder
+from .catalog import CocoLoader, enter
+from .scenes import CLASSES, DrawnObject, draw_scene
+from .toys import draw_rods, draw_tubes
 
 # A polygon stands for a mask only if pycocotools draws it back with at least this IoU.
 _POLYGON_IOU = 0.95
 _JPEG_QUALITY = 95
-
-
-class DrawnObject(NamedTuple):
-    """One object, or one crowd: many tiny objects of a class that are not told apart."""
-
-    category: int  # index into the set's classes
-    mask: NDArray[np.bool_]  # (H, W), the visible part
-    is_crowd: bool = False
 
 
 # (random numbers, height, width) -> (H, W, 3) uint8 RGB image, its objects from bottom to top
@@ -88,8 +82,8 @@ class DrawnSet:
             rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
             image, objects = self.draw_scene(rng, *size)
             file_name = f"{index + 1:06d}{self.suffix}"
-            quality = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]
-            if not cv2.imwrite(str(root / split / file_name), image[..., ::-1], quality):
+            options = [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY] if self.suffix == ".jpg" else []
+            if not cv2.imwrite(str(root / split / file_name), image[..., ::-1], options):
                 raise OSError(f"cannot write {root / split / file_name}")
             images.append(
                 {"id": index + 1, "file_name": file_name, "height": size[0], "width": size[1]}
@@ -137,32 +131,24 @@ class DrawnSet:
             seed: of the drawing.
         """
         height, width = image_size or self.image_size
-        size = (int(height), int(width))
         counts = {
             "train": train_images or self.train_images,
             "val": val_images or self.val_images,
         }
         for split, count in counts.items():
-            root = cache_folder() / self._folder_name(count, size, seed, split)
-            ids = {category_id: i for i, category_id in enumerate(self.category_ids.values())}
-            json_file = str(root / "annotations" / f"instances_{split}.json")
-            register(
-                f"{self.name}_{split}",
-                partial(self._load, count=count, size=size, seed=seed, split=split),
-                json_file=json_file,
-                image_root=str(root / split),
-                thing_classes=self.classes,
-                thing_dataset_id_to_contiguous_id=ids,
+            draw = partial(
+                self.ensure, count=count, size=(int(height), int(width)), seed=seed, split=split
             )
-
-    def _load(self, *, count: int, size: tuple[int, int], seed: int, split: str) -> list[dict]:
-        root = self.ensure(count=count, size=size, seed=seed, split=split)
-        json_file = str(root / "annotations" / f"instances_{split}.json")
-        ids = {category_id: i for i, category_id in enumerate(self.category_ids.values())}
-        return load_records(json_file, str(root / split), ids, f"{self.name}_{split}")
+            loader = CocoLoader(f"{self.name}_{split}", partial(_files, draw, split))
+            enter(loader, thing_classes=self.classes)
 
     def _folder_name(self, count: int, size: tuple[int, int], seed: int, split: str) -> str:
         return f"{self.name}-v{self.version}-{split}-{count}x{size[0]}x{size[1]}-seed{seed}"
+
+
+def _files(draw: Callable[[], Path], split: str) -> tuple[Path, Path]:
+    root = draw()
+    return root / "annotations" / f"instances_{split}.json", root / split
 
 
 def mask_annotation(rng: Generator, thing: DrawnObject, polygons: float) -> dict[str, Any]:
@@ -206,3 +192,39 @@ def _polygon(mask: NDArray[np.bool_]) -> list[float] | None:
     drawn = mask_util.frPyObjects([polygon], *mask.shape)
     rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
     return polygon if mask_util.iou(drawn, [rle], [0])[0, 0] >= _POLYGON_IOU else None
+
+
+# The set that the small models are trained on: flat shapes of five classes.
+SHAPES = DrawnSet(
+    name="shapes",
+    version=2,
+    # Not contiguous, as COCO's are not.
+    category_ids=dict(zip(CLASSES, (1, 2, 3, 5, 8))),
+    draw_scene=draw_scene,
+    train_images=2000,
+    val_images=200,
+    image_size=(128, 128),
+    suffix=".jpg",
+    # COCO has polygons and both kinds of RLE; so does this.
+    polygons=0.8,
+)
+# The toy sets of the AdaptIS paper, after the description of their recipe. Numbers and sizes are
+# the published ones.
+RODS = DrawnSet(
+    name="rods",
+    version=1,
+    category_ids={"rod": 1},
+    draw_scene=draw_rods,
+    train_images=10000,
+    val_images=2000,
+    image_size=(96, 96),
+)
+TUBES = DrawnSet(
+    name="tubes",
+    version=1,
+    category_ids={"tube": 1},
+    draw_scene=draw_tubes,
+    train_images=25000,
+    val_images=1000,
+    image_size=(128, 128),
+)

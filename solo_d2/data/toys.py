@@ -9,8 +9,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from ..drawn import DrawnObject
-from ..shapes.drawing import noise
+from .scenes import DrawnObject, noise
 
 # An object of which less is in view is drawn but not listed.
 MIN_PIXELS = 20

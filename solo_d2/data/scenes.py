@@ -12,8 +12,6 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from ..drawn import DrawnObject
-
 # Pixels per image pixel and axis when a shape is drawn; its anti-aliased edge comes from these.
 _SUPERSAMPLING = 4
 # A shape keeps at least this fraction of its whole area in view, and this many pixels.
@@ -26,6 +24,14 @@ _LARGEST = 0.95
 _TILT = 0.35
 
 Contours = list[NDArray[np.float64]]
+
+
+class DrawnObject(NamedTuple):
+    """One object, or one crowd: many tiny objects of a class that are not told apart."""
+
+    category: int  # index into the set's classes
+    mask: NDArray[np.bool_]  # (H, W), the visible part
+    is_crowd: bool = False
 
 
 class _Layer(NamedTuple):

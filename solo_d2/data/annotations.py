@@ -1,0 +1,224 @@
+"""One entry of a COCO json: values of any type that tools write, masks, boxes."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_util
+
+# Polygons are drawn in time and memory that grow with their circumference, in or out of the image.
+_LARGEST_COORDINATE = 1e6
+# A box is replaced if its IoU with its mask's box is lower and a side is off by more pixels.
+_BOX_IOU, _BOX_TOLERANCE = 0.5, 2.0
+
+
+class DataError(ValueError):
+    """An entry of a json without a single meaning; the message is one line."""
+
+    def __init__(self, what: str, message: str):
+        """
+        Args:
+            what: the kind of error, in the plural.
+            message: what is wrong with this one.
+        """
+        super().__init__(message)
+        self.what = what
+
+
+def show(value: Any) -> str:
+    """A value as in Python, so that '1' is not 1, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- values; None is what does not convert without loss
+
+
+def number(value: Any) -> int | float | None:
+    """A finite number, also one that is written as a text."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[-+]?[0-9.]{1,40}(e[-+]?[0-9]+)?\s*", value):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if type(value) not in (int, float) or not abs(value) < 1e300:  # NaN too
+        return None
+    return value
+
+
+def whole(value: Any) -> int | None:
+    found = number(value)
+    return None if found is None or found != math.floor(found) else int(found)
+
+
+def identity(value: Any) -> int | str | None:
+    """An id: 3.0 and "3" are 3; "03" stays a text of its own."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"0|-?[1-9][0-9]{0,15}", value) else value or None
+    return whole(value)
+
+
+def flag(value: Any) -> int | None:
+    """0 or 1 from the ways in which tools write "iscrowd"; some write -1 for unknown."""
+    if isinstance(value, str):
+        value = {"false": 0, "true": 1, "": 0}.get(value.strip().lower(), value)
+    found = int(value) if isinstance(value, bool) else whole(value)
+    return None if found is None else {-1: 0, 0: 0, 1: 1}.get(found)
+
+
+def mask_of(value: Any, height: int, width: int, repairs: list[str]) -> tuple[Any, str]:
+    """(segmentation, ""), or (None, why there is none); what is changed is added to repairs."""
+    if not value:
+        return None, "no segmentation"
+    if isinstance(value, dict):
+        return _rle(value, height, width, repairs)
+    polygons = _polygons(value, repairs)
+    good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0]
+    if not good:
+        return None, "a degenerate polygon"
+    if not mask_util.area(to_rle(good, height, width)):
+        return None, "polygons that cover no pixel"
+    if len(good) < len(polygons):
+        repairs.append("masks with a degenerate polygon: left out of them")
+    return good, ""
+
+
+def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
+    """[[x, y, x, y, ...], ...] from this form, or with points in pairs, or of one polygon."""
+    wrong = DataError("annotations of another format", "segmentation is no list of polygons or RLE")
+    if not isinstance(value, list):
+        raise wrong
+    if not any(isinstance(x, (list, dict)) for x in value):  # the numbers of one polygon
+        value = [value]
+        repairs.append("polygons without a list around them: put into one")
+    elif len(value) >= 3 and all(isinstance(x, list) and len(x) == 2 for x in value):
+        if not any(isinstance(c, list) for x in value for c in x):  # the points of one polygon
+            value = [value]
+    result = []
+    for polygon in value:
+        if not isinstance(polygon, list):
+            raise wrong
+        if polygon and all(isinstance(point, list) and len(point) == 2 for point in polygon):
+            polygon = [c for point in polygon for c in point]
+            repairs.append("polygons whose points are pairs: flattened")
+        if not {*map(type, polygon)} <= {int, float}:
+            numbers = [number(c) for c in polygon]
+            if None in numbers:
+                bad = polygon[numbers.index(None)]
+                raise DataError(
+                    "polygons whose coordinates are no numbers",
+                    f"segmentation has the coordinate {show(bad)}, which is no number of pixels",
+                )
+            polygon = numbers
+            repairs.append("polygons whose coordinates are texts: converted")
+        for c in polygon:
+            if not abs(c) <= _LARGEST_COORDINATE:  # NaN too
+                raise DataError(
+                    "polygons whose coordinates are no numbers",
+                    f"segmentation has the coordinate {show(c)}, which is no number of pixels",
+                )
+        result.append(polygon)
+    return result
+
+
+def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any, str]:
+    size, counts = value.get("size"), value.get("counts")
+    if not isinstance(size, list) or not isinstance(counts, (list, str)):
+        raise DataError("annotations of another format", "segmentation has no size and counts")
+    if [whole(side) for side in size] != [height, width]:
+        raise DataError(
+            "masks (RLE) of another size than their image",
+            f"segmentation has the size {show(size)}, but the image has [{height}, {width}]",
+        )
+    runs = [whole(c) for c in counts] if isinstance(counts, list) else _decompress(counts)
+    # pycocotools fills what a truncated RLE leaves open with whatever is in memory
+    numbers = [run for run in runs if run is not None and run >= 0]
+    if len(numbers) < len(runs) or sum(numbers) != height * width:
+        raise DataError(
+            "masks (RLE) whose runs do not add up to the image",
+            "the runs (counts) of its RLE segmentation do not add up to the image",
+        )
+    if not sum(numbers[1::2]):
+        return None, "an empty mask"
+    integers = isinstance(counts, str) or {*map(type, counts)} == {int}
+    if not integers or {*map(type, size)} != {int}:
+        repairs.append("masks (RLE) whose numbers are no integers: converted")
+        counts = counts if isinstance(counts, str) else numbers
+    return value | {"size": [height, width], "counts": counts}, ""
+
+
+def _decompress(counts: str) -> list[int | None]:
+    """The runs of a compressed RLE: five bits a character; the fourth and later as differences."""
+    runs: list[Any] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            return [None]
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # more to come
+            continue
+        if bits & 16:  # the sign
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return [None] if shift else runs  # ends within a number
+
+
+def box_of(
+    value: Any, mask_box: list[float] | None, height: int, width: int, repairs: list[str]
+) -> list[float] | None:
+    """[x, y, width, height]: as stated, or from the mask; None where there is neither."""
+    box = _box_in_image(value, height, width)
+    if mask_box is None:
+        if box is None:
+            return None
+        x, y, w, h = box
+        left, top = max(x, 0), max(y, 0)
+        clipped = [left, top, min(x + w, width) - left, min(y + h, height) - top]
+        if np.abs(np.subtract(clipped, box)).max() > 1e-3:
+            repairs.append("boxes that leave the image: clipped")
+            return clipped
+        return box
+    if box is None:
+        state = "missing" if value is None else "that are no [x, y, width, height] in the image"
+        repairs.append(f"boxes {state}: taken from the masks")
+        return mask_box
+    if _are_unlike(box, mask_box):
+        repairs.append("boxes unlike their masks (corners or fractions?): taken from the masks")
+        return mask_box
+    if any(isinstance(side, str) for side in value):
+        repairs.append("boxes whose numbers are texts: converted")
+    return box
+
+
+def _box_in_image(value: Any, height: int, width: int) -> list[float] | None:
+    """Four numbers of which there is an area in the image, else None."""
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    box = [n for n in map(number, value) if n is not None]
+    if len(box) < 4:
+        return None
+    x, y, w, h = box
+    has_area = w > 0 and h > 0 and x < width and y < height and x + w > 0 and y + h > 0
+    return box if has_area else None
+
+
+def _are_unlike(box: list[float], other: list[float]) -> bool:
+    a, b = np.array(box), np.array(other)
+    a[2:] += a[:2]
+    b[2:] += b[:2]
+    common = np.clip(np.minimum(a, b)[2:] - np.maximum(a, b)[:2], 0, None).prod()
+    union = box[2] * box[3] + other[2] * other[3] - common
+    return bool(common < _BOX_IOU * union and np.abs(a - b).max() > _BOX_TOLERANCE)
+
+
+def to_rle(segmentation: Any, height: int, width: int) -> dict:
+    """Compressed RLE of a polygon list or an RLE."""
+    if isinstance(segmentation, list):
+        return mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return mask_util.frPyObjects(segmentation, height, width)
+    return segmentation

@@ -1,0 +1,280 @@
+"""Data sets in Detectron2's catalogs: users' COCO json files, named folders, subsets.
+
+Nothing that somebody else registered is ever replaced.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from solo_d2.files import atomic_write
+
+from .cache import cache_folder
+from .coco import REPAIRED, SKIPPED, CocoFile, read_coco, to_records
+
+logger = logging.getLogger(__name__)
+
+
+class Loader:
+    """What ``DatasetCatalog`` calls for a data set of ours."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def set_metadata(self, **values: Any) -> None:
+        """Also replaces earlier values, which Detectron2's ``set`` refuses."""
+        metadata = MetadataCatalog.get(self.name)
+        for key, value in values.items():
+            if metadata.get(key, value) != value:
+                delattr(metadata, key)
+            setattr(metadata, key, value)
+
+
+class CocoLoader(Loader):
+    """Loads a COCO json. The evaluator reads a repaired copy where the file needed repairs."""
+
+    def __init__(
+        self,
+        name: str,
+        source: Callable[[], tuple[Path, Path]],
+        *,
+        masks: bool = True,
+        crowd_is_object: bool = False,
+    ):
+        """
+        Args:
+            name: of the data set.
+            source: gives the json file and the image folder when the set is loaded.
+            masks, crowd_is_object: see ``read_coco``.
+        """
+        super().__init__(name)
+        self.source = source
+        self.options = {"masks": masks, "crowd_is_object": crowd_is_object}
+        self._said: set[str] = set()
+
+    def __call__(self) -> list[dict[str, Any]]:
+        coco, image_root = self.read()
+        records = to_records(coco, str(image_root))
+        check_images_exist(records, f"{self.name} ({self.source()[0]})")
+        logger.info(f"{self.name}: {len(records)} images from {self.source()[0]}")
+        return records
+
+    def read(self) -> tuple[CocoFile, Path]:
+        """The repaired content and the image folder; enters both into the metadata.
+
+        Raises:
+            FileNotFoundError, ValueError: see ``read_coco``; or the set was registered with
+                other classes than the file has.
+        """
+        json_file, image_root = self.source()
+        coco = read_coco(json_file, image_root, **self.options)
+        expected = MetadataCatalog.get(self.name).get("thing_classes", coco.classes)
+        if coco.classes != expected:
+            raise ValueError(
+                f"{json_file}: data set {self.name!r} has the classes {expected}, the file "
+                f"{coco.classes}"
+            )
+        copy = write_document(json_file, coco.document) if coco.changed else str(json_file)
+        self.set_metadata(
+            json_file=copy,
+            image_root=str(image_root),
+            thing_classes=coco.classes,
+            thing_dataset_id_to_contiguous_id=coco.ids,
+        )
+        parts = [f"{effect} {coco.counts(effect)}" for effect in (REPAIRED, SKIPPED)]
+        remarks = "; ".join(part for part in parts if not part.endswith(" "))
+        if remarks and remarks not in self._said:
+            self._said.add(remarks)
+            logger.warning(f"{json_file}: {remarks}. Training and evaluation read {copy}")
+        return coco, image_root
+
+
+class SubsetLoader(Loader):
+    """A few images of another data set."""
+
+    def __init__(self, name: str, parent: str, which: int | Sequence[int]):
+        """
+        Args:
+            name: of the subset.
+            parent: name of the whole.
+            which: how many of the first images with objects, or the ids of images.
+        """
+        super().__init__(name)
+        self.parent = parent
+        self.which = which
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """
+        Raises:
+            ValueError: the whole set has fewer such images, or none of an id.
+        """
+        records = list(DatasetCatalog.get(self.parent))
+        if isinstance(self.which, int):
+            records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
+            if len(records) < self.which:
+                raise ValueError(
+                    f"data set {self.parent!r} has {len(records)} images with objects, "
+                    f"not {self.which}"
+                )
+            records = records[: self.which]
+        else:
+            missing = sorted({*self.which} - {r["image_id"] for r in records})
+            if missing:
+                raise ValueError(f"data set {self.parent!r} has no image with id {missing[0]}")
+            records = [r for r in records if r["image_id"] in self.which]
+        metadata = MetadataCatalog.get(self.parent).as_dict()
+        if "json_file" in metadata:
+            document = json.loads(Path(metadata["json_file"]).read_bytes())
+            chosen = {r["image_id"] for r in records}
+            document["images"] = [x for x in document["images"] if x["id"] in chosen]
+            document["annotations"] = [
+                x for x in document["annotations"] if x["image_id"] in chosen
+            ]
+            metadata["json_file"] = write_document(metadata["json_file"], document)
+        del metadata["name"]
+        self.set_metadata(**metadata)
+        return records
+
+
+def enter(loader: Loader, **metadata: Any) -> None:
+    """Register a data set of ours, in place of one of ours with that name.
+
+    Raises:
+        ValueError: the name is somebody else's.
+    """
+    if not is_free(loader.name):
+        raise ValueError(f"a data set {loader.name!r} is registered already; use another name")
+    if loader.name in DatasetCatalog:
+        DatasetCatalog.pop(loader.name)
+        MetadataCatalog.pop(loader.name, None)
+    DatasetCatalog.register(loader.name, loader)
+    loader.set_metadata(evaluator_type="coco", **metadata)
+
+
+def source_file(name: str) -> str:
+    """The json file that a data set is made from, also if the evaluator reads a repaired copy."""
+    loader = DatasetCatalog.data.get(name)
+    if isinstance(loader, CocoLoader):
+        return str(loader.source()[0])
+    return str(MetadataCatalog.get(name).get("json_file"))
+
+
+def is_free(name: str) -> bool:
+    """Whether no data set but one of ours has this name."""
+    return isinstance(DatasetCatalog.data.get(name), Loader | None)
+
+
+def register_coco_json(
+    name: str,
+    json_file: str | Path,
+    image_root: str | Path,
+    *,
+    masks: bool = True,
+    crowd_is_object: bool = False,
+) -> CocoFile:
+    """Register a COCO json; its categories, in the order of their ids, are the classes.
+
+    The file is read and checked now, its images are looked for when the set is loaded. What has a
+    single meaning is repaired, annotations without a mask are skipped, both with one warning that
+    counts them; then the metadata's ``json_file``, which the evaluator reads, is a repaired copy
+    in the cache folder.
+
+    Args:
+        name: of the data set; one that was registered by this function is replaced.
+        json_file: in the format of COCO's instances_*.json.
+        image_root: the folder that the json's file names are relative to.
+        masks, crowd_is_object: see ``read_coco``.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: the file's content is refused (the message names the file and the entry), or
+            somebody else registered the name.
+    """
+    json_file, image_root = Path(json_file), Path(image_root)
+    if not image_root.is_dir():
+        raise FileNotFoundError(f"no image folder {image_root} (for data set {name!r})")
+    loader = CocoLoader(
+        name, lambda: (json_file, image_root), masks=masks, crowd_is_object=crowd_is_object
+    )
+    enter(loader)
+    try:
+        return loader.read()[0]
+    except (OSError, ValueError):
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name, None)
+        raise
+
+
+def register_named_sets() -> None:
+    """Register the sets that ``configs`` use, where their names are not taken.
+
+    Each is a folder in $DETECTRON2_DATASETS (default "datasets"), read when the set is loaded.
+    """
+    coco = list(MetadataCatalog.get("coco_2017_val").thing_classes)
+    for folder, classes, year in (
+        ("coco_mini", coco, "2017"),
+        ("nuclei", ["nucleus"], ""),
+        ("pennfudan", ["pedestrian"], ""),
+    ):
+        for split in ("train", "val"):
+            name = f"{folder}_{split}"
+            if name not in DatasetCatalog:
+                enter(CocoLoader(name, _find_folder(folder, split + year)), thing_classes=classes)
+    for subset, parent, which in (
+        ("coco_mini_overfit8", "coco_mini_train", 8),
+        # the first four of 360 x 360 pixels: 85 nuclei, half of them wider than 40 pixels
+        ("nuclei_overfit4", "nuclei_train", (7, 9, 10, 13)),
+    ):
+        if subset not in DatasetCatalog:
+            classes = MetadataCatalog.get(parent).get("thing_classes")
+            enter(
+                SubsetLoader(subset, parent, which),
+                **({"thing_classes": classes} if classes else {}),
+            )
+
+
+def _find_folder(folder: str, split: str) -> Callable[[], tuple[Path, Path]]:
+    def find() -> tuple[Path, Path]:
+        root = datasets_folder() / folder
+        return root / "annotations" / f"instances_{split}.json", root / split
+
+    return find
+
+
+def datasets_folder() -> Path:
+    """$DETECTRON2_DATASETS, by default "datasets", as for Detectron2's own sets."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def check_images_exist(records: Sequence[dict[str, Any]], source: str) -> None:
+    """Look for the image files of data set records.
+
+    Raises:
+        FileNotFoundError: some are missing; the message counts them and names the first.
+    """
+    missing = [r["file_name"] for r in records if not os.path.isfile(r["file_name"])]
+    if missing:
+        raise FileNotFoundError(
+            f"{source}: {len(missing)} of {len(records)} images are missing: "
+            + ", ".join(missing[:3])
+            + (", ..." if len(missing) > 3 else "")
+        )
+
+
+def write_document(json_file: str | Path, document: dict[str, Any]) -> str:
+    """Write a document to the cache folder, named by its source and content; returns the path."""
+    content = json.dumps(document).encode()
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    folder = cache_folder() / "tidied"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / f"{Path(json_file).stem}-{digest}.json"
+    if not copy.exists():
+        with atomic_write(copy) as file:
+            file.write(content)
+    return str(copy)

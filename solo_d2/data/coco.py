@@ -1,0 +1,369 @@
+"""The one reader of COCO json files: it repairs what has a single meaning and refuses the rest.
+
+Detectron2's ``load_coco_json`` drops some annotations without a word and answers others with an
+assertion, and its evaluator reads the file once more by itself. Here training, evaluation and the
+check all use the document that ``read_coco`` returns.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pycocotools.mask as mask_util
+from detectron2.structures import BoxMode
+
+from .annotations import DataError, box_of, flag, identity, mask_of, number, show, to_rle, whole
+
+# What the reader makes of an offender: it raises, leaves it out, or corrects it.
+REFUSED, SKIPPED, REPAIRED = "refused", "skipped", "repaired"
+
+# pycocotools stores ids in float64 and pixel counts in 32 bits.
+_LARGEST_ID = 2**53
+_LARGEST_IMAGE = 2**31
+# COCO itself has 1 % crowds. Brush tools write each of their masks as one.
+_USUAL_CROWDS = 0.05
+BOXES_UNLIKE_MASKS = "boxes unlike their masks (corners or fractions?): taken from the masks"
+
+
+class CocoFile(NamedTuple):
+    """What ``read_coco`` makes of a file."""
+
+    document: dict[str, Any]  # repaired; ids are whole numbers
+    classes: list[str]
+    ids: dict[int, int]  # category id -> index into ``classes``
+    findings: dict[tuple[str, str], list[str]]  # (effect, what) -> the offenders
+    changed: bool  # whether the document differs from the file
+
+    @property
+    def objects(self) -> int:
+        """Annotations that are no crowds."""
+        return sum(not a["iscrowd"] for a in self.document["annotations"])
+
+    def counts(self, effect: str) -> str:
+        """The findings of one effect, counted: "2 boxes missing: ..., 1 ..."."""
+        found = [(len(who), what) for (e, what), who in self.findings.items() if e == effect]
+        return ", ".join(f"{count} {what}" for count, what in found)
+
+
+def read_coco(
+    json_file: str | Path,
+    image_root: str | Path = "",
+    *,
+    masks: bool = True,
+    crowd_is_object: bool = False,
+    tolerant: bool = False,
+) -> CocoFile:
+    """Read, check and repair a COCO json.
+
+    Args:
+        json_file: in the format of COCO's instances_*.json.
+        image_root: the folder that the json's file names are relative to.
+        masks: whether each annotation needs a mask; else a box is enough.
+        crowd_is_object: take every "iscrowd" for 0. Brush tools write 1 for single objects.
+        tolerant: leave out what would be refused and list it among the findings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no COCO json, or an entry is refused; the message names the file, the
+            entry and the field.
+    """
+    document, plain = _parse(Path(json_file))
+    reader = _Reader(document, Path(image_root), masks, crowd_is_object)
+    reader.tolerant = tolerant
+    try:
+        return reader.read(plain)
+    except DataError as error:
+        raise ValueError(f"{json_file}: {error}") from None
+
+
+def to_records(coco: CocoFile, image_root: str) -> list[dict[str, Any]]:
+    """A read file in Detectron2's data set format."""
+    records = {
+        image["id"]: {
+            "file_name": os.path.join(image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        for image in coco.document["images"]
+    }
+    for annotation in coco.document["annotations"]:
+        record = {
+            "bbox": annotation["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": coco.ids[annotation["category_id"]],
+            "iscrowd": annotation["iscrowd"],
+        }
+        segmentation = annotation.get("segmentation")
+        if segmentation:
+            if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
+                segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
+            record["segmentation"] = segmentation
+        records[annotation["image_id"]]["annotations"].append(record)
+    return list(records.values())
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], bool]:
+    """The document, and whether pycocotools can read the file too: UTF-8 without a mark."""
+    try:
+        content = path.read_bytes()
+        document = json.loads(content)  # tells UTF-8, 16 and 32 apart, with a mark or without
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no annotations file {path}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not a COCO json file: it is nested too deeply") from None
+    except ValueError as error:  # not json, not text
+        raise ValueError(f"{path} is not a json file: {error}") from None
+    for section in ("images", "annotations", "categories"):
+        if not isinstance(document, dict) or not isinstance(document.get(section), list):
+            raise ValueError(f"{path} is not a COCO json: it has no list {section!r}")
+    return document, json.detect_encoding(content) == "utf-8"
+
+
+class _Reader:
+    """One pass over a document."""
+
+    tolerant = False
+
+    def __init__(
+        self, document: dict[str, Any], image_root: Path, masks: bool, crowd_is_object: bool
+    ):
+        self._document = document
+        self._image_root = image_root
+        self._masks = masks
+        self._crowd_is_object = crowd_is_object
+        self._findings: dict[tuple[str, str], list[str]] = {}
+
+    def read(self, plain: bool) -> CocoFile:
+        if not plain:
+            self._add(REPAIRED, "files that are not plain UTF-8: converted", "the whole file")
+        images = self._images()
+        categories = self._categories()
+        if not self._document["categories"]:
+            self._refuse("no categories", "the file has no categories")
+        annotations = self._annotations(images, categories)
+        crowds = [a for a in annotations if a["iscrowd"]]
+        if len(crowds) > _USUAL_CROWDS * len(annotations):
+            what = (
+                "crowd regions (iscrowd 1), which are not trained on; if they are single objects, "
+                "as brush tools write them, set DATASETS.CUSTOM.CROWD_IS_OBJECT True"
+            )
+            for annotation in crowds:
+                self._add(SKIPPED, what, f"annotation {annotation['id']}")
+        document = self._document | {
+            "images": list(images.values()),
+            "annotations": annotations,
+            "categories": list(categories.values()),
+        }
+        order = sorted(categories.values(), key=lambda category: category["id"])
+        return CocoFile(
+            document,
+            [category["name"] for category in order],
+            {category["id"]: i for i, category in enumerate(order)},
+            self._findings,
+            changed=any(effect == REPAIRED for effect, _ in self._findings)
+            or document != self._document,
+        )
+
+    def _add(self, effect: str, what: str, who: str) -> None:
+        self._findings.setdefault((effect, what), []).append(who)
+
+    def _refuse(self, what: str, message: str) -> None:
+        if not self.tolerant:
+            raise DataError(what, message)
+        self._add(REFUSED, what, message)
+
+    def _entries(self, section: str, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for index, entry in enumerate(self._document[section]):
+            where = f"{section}[{index}]"
+            missing = [k for k in needed if not isinstance(entry, dict) or entry.get(k) is None]
+            if missing:
+                self._refuse(f"{section} without {missing[0]!r}", f"{where} has no {missing[0]!r}")
+            else:
+                yield where, entry
+
+    def _known(self, section: str, *needed: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """(id, entry) of those with an id of their own."""
+        seen = set()
+        for where, entry in self._entries(section, "id", *needed):
+            key = identity(entry["id"])
+            if key is None:
+                what = f"{section} with an id that is no number or text"
+                self._refuse(what, f"{where} has the id {show(entry['id'])}, no number or text")
+            elif key in seen:
+                what = f"{section} with the id of another one"
+                self._refuse(what, f"the id {show(key)} appears twice in {section!r}")
+            else:
+                seen.add(key)
+                yield key, entry
+
+    def _numbered(self, section: str, entries: dict[Any, dict]) -> dict[Any, dict]:
+        """Entries by their key in the file, with ids that pycocotools can handle."""
+        renumber = any(type(key) is not int or not 0 <= key <= _LARGEST_ID for key in entries)
+        result = {}
+        for count, (key, entry) in enumerate(entries.items(), start=1):
+            new = count if renumber else key
+            if new != entry["id"] or type(entry["id"]) is not int:
+                change = "renumbered" if renumber else "converted"
+                what = f"{section} whose ids are not whole numbers of 0 or more: {change}"
+                self._add(REPAIRED, what, show(entry["id"]))
+                entry = entry | {"id": new}
+            result[key] = entry
+        return result
+
+    # --- images and categories
+
+    def _images(self) -> dict[Any, dict]:
+        images = {}
+        for key, entry in self._known("images", "file_name", "height", "width"):
+            name, sides = entry["file_name"], {k: whole(entry[k]) for k in ("height", "width")}
+            height, width = sides["height"] or 0, sides["width"] or 0
+            if not (isinstance(name, str) and name and min(height, width) > 0) or (
+                height * width > _LARGEST_IMAGE or not _is_path(name)
+            ):
+                self._refuse(
+                    "images whose file name or size is invalid",
+                    f"image {show(key)}: file_name {show(name)}, height "
+                    f"{show(entry['height'])}, width {show(entry['width'])} are not a file "
+                    "name and a size in pixels",
+                )
+                continue
+            if any(type(entry[k]) is not int for k in sides):
+                self._add(REPAIRED, "image sizes that are no integers: converted", name)
+            if "\\" in name and not (self._image_root / name).exists():
+                self._add(REPAIRED, "file names with backslashes: replaced by slashes", name)
+                name = name.replace("\\", "/")
+            changes = {"file_name": name, **sides}
+            images[key] = entry | changes
+        return self._numbered("images", images)
+
+    def _categories(self) -> dict[Any, dict]:
+        categories: dict[Any, dict] = {}
+        names: Counter[str] = Counter()
+        for key, entry in self._known("categories", "name"):
+            name = entry["name"]
+            if type(name) in (int, float):
+                self._add(REPAIRED, "category names that are numbers: taken as texts", str(name))
+                name = str(name)
+            if not isinstance(name, str):
+                what = "categories whose name is no text"
+                self._refuse(what, f"category {show(key)} has the name {show(name)}, no text")
+                continue
+            categories[key] = entry | {"name": name}
+            names[name] += 1
+        for name, count in names.items():
+            if count > 1:
+                self._refuse(
+                    "categories with the name of another one",
+                    f"{count} categories have the name {name!r}",
+                )
+        return self._numbered("categories", categories)
+
+    # --- annotations
+
+    def _annotations(self, images: dict[Any, dict], categories: dict[Any, dict]) -> list[dict]:
+        annotations = []
+        for where, entry in self._entries("annotations", "image_id", "category_id"):
+            if entry.get("id") is not None:
+                where = f"annotation {show(entry['id'])} of image {show(entry['image_id'])}"
+            try:
+                found = _references(entry, images, categories)
+                tidy, repairs = self._tidy(entry | found, images[identity(entry["image_id"])])
+            except DataError as error:
+                self._refuse(error.what, f"{where}: {error}")
+                continue
+            if tidy is None:
+                self._add(SKIPPED, f"annotations with {repairs[0]}", where)
+                continue
+            if any(type(entry[k]) is not int for k in found):
+                repairs.append("annotations that refer to ids of another type: converted")
+            for what in repairs:
+                self._add(REPAIRED, what, where)
+            annotations.append(tidy)
+        return self._with_ids(annotations)
+
+    def _with_ids(self, annotations: list[dict]) -> list[dict]:
+        """pycocotools records a match by the annotation's id in an array of floats, 0 for none."""
+        ids = [a.get("id") for a in annotations]
+        times = Counter(i for i in ids if type(i) is int and 0 < i <= _LARGEST_ID)
+        if times.total() == len(ids) == len(times):
+            return annotations
+        what = "annotation ids missing, repeated or not positive: all are renumbered"
+        for value in ids:
+            if type(value) is not int or times[value] != 1:
+                self._add(REPAIRED, what, f"annotation {show(value)}")
+        return [a | {"id": i} for i, a in enumerate(annotations, start=1)]
+
+    def _tidy(self, entry: dict, image: dict) -> tuple[dict | None, list[str]]:
+        """(annotation, repairs), or (None, [why it is left out])."""
+        height, width = image["height"], image["width"]
+        tidy = dict(entry)
+        repairs: list[str] = []
+        tidy["iscrowd"] = self._crowd_flag(entry, repairs)
+        segmentation, reason = mask_of(entry.get("segmentation"), height, width, repairs)
+        mask_box = area = None
+        if segmentation is None:
+            if self._masks:
+                return None, [reason]
+            tidy.pop("segmentation", None)
+        else:
+            rle = to_rle(segmentation, height, width)
+            mask_box, area = mask_util.toBbox(rle).tolist(), float(mask_util.area(rle))
+            tidy["segmentation"] = segmentation
+        box = box_of(entry.get("bbox"), mask_box, height, width, repairs)
+        if box is None:
+            return None, ["a box that is not four numbers with an area in the image, and no mask"]
+        tidy["bbox"] = box
+        stated = number(entry.get("area"))
+        if stated is None or not 0 < stated <= height * width:
+            source = "masks" if area else "boxes"
+            state = "missing" if entry.get("area") is None else "that are no numbers of pixels"
+            repairs.append(f"areas {state}: taken from the {source}")
+            stated = area or box[2] * box[3]
+        elif isinstance(entry["area"], str):
+            repairs.append("areas that are texts: converted")
+        tidy["area"] = stated
+        return tidy, repairs
+
+    def _crowd_flag(self, entry: dict, repairs: list[str]) -> int:
+        value = entry.get("iscrowd")
+        is_crowd = 0 if value is None else flag(value)
+        if is_crowd is None:
+            message = f"iscrowd is {show(value)}, neither 0 nor 1"
+            raise DataError("annotations whose iscrowd is neither 0 nor 1", message)
+        if value is None:
+            repairs.append("iscrowd missing: taken for 0")
+        elif type(value) is not int or value != is_crowd:
+            repairs.append("iscrowd not 0 or 1: converted")
+        if is_crowd and self._crowd_is_object:
+            repairs.append("crowds taken for objects (DATASETS.CUSTOM.CROWD_IS_OBJECT)")
+            is_crowd = 0
+        if entry.get("ignore") is not None and flag(entry["ignore"]) != 0:
+            message = 'COCO metrics do not know "ignore"; use "iscrowd": 1'
+            raise DataError('annotations with "ignore"', message)
+        return is_crowd
+
+
+def _references(entry: dict, images: dict[Any, dict], categories: dict[Any, dict]) -> dict:
+    """The ids of the annotation's image and category after any renumbering."""
+    image, category = identity(entry["image_id"]), identity(entry["category_id"])
+    if image not in images:
+        raise DataError("annotations of unknown images", "there is no such image")
+    if category not in categories:
+        raise DataError(
+            "annotations of unknown categories",
+            f"category id {show(entry['category_id'])} is not among the categories",
+        )
+    return {"image_id": images[image]["id"], "category_id": categories[category]["id"]}
+
+
+def _is_path(name: str) -> bool:
+    """Not so for NUL and what no file system can encode."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False

@@ -1,0 +1,84 @@
+"""The one reader of image files: for training, evaluation, prediction and pictures."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message says why and does not name the file."""
+
+
+def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
+    """Read an image file, also one of more than 8 bits.
+
+    EXIF orientation is applied and an alpha channel dropped; gray becomes color; of several frames
+    the first is taken. Images of 8 bits are read as by Detectron2. Values of 16 bits are divided by
+    257, so that 65535 becomes 255; floats from 0 to 1 are multiplied by 255.
+
+    Args:
+        path: of the file.
+        image_format: "RGB", "BGR" or another format of Detectron2's ``read_image``.
+
+    Returns:
+        (H, W, C) uint8; see ``detectron2.data.detection_utils.read_image`` for other formats.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImageError: it is no image, is broken, or has a range of values that is not known.
+    """
+    try:
+        with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
+            image.load()
+            upright = _upright(image)
+            if upright.mode.startswith(("I", "F")):  # one channel of more than 8 bits
+                upright = Image.fromarray(_to_8_bit(np.asarray(upright)))
+            return detection_utils.convert_PIL_to_numpy(upright, image_format)
+    except FileNotFoundError:
+        raise
+    except UnidentifiedImageError:
+        return _read_with_opencv(path, image_format)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"cannot be read ({error})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever broken EXIF data raises; Detectron2 ignores it too
+        return image
+
+
+def _read_with_opencv(path: str | Path, image_format: str) -> np.ndarray:
+    """What Pillow does not know, such as color TIFF of 16 bits."""
+    local = PathManager.get_local_path(str(path))
+    array = cv2.imread(local, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    if array is None:
+        raise ImageError("not an image")
+    if array.ndim == 3:
+        array = array[:, :, 2::-1] if array.shape[2] >= 3 else array[:, :, 0]
+    return detection_utils.convert_PIL_to_numpy(Image.fromarray(_to_8_bit(array)), image_format)
+
+
+def _to_8_bit(array: np.ndarray) -> np.ndarray:
+    """See ``read_image``."""
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    low, high = array.min(), array.max()
+    if array.dtype.kind == "f" and 0 <= low and high <= 1:  # not NaN
+        scaled = array.astype(np.float64) * 255
+    elif array.dtype.kind in "iu" and 0 <= low and high <= 65535 and array.dtype.itemsize <= 4:
+        # Pillow gives some 16-bit files as 32-bit integers
+        scaled = array.astype(np.float64) / 257
+    else:
+        raise ImageError(
+            f"has values from {low:g} to {high:g} ({array.dtype}); known are 8 bits, 16 bits and "
+            "floats from 0 to 1"
+        )
+    return np.rint(scaled).astype(np.uint8)
