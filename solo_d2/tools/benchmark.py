@@ -175,9 +175,9 @@ def _read(path: str, size: Sequence[int], input_format: str) -> torch.Tensor:
     import torch
     from PIL import Image
 
-    from solo_d2.images import read_image
+    from solo_d2.images import as_rgb
 
-    image = Image.fromarray(read_image(path)).resize((size[1], size[0]))
+    image = Image.fromarray(as_rgb(path)).resize((size[1], size[0]))
     pixels = np.asarray(image)[:, :, :: -1 if input_format == "BGR" else 1]
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
 

@@ -33,11 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see ``--help``)."""
     options = parse(_parser(), arguments)
     # --help does not need these, which are slow to import
+    from PIL import Image
+
     from solo_d2.images import UnreadableError
     from solo_d2.predictor import load
 
     from .inputs import find_sources
 
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit; --max-megapixels takes its place
     folder = Path(options.output)
     try:
         points, inputs = _split_points(options.points, options.inputs)
