@@ -120,25 +120,18 @@ def _add_input(cfg: CN) -> None:
 
 
 def _add_training(cfg: CN) -> None:
-    # Batch size that BASE_LR, WARMUP_ITERS, STEPS, MAX_ITER belong to. When it is not 0 and differs
-    # from IMS_PER_BATCH, BASE_LR is multiplied by IMS_PER_BATCH / LR_REFERENCE_BATCH (the linear
-    # rule, arXiv 1706.02677); the schedule is left alone.
-    cfg.SOLVER.LR_REFERENCE_BATCH = 0
     # "SGD" as in Detectron2, or "AdamW" with the same parameter groups.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Largest L2 norm of all gradients together; 0: no limit. SOLVER.CLIP_GRADIENTS looks at each
-    # parameter alone.
+    # Largest L2 norm of all gradients together (0 = no limit). SOLVER.CLIP_GRADIENTS limits each
+    # parameter on its own.
     cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0
-    # Stop at the first loss that is inf or NaN and write nonfinite_loss.json to OUTPUT_DIR. False
-    # makes no step with that batch, says so, and goes on.
-    cfg.SOLVER.STOP_ON_NONFINITE_LOSS = True
-    # Load what fits of MODEL.WEIGHTS, with warnings, where the rest is for another number of
-    # classes or another architecture; False refuses such a file.
-    cfg.MODEL.WEIGHTS_SKIP_MISMATCHED = False
-    # Keep model_best.pth by this evaluation metric; "" keeps none. With several test sets it is
-    # preceded by the name of one: "<name>/segm/AP".
-    cfg.TEST.BEST_METRIC = "segm/AP"
-    # After each evaluation, draw so many test images with ground truth and prediction; 0: none.
+    # Keep model_best.pth by this metric. "": the one that the model is made for ("segm/AP",
+    # "bbox/AP" without masks, "panoptic_seg/PQ" for AdaptIS), of the first test set if there are
+    # several. To choose another of them, write "<name>/segm/AP".
+    cfg.TEST.BEST_METRIC = ""
+    # Stop after this many evaluations in a row without a better one (0 = train to the end).
+    cfg.TEST.PATIENCE = 0
+    # After each evaluation, draw this many test images with ground truth and prediction.
     cfg.TEST.VIS_IMAGES = 8
     # Predictions below this score are not drawn.
     cfg.TEST.VIS_SCORE_THRESH = 0.3

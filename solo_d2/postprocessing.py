@@ -23,9 +23,9 @@ def postprocess(
         mask_threshold: a pixel is set where the soft mask exceeds this.
 
     Returns:
-        Instances of size (height, width): ``pred_masks`` (N, height, width) bool, ``pred_boxes``
-        tight around them with exclusive right and bottom (zeros for an empty mask), and every
-        other field as it was.
+        Instances of size (height, width): ``pred_masks`` (n, height, width) bool, ``pred_boxes``
+        tight around them with exclusive right and bottom, and every other field as it was. Those
+        without a pixel are dropped: a mask may lie in the padding only, or vanish when resized.
     """
     masks = upsample_to_binary(
         instances.pred_masks,
@@ -37,4 +37,6 @@ def postprocess(
     results = Instances((height, width), **instances.get_fields())
     results.pred_masks = masks
     results.pred_boxes = Boxes(tight_boxes(masks))
-    return results
+    has_pixels = results.pred_boxes.nonempty()
+    # selecting copies all masks
+    return results if has_pixels.all() else results[has_pixels]

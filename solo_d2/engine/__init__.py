@@ -1,19 +1,14 @@
 """Training and evaluation of any Detectron2 model."""
 
-from solo_d2.evaluation.coco import write_results
-
-from .launch import launch
-from .stages import chain_stages, is_finished, leave_log_files
-from .trainer import NonFiniteLossError, Trainer, build_checkpointer, scale_learning_rate
+from .checks import check_config, training_folder
+from .hooks import NonFiniteLossError
+from .optimizer import build_optimizer
+from .trainer import Trainer
 
 __all__ = [
     "NonFiniteLossError",
     "Trainer",
-    "build_checkpointer",
-    "chain_stages",
-    "is_finished",
-    "launch",
-    "leave_log_files",
-    "scale_learning_rate",
-    "write_results",
+    "build_optimizer",
+    "check_config",
+    "training_folder",
 ]

@@ -1,149 +1,159 @@
-"""Hooks that make a resumed training equal to one that never stopped."""
+"""The hooks that Detectron2 lacks."""
 
 import json
+import logging
+import math
 import os
-from pathlib import Path
 from typing import Any
 
-from detectron2.engine import HookBase, hooks
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from torch import Tensor, nn
 
+from solo_d2.checkpoint import Checkpointer
+from solo_d2.errors import UserError
 from solo_d2.files import atomic_write
 
-from .loader import seed_step
-
-# Iterations over which Detectron2's writers smooth what they write.
-_WINDOW = 20
-# These tell about the process, not about the training.
-_CLOCKS = {"time", "data_time", "rank_data_time", "eta_seconds"}
+# Mixed precision halves its loss scale after each overflow; here nothing but NaN is left.
+_MIN_LOSS_SCALE = 2.0**-24
 
 
-class StepSeed(HookBase):
-    """Seed the model's random numbers from the trainer's seed and the iteration."""
-
-    def before_step(self) -> None:
-        seed_step(self.trainer.seed, self.trainer.iter, comm.get_rank())
+class NonFiniteLossError(UserError):
+    """A loss or a gradient was inf or NaN."""
 
 
-class EventHistory(HookBase):
-    """Keep the logged values that later ones are smoothed with."""
-
-    def __init__(self) -> None:
-        self._loaded: dict[str, Any] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        storage = getattr(self.trainer, "storage", None)
-        if storage is None:
-            return {}
-        state = {}
-        for name, buffer in storage.histories().items():
-            if name in _CLOCKS:
-                continue
-            values = buffer.values()
-            last = values[-1][1]
-            recent = [[v, i] for v, i in values[-10 * _WINDOW :] if i > last - _WINDOW]
-            state[name] = {"values": recent, "smooth": storage.smoothing_hints()[name]}
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._loaded = state
-
-    def before_train(self) -> None:
-        for name, scalar in self._loaded.items():
-            for value, iteration in scalar["values"]:
-                self.trainer.storage.put_scalar(
-                    name, value, smoothing_hint=scalar["smooth"], cur_iter=iteration
-                )
+class EarlyStop(BaseException):
+    """Ends the training loop. Detectron2 logs a traceback for every ``Exception``."""
 
 
-class MetricWriters(hooks.PeriodicWriter):
-    """Console, metrics.json and TensorBoard, all continued where the checkpoint was made."""
+class StopAtNonFiniteLoss(HookBase):
+    """No optimization step is made with a loss or gradient that is inf or NaN.
 
-    def __init__(self, output_dir: str, period: int = 20):
-        super().__init__([], period)
-        self._output_dir = output_dir
-        self._last_written: int | None = None
-        self._metrics: MetricsFile | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_written": self._metrics.last_written} if self._metrics else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._last_written = state["last_written"]
-
-    def before_train(self) -> None:
-        start_iter = self.trainer.start_iter
-        last_written = start_iter - 1 if self._last_written is None else self._last_written
-        os.makedirs(self._output_dir, exist_ok=True)
-        self._metrics = MetricsFile(os.path.join(self._output_dir, "metrics.json"), last_written)
-        self._writers = [
-            CommonMetricPrinter(self.trainer.max_iter),
-            self._metrics,
-            TensorboardXWriter(self._output_dir, purge_step=start_iter),
-        ]
-
-
-class MetricsFile(JSONWriter):
-    """metrics.json without the lines of iterations that will be repeated."""
-
-    def __init__(self, path: str, last_written: int):
-        """
-        Args:
-            path: a file of another training that started at iteration 0 is kept as
-                "*.previous.json".
-            last_written: lines of later iterations are removed.
-        """
-        file = Path(path)
-        if file.exists() and last_written < 0:
-            file.replace(file.with_suffix(".previous.json"))
-        elif file.exists():
-            kept = [x for x in file.read_bytes().splitlines() if _iteration(x) <= last_written]
-            with atomic_write(file) as whole:
-                whole.writelines(line + b"\n" for line in kept)
-        super().__init__(path)
-        self._last_write = last_written
-
-    @property
-    def last_written(self) -> int:
-        return self._last_write
-
-
-def _iteration(line: bytes) -> float:
-    try:
-        return json.loads(line)["iteration"]
-    except ValueError:  # killed while writing it
-        return float("inf")
-
-
-class BestCheckpointer(hooks.BestCheckpointer):
-    """Detectron2's, with its best value kept across a resume."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best_metric": self.best_metric, "best_iter": self.best_iter}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
-
-
-class CheckpointBeforeEvaluation(hooks.PeriodicCheckpointer):
-    """An evaluation that crashes or is killed costs no training.
-
-    Where a checkpoint and an evaluation fall together, this makes the checkpoint first. It is
-    marked as unfinished, so that a resume evaluates and then goes on; the one that is made after
-    the evaluation replaces it.
+    To be registered with Detectron2's ``SimpleTrainer`` or ``AMPTrainer``. In mixed precision,
+    gradients may overflow: there ``GradScaler`` leaves out the step and lowers the scale.
     """
 
-    def __init__(self, checkpointer: Any, period: int, eval_period: int):
-        super().__init__(checkpointer, period)
-        self._eval_period = eval_period
+    def __init__(self, model: nn.Module, output_dir: str):
+        """
+        Args:
+            model: the one that gets the batches, thus DistributedDataParallel where that is used.
+            output_dir: of nonfinite_loss.json.
+        """
+        self._output_dir = output_dir
+        self._images: list[dict[str, Any]] = []
+        self._losses: dict[str, Tensor] = {}
+        model.register_forward_hook(self._remember)
+
+    def _remember(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if model.training:
+            self._images = [{k: x.get(k) for k in ("image_id", "file_name")} for x in args[0]]
+            losses = {"total_loss": output} if isinstance(output, Tensor) else output
+            self._losses = {name: loss.detach() for name, loss in losses.items()}
+
+    def after_backward(self) -> None:
+        total = sum(self._losses.values(), torch.zeros(())).float()
+        scaler = getattr(self.trainer, "grad_scaler", None)
+        norm = None
+        if scaler is None:
+            # with no limit it only measures
+            norm = nn.utils.clip_grad_norm_(self.trainer.model.parameters(), math.inf)
+            total = total + norm
+        if comm.get_world_size() > 1:
+            dist.all_reduce(total)  # so that all processes stop together
+        if not math.isfinite(total.item()):
+            self._stop(norm)
+        if scaler is not None and scaler.get_scale() < _MIN_LOSS_SCALE:
+            raise NonFiniteLossError(
+                f"iteration {self.trainer.iter}: gradients are inf or NaN at every loss scale; "
+                "train with SOLVER.AMP.ENABLED False to see at which image"
+            )
+
+    def _stop(self, norm: Tensor | None) -> None:
+        losses = {name: loss.item() for name, loss in self._losses.items()}
+        bad = {name for name, loss in losses.items() if not math.isfinite(loss)}
+        report = {name: loss if math.isfinite(loss) else str(loss) for name, loss in losses.items()}
+        processes = comm.all_gather({"images": self._images, "losses": report, "bad": bad})
+        bad = set().union(*(process.pop("bad") for process in processes))
+        path = os.path.join(self._output_dir, "nonfinite_loss.json")
+        iteration = self.trainer.iter
+        if comm.is_main_process():
+            content = {
+                "iteration": iteration,
+                "gradient_norm": None if norm is None else str(norm.item()),
+                "processes": processes,
+            }
+            with atomic_write(path) as file:
+                file.write(json.dumps(content, indent=1, default=str).encode())
+        comm.synchronize()  # the first process that ends takes the others with it
+        raise NonFiniteLossError(
+            f"iteration {iteration}: {', '.join(sorted(bad)) or 'the gradient'} is not finite; the "
+            f"images of the batch are in {path}, the weights before it in the last checkpoint"
+        )
+
+
+class KeepBest(HookBase):
+    """Saves model_best.pth after an evaluation that was better than all before it.
+
+    Unlike Detectron2's ``BestCheckpointer`` it survives a resume, leaves "last_checkpoint" alone,
+    and can end the training.
+    """
+
+    def __init__(self, period: int, checkpointer: Checkpointer, metric: str, patience: int = 0):
+        """
+        Args:
+            period: of the evaluations, which an ``EvalHook`` in front of this one makes.
+            checkpointer: writes the file in the main process.
+            metric: name of what is to be large, for example "segm/AP".
+            patience: stop after so many evaluations in a row without a better one; 0: never.
+        """
+        self._period = period
+        self._checkpointer = checkpointer
+        self._metric = metric
+        self._patience = patience
+        self.best: float | None = None
+        self.best_iter: int | None = None
+        self.waited = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        return 0 < self._patience <= self.waited
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        # Detectron2 evaluates the last iteration after the training.
-        if done == self.trainer.max_iter or self._eval_period <= 0:
+        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+            self._compare()
+            if any(comm.all_gather(self.is_exhausted)):  # only the main process has results
+                raise EarlyStop
+
+    def after_train(self) -> None:
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._compare()
+
+    def _compare(self) -> None:
+        if not comm.is_main_process():
             return
-        if done % self.period == 0 and done % self._eval_period == 0:
-            self.trainer.step_finished = False
-            super().after_step()
-            self.trainer.step_finished = True
+        logger = logging.getLogger(__name__)
+        latest = self.trainer.storage.latest()
+        if self._metric not in latest:
+            known = sorted(name for name in latest if "/" in name)
+            logger.warning(
+                f"TEST.BEST_METRIC {self._metric!r} is not among the results, so no model_best.pth "
+                f"is written; there are {known}"
+            )
+            return
+        value, iteration = latest[self._metric]
+        if not math.isfinite(value) or (self.best is not None and value <= self.best):
+            self.waited += 1
+            return
+        self.best, self.best_iter, self.waited = value, iteration, 0
+        self._checkpointer.save("model_best", iteration=iteration)
+        logger.info(f"model_best.pth: {self._metric} {value:.3f} after iteration {iteration}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_iter": self.best_iter, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.best_iter = state["best"], state["best_iter"]
+        self.waited = state["waited"]

@@ -48,7 +48,7 @@ class AdaIN(nn.Module):
             x: (n, channels, h, w).
             control: (n, control_dim).
             valid: (n, 1, h, w) bool, the cells that count for mean and variance; None for all.
-                Others, padding, would change every cell of the result.
+                Padding does not count: it would change every cell of the result.
 
         Returns:
             (n, channels, h, w) of the type of ``x``; the statistics are taken in float32.
@@ -59,13 +59,13 @@ class AdaIN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
             if valid is None:
-                # a batch norm whose batch is one sample, and whose channels are those of all; the
-                # layout matters: with channels last, the CPU's sums are off in the second digit
+                # Batch norm of one sample that has the channels of all. With channels-last memory
+                # the CPU's sums would be off in the second digit.
                 maps = wide.contiguous().view(1, n * channels, h, w)
                 y = F.batch_norm(
                     maps, None, None, scale.flatten(), bias.flatten(), training=True, eps=self.eps
                 )
-                # back to the type and layout that the convolutions around have
+                # in the type and memory format of the convolutions around it
                 return torch.empty_like(x).copy_(y.view(x.shape))
             centered = wide - _mean(wide, valid)
             scale = scale[:, :, None, None] * (_mean(centered**2, valid) + self.eps).rsqrt()

@@ -1,6 +1,6 @@
-"""Non-maximum suppression of boxes that have a score for each class: Fast NMS and the usual one.
+"""Fast NMS and greedy NMS of boxes that have a score for each class.
 
-Each function takes N candidates and gives the detections in the order of descending scores. A
+Each function takes N candidates and returns the detections in the order of descending scores. A
 candidate may be detected under several classes.
 """
 
@@ -33,8 +33,8 @@ def fast_nms(
 ) -> Kept:
     """Fast NMS of each class by itself (YOLACT, section 3.3).
 
-    A candidate goes if it overlaps a better one of the class, even one that goes itself, by more
-    than ``iou_threshold``. Of several without area only the best stays.
+    A candidate is dropped if its IoU with a better one of the class exceeds ``iou_threshold``, even
+    if that one is dropped too. Of several boxes without area only the best stays.
 
     Args:
         boxes: (N, 4) x1, y1, x2, y2 in any unit.
@@ -63,8 +63,8 @@ def cross_class_fast_nms(
 ) -> Kept:
     """Fast NMS of all classes together, each candidate under its best class.
 
-    Args as of ``fast_nms``, but ``top_k`` is of all candidates; the published code has no limit
-    beside it.
+    Arguments as in ``fast_nms``, but ``top_k`` limits all candidates together; the published code
+    has no other limit.
     """
     best, classes = scores.max(dim=0)
     top, index = best.topk(min(top_k, len(boxes)))
@@ -83,8 +83,8 @@ def traditional_nms(
 ) -> Kept:
     """Greedy NMS of each class by itself, as YOLACT's published code does it.
 
-    A candidate goes if a kept, better one of the class overlaps it by ``iou_threshold`` or more,
-    where a box from pixel a to pixel b is b - a + 1 wide.
+    A candidate is dropped if its IoU with a kept, better one of the class is ``iou_threshold`` or
+    more, where a box from pixel a to pixel b is b - a + 1 wide.
 
     Args:
         boxes: (N, 4) x1, y1, x2, y2 in pixels.
@@ -94,7 +94,7 @@ def traditional_nms(
         max_detections: of all classes together; None for no limit.
     """
     pixels = boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
-    # torchvision drops from above its threshold on: take the next number below
+    # torchvision drops only above its threshold: take the next smaller number
     below = float(torch.tensor(iou_threshold).nextafter(torch.tensor(0.0)))
     counts = scores > score_threshold
     index, classes = [boxes.new_zeros(0, dtype=torch.long)], [boxes.new_zeros(0, dtype=torch.long)]
@@ -114,7 +114,7 @@ def _not_overlapped(boxes: Tensor, index: Tensor, iou_threshold: float) -> Tenso
     Args:
         boxes: (N, 4).
         index: (G, K) groups of boxes, each by descending score.
-        iou_threshold: what overlapping is.
+        iou_threshold: boxes with a higher IoU overlap.
     """
     if index.numel() == 0:
         return torch.zeros_like(index, dtype=torch.bool)

@@ -1,4 +1,8 @@
-"""Operations on boxes (x1, y1, x2, y2) in any unit."""
+"""Operations on boxes (x1, y1, x2, y2) in any unit.
+
+torchvision's functions take one set of boxes; these also take groups of them, for Fast NMS of all
+classes at once. On these, YOLACT's goldens hold to the last bit.
+"""
 
 import torch
 from torch import Tensor

@@ -15,8 +15,11 @@ def append_coordinates(feature: Tensor, axes: str = "xy") -> Tensor:
         (N, C + len(axes), H, W): the feature, then the coordinates in the given order.
     """
     n, _, h, w = feature.shape
-    maps = {
-        "x": torch.linspace(-1, 1, w, dtype=feature.dtype, device=feature.device).view(1, 1, 1, w),
-        "y": torch.linspace(-1, 1, h, dtype=feature.dtype, device=feature.device).view(1, 1, h, 1),
-    }
+    maps = {"x": _steps(w, feature).view(1, 1, 1, w), "y": _steps(h, feature).view(1, 1, h, 1)}
     return torch.cat([feature, *(maps[axis].expand(n, 1, h, w) for axis in axes)], dim=1)
+
+
+def _steps(size: int, like: Tensor) -> Tensor:
+    """As linspace(-1, 1, size), which would become a constant in an exported graph."""
+    index = torch.arange(size, dtype=torch.float32, device=like.device)
+    return (2 * index / max(size - 1, 1) - 1).to(like.dtype)

@@ -8,8 +8,8 @@ from torch import Tensor
 def normalizer(count: Tensor, plus: float = 0.0) -> Tensor:
     """This process's share of (the sum of ``count`` over all processes + ``plus``), of at least 1.
 
-    Divided by it, a sum over the local images has, after the averaging of gradients over
-    processes, the gradient of one process on the joined batch.
+    Divide a sum over the local images by it: after DistributedDataParallel has averaged the
+    gradients, they are those of one process with all images in one batch.
 
     Args:
         count: a scalar.

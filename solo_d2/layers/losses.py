@@ -1,10 +1,14 @@
-"""Losses that no library of ours has. Each takes soft masks and gives one number per mask."""
+"""Losses of soft masks; each returns one number per mask.
+
+torch and fvcore have the two cross-entropies on logits only, or not under autocast; a mask of
+Decoupled SOLO is a product of two probabilities.
+"""
 
 import torch
 from torch import Tensor
 
-# Keeps the quotient finite when prediction and target are both empty; one for each square sum, as
-# in the published code.
+# Keeps the quotient finite when prediction and target are both empty; added to each of the two sums
+# of squares, as in the published code.
 _DICE_EPS = 1e-3
 
 
@@ -30,8 +34,7 @@ def dice_loss(probs: Tensor, targets: Tensor) -> Tensor:
 def mask_bce_loss(probs: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of soft masks, mean over the pixels of each (an ablation of SOLO).
 
-    Args and result as of ``dice_loss``. On probabilities, since a mask of Decoupled SOLO is a
-    product of two; no pixel costs more than 16.
+    Arguments and result as in ``dice_loss``. No pixel costs more than 16.
     """
     return -_probability_of_truth(probs, targets).log().mean(dim=1)
 
@@ -41,11 +44,11 @@ def mask_focal_loss(
 ) -> Tensor:
     """Focal loss of soft masks, mean over the pixels of each (an ablation of SOLO).
 
-    Args and result as of ``dice_loss``.
+    Arguments and result as in ``dice_loss``.
 
     Args:
         alpha: weight of the pixels inside; those outside have 1 - alpha.
-        gamma: how little well-classified pixels count.
+        gamma: the higher, the less well-classified pixels count.
     """
     p = _probability_of_truth(probs, targets)
     weight = alpha + (1 - 2 * alpha) * (~targets.flatten(1).bool()).to(p.dtype)
@@ -53,7 +56,7 @@ def mask_focal_loss(
 
 
 def _probability_of_truth(probs: Tensor, targets: Tensor) -> Tensor:
-    """(N, pixels) float32: what each pixel's true side was given, never 0."""
+    """(N, pixels) float32: the probability given to each pixel's true side, never 0."""
     p = probs.flatten(1).float()
     return torch.where(targets.flatten(1).bool(), p, 1 - p).clamp(min=torch.finfo(p.dtype).eps)
 

@@ -1,10 +1,12 @@
-"""Operations on stacks of masks."""
+"""Operations on stacks of N masks."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Upper bound of one temporary tensor where masks are handled in chunks.
+# Masks are handled in chunks of this size; a single mask may be larger.
 CHUNK_BYTES = 64 * 1024**2
 
 
@@ -33,8 +35,8 @@ def tight_boxes(masks: Tensor) -> Tensor:
 
     if masks.numel() == 0:
         return torch.zeros((len(masks), 4), device=masks.device)
-    pixels = masks.view(torch.uint8)  # the maximum of bytes is many times faster than any()
-    (x1, x2), (y1, y2) = extent(pixels.amax(dim=1)), extent(pixels.amax(dim=2))
+    # the maximum is several times faster than any()
+    (x1, x2), (y1, y2) = extent(masks.amax(dim=1)), extent(masks.amax(dim=2))
     return torch.stack([x1, y1, x2, y2], dim=1).float()
 
 
@@ -60,13 +62,13 @@ def mass_centers(masks: Tensor) -> tuple[Tensor, Tensor]:
 def _axis_counts(masks: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels in each column (N, W) and in each row (N, H), int64.
 
-    Summing bools would first make eight bytes of each. Here eight pixels are one integer, whose
-    bytes are summed side by side; 255 terms cannot overflow a byte.
+    Summing bools would first turn each into an integer of eight bytes. Here eight pixels are one
+    integer, whose bytes are summed side by side; 255 terms cannot overflow a byte.
     """
     n, h, w = masks.shape
-    padded = masks.new_zeros((n, h, w + -w % 8))
+    padded = masks.new_zeros((n, h, w + -w % 8), dtype=torch.uint8)
     padded[:, :, :w] = masks
-    words = padded.view(torch.uint8).view(torch.int64)
+    words = padded.view(torch.int64)
 
     def byte_sums(dim: int) -> Tensor:
         parts = [block.sum(dim=dim) for block in words.split(255, dim=dim)]
@@ -75,7 +77,7 @@ def _axis_counts(masks: Tensor) -> tuple[Tensor, Tensor]:
     return byte_sums(1)[:, :w], byte_sums(2).view(n, h, 8).sum(dim=2)
 
 
-def reduce_masks(masks: Tensor, stride: int) -> Tensor:
+def downsample_masks(masks: Tensor, stride: int) -> Tensor:
     """Shrink masks by an even factor: bilinear resize, then "at least one half".
 
     The sample point of a block lies in the middle of its four central pixels, so the result is 1
@@ -97,13 +99,13 @@ def reduce_masks(masks: Tensor, stride: int) -> Tensor:
     return count >= 2
 
 
-def reduce_unpadded_masks(
+def downsample_unpadded_masks(
     masks: Tensor, stride: int, image_size: tuple[int, int], padded_size: tuple[int, int]
 ) -> Tensor:
     """Shrink masks as AdelaiDet does: from the unpadded image to a rounded size.
 
-    When a side of the image is no multiple of ``stride``, this scales by a factor slightly off
-    ``stride``; kept to repeat its targets (see ``reduce_masks`` for the exact way).
+    When a side of the image is not a multiple of ``stride``, the factor is slightly off ``stride``.
+    Needed only to repeat AdelaiDet's targets (see ``downsample_masks`` for the exact way).
 
     Args:
         masks: (N, H, W) bool, of at least ``image_size``.
@@ -173,52 +175,30 @@ def upsample_to_binary(
         (N, *output_size) bool.
     """
     soft_masks = soft_masks.detach()
-    n, h, w = soft_masks.shape
+    n, *size = soft_masks.shape
     device = soft_masks.device
     out = torch.zeros((n, *output_size), dtype=torch.bool, device=device)
     if n == 0:
         return out
-    weights = _direct_resize_matrix if direct else _resize_matrix
-    rows_of = weights(h, padded_size[0], image_size[0], output_size[0], device)
-    columns_of = weights(w, padded_size[1], image_size[1], output_size[1], device)
-    (top_of, bottom_of), (left_of, right_of) = _taps(rows_of), _taps(columns_of)
-
-    # the outputs (x1, y1, x2, y2) that some soft value above the threshold reaches
-    x1, y1, x2, y2 = tight_boxes(soft_masks > threshold).long().T.contiguous()
-    reached = torch.stack(
-        [
-            torch.searchsorted(right_of, x1),
-            torch.searchsorted(bottom_of, y1),
-            torch.searchsorted(left_of, x2),
-            torch.searchsorted(top_of, y2),
-        ],
-        dim=1,
-    )
-    if windows is not None:
-        start, stop = reached.split(2, dim=1)
-        reached = torch.cat([start.maximum(windows[:, :2]), stop.minimum(windows[:, 2:])], dim=1)
+    sizes = zip(size, padded_size, image_size, output_size)
+    rows, columns = (_axis(*along_axis, direct=direct) for along_axis in sizes)
     length = _masks_at_once(device, output_size[0] * output_size[1])
-    bounds = torch.stack(
-        [torch.cat([c[:, :2].amin(dim=0), c[:, 2:].amax(dim=0)]) for c in reached.split(length)]
-    )
-    top, bottom = top_of.tolist(), bottom_of.tolist()
-    left, right = left_of.tolist(), right_of.tolist()
+    # the only wait for the device
+    boxes = tight_boxes(soft_masks > threshold).long().cpu()
+    bounds = _reached(boxes, rows, columns, length, windows)
+    row_weights, column_weights = rows.weights.to(device), columns.weights.to(device)
     for i, (x1, y1, x2, y2) in enumerate(bounds.tolist()):
         if x1 >= x2 or y1 >= y2:
             continue
         chunk = slice(i * length, (i + 1) * length)
-        y_in, x_in = slice(top[y1], bottom[y2 - 1] + 1), slice(left[x1], right[x2 - 1] + 1)
+        y_in, x_in = rows.inputs(y1, y2), columns.inputs(x1, x2)
         with torch.autocast(device.type, enabled=False):
-            soft = rows_of[y_in, y1:y2].T @ soft_masks[chunk, y_in, x_in].float()
-            soft = soft @ columns_of[x_in, x1:x2]
+            soft = row_weights[y_in, y1:y2].T @ soft_masks[chunk, y_in, x_in].float()
+            soft = soft @ column_weights[x_in, x1:x2]
         hit = out[chunk, y1:y2, x1:x2]
         torch.gt(soft, threshold, out=hit)
         if windows is not None and length > 1:
-            rows = torch.arange(y1, y2, device=device)
-            columns = torch.arange(x1, x2, device=device)
-            low_x, low_y, high_x, high_y = windows[chunk, :, None].unbind(1)
-            hit &= ((low_y <= rows) & (rows < high_y))[:, :, None]
-            hit &= ((low_x <= columns) & (columns < high_x))[:, None, :]
+            hit &= _inside(windows[chunk], (x1, y1, x2, y2))
     return out
 
 
@@ -227,25 +207,73 @@ def _masks_at_once(device: torch.device, pixels: int) -> int:
     return 1 if device.type == "cpu" else chunk_length(pixels)
 
 
-def _taps(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(outputs,) first and last input that each output depends on; both ascend."""
+class _Axis(NamedTuple):
+    """A resize along one axis. Sizes alone decide it, so it is made on the CPU."""
+
+    weights: Tensor  # (inputs, outputs)
+    first: Tensor  # (outputs,) the first input that each output depends on; ascends
+    last: Tensor  # (outputs,) the last one; ascends
+
+    def inputs(self, start: int, stop: int) -> slice:
+        """What the outputs from ``start`` to ``stop`` depend on."""
+        return slice(int(self.first[start]), int(self.last[stop - 1]) + 1)
+
+
+def _axis(size: int, padded: int, image: int, output: int, *, direct: bool) -> _Axis:
+    matrix = _direct_resize_matrix if direct else _resize_matrix
+    weights = matrix(size, padded, image, output)
     used = weights > 0
-    index = torch.arange(len(weights), device=weights.device)[:, None]
-    return torch.where(used, index, len(weights)).amin(dim=0), (used * index).amax(dim=0)
+    index = torch.arange(size)[:, None]
+    first = torch.where(used, index, size).amin(dim=0)
+    return _Axis(weights, first, (used * index).amax(dim=0))
 
 
-def _resize_matrix(size: int, padded: int, image: int, output: int, device: torch.device) -> Tensor:
+def _reached(
+    boxes: Tensor, rows: _Axis, columns: _Axis, length: int, windows: Tensor | None
+) -> Tensor:
+    """The outputs that the values in a chunk's boxes reach.
+
+    Args:
+        boxes: (N, 4) int64 around the soft values that exceed the threshold, on the CPU.
+        rows, columns: the resize.
+        length: masks per chunk.
+        windows: see ``upsample_to_binary``.
+
+    Returns:
+        (chunks, 4) int64 x1, y1, x2, y2, right and bottom exclusive, on the CPU.
+    """
+    x1, y1, x2, y2 = boxes.T.contiguous()
+    start = torch.searchsorted(columns.last, x1), torch.searchsorted(rows.last, y1)
+    stop = torch.searchsorted(columns.first, x2), torch.searchsorted(rows.first, y2)
+    low, high = torch.stack(start, dim=1), torch.stack(stop, dim=1)
+    if windows is not None:
+        windows = windows.cpu()
+        low, high = low.maximum(windows[:, :2]), high.minimum(windows[:, 2:])
+    chunks = zip(low.split(length), high.split(length))
+    return torch.stack([torch.cat([a.amin(dim=0), b.amax(dim=0)]) for a, b in chunks])
+
+
+def _inside(windows: Tensor, region: tuple[int, int, int, int]) -> Tensor:
+    """(N, height, width) bool of a region's pixels: whether they lie in the window of each mask."""
+    x1, y1, x2, y2 = region
+    rows = torch.arange(y1, y2, device=windows.device)
+    columns = torch.arange(x1, x2, device=windows.device)
+    low_x, low_y, high_x, high_y = windows[:, :, None].unbind(1)
+    in_row = (low_y <= rows) & (rows < high_y)
+    in_column = (low_x <= columns) & (columns < high_x)
+    return in_row[:, :, None] & in_column[:, None, :]
+
+
+def _resize_matrix(size: int, padded: int, image: int, output: int) -> Tensor:
     """(size, output) weights of the two resizes along one axis: the operation on the identity."""
-    identity = torch.eye(size, device=device)[None]
+    identity = torch.eye(size)[None]
     upsampled = F.interpolate(identity, size=padded, mode="linear")[..., :image]
     return F.interpolate(upsampled, size=output, mode="linear")[0]
 
 
-def _direct_resize_matrix(
-    size: int, padded: int, image: int, output: int, device: torch.device
-) -> Tensor:
+def _direct_resize_matrix(size: int, padded: int, image: int, output: int) -> Tensor:
     """The same for one resize, to the size at which the part without padding has ``output``."""
-    identity = torch.eye(size, device=device)[None]
+    identity = torch.eye(size)[None]
     if padded == image:
         return F.interpolate(identity, size=output, mode="linear")[0]
     scale = padded * output / (image * size)

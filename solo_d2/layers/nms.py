@@ -8,6 +8,7 @@ _DECAYS = {
     "gaussian": lambda iou, sigma: torch.exp(-sigma * iou**2),
     "linear": lambda iou, sigma: 1 - iou,
 }
+MATRIX_NMS_KERNELS = tuple(_DECAYS)
 
 
 def point_nms(scores: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def matrix_nms(
         ValueError: the kernel is unknown.
     """
     if kernel not in _DECAYS:
-        raise ValueError(f"Matrix NMS kernel must be one of {sorted(_DECAYS)}, not {kernel!r}")
+        raise ValueError(f"kernel must be one of {MATRIX_NMS_KERNELS}, not {kernel!r}")
     if len(scores) == 0:
         return scores
     decay = _DECAYS[kernel]

@@ -54,7 +54,7 @@ def relative_coordinates(
         / (radius * scale)
         for n, p in zip(size, points.float().unbind(-1))
     ]
-    shape = (len(points), *size)
+    shape = (points.shape[0], *size)
     rows, columns = offsets[0][:, :, None], offsets[1][:, None, :]
     maps = [rows.expand(shape), columns.expand(shape)]
     if append_distance:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, half-pixel centers; nothing to do where the size is right.
+    """Bilinear with half-pixel centers; x itself if it has the size already.
 
     Args:
         x: (N, C, h, w); N may be 0, C may not.
@@ -45,11 +45,11 @@ def align_to_grid(feature: Tensor, grid: int, method: str = "interpolate") -> Te
 
 
 class UpsampledConv2d(Conv2d):
-    """A convolution over its input at twice the size, of which single channels can be had.
+    """Upsamples its input to twice the size, then convolves it.
 
-    Called, it does as it says, for all channels. ``select`` makes only those that are asked for,
-    and convolves before it doubles: both are linear, so their order is free, and neither the
-    larger input nor any other output channel exists, in the backward pass neither.
+    ``forward`` computes all output channels, ``select`` only the requested ones. ``select``
+    convolves before it upsamples, which gives the same result because both are linear. So neither
+    the larger input nor the other channels are ever made, in the backward pass either.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int):
@@ -65,11 +65,11 @@ class UpsampledConv2d(Conv2d):
         return super().forward(upsample2x(x))
 
     def select(self, x: Tensor, channels: Tensor) -> Tensor:
-        """Some channels of the output for one image.
+        """The requested output channels of one image.
 
         Args:
             x: (in_channels, h, w).
-            channels: (n,) indices; n may be 0, and the result then is still connected to all.
+            channels: (n,) indices. With n = 0 the result is still connected to x and the weights.
 
         Returns:
             (n, 2h, 2w) float32.
@@ -77,7 +77,7 @@ class UpsampledConv2d(Conv2d):
         (h, w), k = x.shape[-2:], self.kernel_size[0]
         # a convolution reads its input around a position, fold writes: the kernel is mirrored
         kernels = self.weight.index_select(0, channels).flip(2, 3).permute(0, 2, 3, 1)
-        # what every position of the kernel contributes, as maps of the input's size
+        # the contribution of each position of the kernel, as maps of the input's size
         maps = (kernels.flatten(0, 2) @ x.flatten(1)).float().view(-1, k * k, h, w)
         maps = upsample2x(maps)
         if k > 1:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 
 from .num_classes import get_value
 
@@ -40,7 +41,11 @@ def warn_about_own_keys(cfg: CfgNode) -> None:
     """Warn once, when a model is built, about the keys set in ``cfg`` that need solo_d2's trainer.
 
     Nothing is said within ``all_keys_honored``.
+
+    Raises:
+        ValueError: no pipeline can do what ``cfg`` asks for, see ``refuse_test_time_augmentation``.
     """
+    refuse_test_time_augmentation(cfg)
     remedies = {
         f"{key} {get_value(cfg, key)!r}": remedy
         for key, (neutral, remedy) in OWN_KEYS.items()
@@ -54,3 +59,17 @@ def warn_about_own_keys(cfg: CfgNode) -> None:
         "Training with Detectron2's DefaultTrainer ignores these settings, which "
         f"solo_d2.engine.Trainer honors: {message}"
     )
+
+
+def refuse_test_time_augmentation(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ValueError: TEST.AUG is enabled for an architecture that Detectron2's
+            ``GeneralizedRCNNWithTTA`` does not know how to augment.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    if cfg.TEST.AUG.ENABLED and not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
+        raise ValueError(
+            f"TEST.AUG.ENABLED must be False: {name} has no test-time augmentation, only models "
+            "with MODEL.META_ARCHITECTURE GeneralizedRCNN have"
+        )

@@ -13,10 +13,10 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.modeling import build_model
 
+from solo_d2.checkpoint import build_checkpointer
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
 from solo_d2.data.augmentation import test_resize
-from solo_d2.engine import build_checkpointer
 from solo_d2.errors import UserError, one_line
 from solo_d2.modeling import AdaptISPredictor
 from solo_d2.tools.predict import read_image

@@ -121,7 +121,7 @@ class Grids(NamedTuple):
                 f"NUM_GRIDS: {len(solo.NUM_GRIDS)}, SCALE_RANGES: {len(solo.SCALE_RANGES)}"
             )
         ranges = [list(bounds) for bounds in solo.SCALE_RANGES]
-        return cls(list(solo.NUM_GRIDS), ranges, solo.CENTER_SIGMA, solo.INCLUSIVE_BOXES)
+        return cls(list(solo.NUM_GRIDS), ranges, solo.CENTER_SIGMA)
 
     def scales(self, boxes: Tensor) -> Tensor:
         """What is compared with the ranges: sqrt(box area), (N,)."""

@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
-from solo_d2.data import setup_datasets
 from solo_d2.evaluation.coco import RESULTS_FILE, InstanceEvaluator
 
 
@@ -31,11 +29,9 @@ def predictions(record, scores: list[float], mask_scores: list[float] | None) ->
 
 
 @pytest.fixture
-def evaluate(toy_cfg, tmp_path):
+def evaluate(shapes_val, tmp_path):
     """Results and results file of predictions, for objects that fill their boxes."""
-    cfg = toy_cfg("DATASETS.SHAPES.VAL_IMAGES", 3)
-    setup_datasets(cfg)
-    records = DatasetCatalog.get("shapes_val")
+    records = shapes_val(3)
 
     def run(scores, mask_scores):
         evaluator = InstanceEvaluator("shapes_val", output_dir=str(tmp_path))

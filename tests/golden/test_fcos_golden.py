@@ -12,8 +12,8 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn import functional as F
 
-from solo_d2.modeling.centermask.fcos import FCOSOutputs, FCOSProposalGenerator
-from solo_d2.modeling.centermask.inference import select_boxes
+from solo_d2.modeling.centermask.fcos import FCOSProposalGenerator
+from solo_d2.modeling.centermask.inference import FCOSOutputs, select_boxes
 from solo_d2.modeling.centermask.mask_head import SpatialAttention
 from solo_d2.modeling.centermask.mask_iou import (
     crop_masks,
@@ -37,21 +37,16 @@ def golden(load_golden):
     return load_golden("fcos_parts")
 
 
-@pytest.fixture(scope="module")
-def close(golden):
-    """Compares arrays and losses to the file's tolerances."""
-    text = golden.meta["suggested_tolerance"]
-    rtol, atol = map(
-        float, re.search(r"float arrays rtol ([\de.-]+), atol ([\de.-]+)", text).groups()
+# The file's tolerances: of arrays, and of losses.
+ARRAY = {"rtol": 1e-5, "atol": 1e-5}
+LOSS = {"rtol": 1e-5, "atol": 1e-12}
+
+
+def close(actual, expected, loss: bool = False):
+    expected = torch.as_tensor(expected).double()
+    torch.testing.assert_close(
+        torch.as_tensor(actual).double(), expected, **(LOSS if loss else ARRAY)
     )
-    loss_rtol = float(re.search(r"losses rtol ([\de.-]+)", text)[1])
-
-    def compare(actual, expected, loss: bool = False):
-        expected = torch.as_tensor(expected).double()
-        tolerance = {"rtol": loss_rtol, "atol": 1e-12} if loss else {"rtol": rtol, "atol": atol}
-        torch.testing.assert_close(torch.as_tensor(actual).double(), expected, **tolerance)
-
-    return compare
 
 
 def borders_of(golden) -> list[float]:
@@ -84,13 +79,7 @@ def test_the_pooler_assigns_by_the_unpadded_sizes(golden):
     image = golden["lvl_image_index"].long()
     sizes = [tuple(size) for size in golden["lvl_image_sizes"].tolist()]
     boxes = [Boxes(golden["lvl_boxes"][image == i]) for i in range(len(sizes))]
-    pooler = AdaptiveROIPooler(
-        criterion="ratio",
-        output_size=2,
-        scales=[1 / 8, 1 / 16, 1 / 32],
-        sampling_ratio=0,
-        pooler_type="ROIAlignV2",
-    )
+    pooler = AdaptiveROIPooler(output_size=2, strides=[8, 16, 32])
     expected = torch.cat([golden["lvl_ratio_3_5"][image == i] for i in range(len(sizes))])
     assert pooler.assign(boxes, sizes).tolist() == expected.tolist()
 
@@ -110,7 +99,7 @@ def test_locations(golden):
 
 
 @pytest.mark.parametrize("kind", ["cs", "in"])
-def test_targets_of_locations(golden, close, kind):
+def test_targets_of_locations(golden, kind):
     strides, num_classes = golden.meta["strides"], golden.meta["classes"]
     images = [i for i in range(9) if f"tgt_gt{i}_boxes" in golden]
     boxes = [golden[f"tgt_gt{i}_boxes"] for i in images]
@@ -151,14 +140,12 @@ def test_targets_of_locations(golden, close, kind):
 def generator(golden, **options) -> FCOSProposalGenerator:
     return FCOSProposalGenerator(
         head=nn.Identity(),
-        in_features=[],
+        in_features=["p3", "p4", "p5", "p6", "p7"],
         strides=golden.meta["strides"],
         num_classes=golden.meta["classes"],
         borders=borders_of(golden),
         focal_loss_alpha=golden.meta["focal"]["alpha"],
         focal_loss_gamma=golden.meta["focal"]["gamma"],
-        select_train=None,
-        select_test={},
         **options,
     )
 
@@ -179,7 +166,7 @@ PRESENT = {"both": [True, True], "second_empty": [True, False], "all_empty": [Fa
 @pytest.mark.parametrize("kind", ["cs", "in"])
 @pytest.mark.parametrize("loss", ["giou", "iou", "linear_iou"])
 @pytest.mark.parametrize("images", PRESENT)
-def test_losses(golden, close, images, loss, kind):
+def test_losses(golden, images, loss, kind):
     outputs = level_arrays(golden, "loss")
     for levels in outputs:
         for x in levels:
@@ -208,18 +195,21 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("tag", SETTINGS)
-def test_selected_boxes(golden, close, tag):
+def test_selected_boxes(golden, recorded_order, tag):
     settings = {"score_threshold": 0.05, "pre_nms_topk": 1000, "nms_threshold": 0.6}
     settings |= {"post_nms_topk": 100} | SETTINGS[tag]
     outputs = level_arrays(golden, "sel")
-    found = select_boxes(*outputs, strides=golden.meta["strides"], **settings)
-    for i, detections in enumerate(found):
-        assert detections.classes.tolist() == golden[f"sel_{tag}_{i}_classes"].tolist()
-        for name in ("boxes", "scores", "locations"):
-            close(getattr(detections, name), golden[f"sel_{tag}_{i}_{name}"])
+    found = select_boxes(outputs, strides=golden.meta["strides"], **settings)
+    for i, image in enumerate(found):
+        recorded = [golden[f"sel_{tag}_{i}_{name}"] for name in image._fields]
+        order = recorded_order(
+            image.scores, image.boxes, recorded[1], recorded[0], tolerance=ARRAY["atol"]
+        )
+        for actual, expected in zip(image, recorded):
+            close(actual[order], expected)
 
 
-def test_matched_proposals(golden, close, monkeypatch):
+def test_matched_proposals(golden, monkeypatch):
     from detectron2.modeling.roi_heads import roi_heads
 
     def foreground_first(labels, num_samples, positive_fraction, bg_label):
@@ -270,8 +260,8 @@ class GivenOutputs(nn.Module):
         super().__init__()
         self.output, self.loss_weight, self.inputs = output, 1.0, []
 
-    def layers(self, x):
-        return self.output
+    def class_logits(self, x, classes):
+        return self.output[torch.arange(len(classes)), classes]
 
     def forward(self, features, mask_probs):
         self.inputs.append(mask_probs)
@@ -317,7 +307,7 @@ def mask_losses(golden, masks, mask_logits, mask_ious):
     return losses, iou_head.inputs[0]
 
 
-def test_mask_targets(golden, close):
+def test_mask_targets(golden):
     masks, index, boxes = polygons(golden), golden["msk_gt_index"].long(), golden["msk_boxes"]
     logits = golden["msk_logits_cls"]
     targets = crop_masks(masks, index, boxes, logits.shape[-1])
@@ -329,7 +319,7 @@ def test_mask_targets(golden, close):
     close(mask_iou_targets(logits > 0, targets, visible), golden["msk_maskiou_target"])
 
 
-def test_mask_losses(golden, close):
+def test_mask_losses(golden):
     predicted = golden["msk_pred_maskiou"].requires_grad_()
     logits = all_classes(golden, predicted.shape[1])
     losses, probs = mask_losses(golden, polygons(golden), logits, predicted)
@@ -342,7 +332,7 @@ def test_mask_losses(golden, close):
     close(logits.grad.norm(), golden["msk_grad_logits_norm"])
 
 
-def test_masks_that_miss_their_objects_have_no_iou_loss(golden, close):
+def test_masks_that_miss_their_objects_have_no_iou_loss(golden):
     predicted = golden["msk_pred_maskiou"].requires_grad_()
     logits = torch.full((len(predicted), predicted.shape[1], 28, 28), -1.0)
     losses, _ = mask_losses(golden, polygons(golden), logits, predicted)
@@ -360,7 +350,7 @@ def test_bitmasks_show_about_the_same_share_as_their_polygons(golden):
     assert difference.abs().max() < 0.01
 
 
-def test_spatial_attention(golden, close):
+def test_spatial_attention(golden):
     module = SpatialAttention()
     module.load_state_dict({"conv.weight": golden["sam_weight"]})
     with torch.no_grad():

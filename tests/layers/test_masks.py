@@ -10,9 +10,9 @@ from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.losses import dice_loss
 from solo_d2.layers.masks import (
+    downsample_masks,
+    downsample_unpadded_masks,
     mass_centers,
-    reduce_masks,
-    reduce_unpadded_masks,
     tight_boxes,
     upsample_to_binary,
 )
@@ -53,12 +53,14 @@ def test_mass_centers_are_the_mean_indices(seed, n, h, w):
 def test_reducing_is_a_bilinear_resize_and_a_test_for_one_half(seed, stride):
     masks = random_masks(seed, 3, 2 * stride, 3 * stride)
     resized = F.interpolate(masks[None].double(), scale_factor=1 / stride, mode="bilinear")[0]
-    assert torch.equal(reduce_masks(masks, stride), resized >= 0.5)
+    assert torch.equal(downsample_masks(masks, stride), resized >= 0.5)
 
 
 def test_both_ways_of_reducing_agree_where_the_size_divides():
     masks = random_masks(3, 5, 32, 48)
-    assert torch.equal(reduce_unpadded_masks(masks, 4, (32, 48), (32, 48)), reduce_masks(masks, 4))
+    assert torch.equal(
+        downsample_unpadded_masks(masks, 4, (32, 48), (32, 48)), downsample_masks(masks, 4)
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (30, 46)])
@@ -72,7 +74,7 @@ def test_unpadded_reduction_is_the_resize_of_opencv(size):
     if rows and columns:
         for i, mask in enumerate(masks[:, :h, :w].numpy().astype(np.uint8)):
             expected[i, :rows, :columns] = torch.from_numpy(cv2.resize(mask, (columns, rows)) > 0)
-    assert torch.equal(reduce_unpadded_masks(masks, 4, size, (32, 48)), expected)
+    assert torch.equal(downsample_unpadded_masks(masks, 4, size, (32, 48)), expected)
 
 
 def literal_upsampling(soft, padded_size, image_size, output_size, threshold):

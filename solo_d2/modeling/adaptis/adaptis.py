@@ -89,6 +89,7 @@ class AdaptIS(InstanceSegmentor):
     """
 
     num_classes_key = "MODEL.ADAPTIS.NUM_THINGS"
+    best_metric = "panoptic_seg/PQ"
 
     @configurable
     def __init__(

@@ -9,22 +9,19 @@ def add_backbone_config(cfg: CN) -> None:
     # their statistics do not (the recipe of mmdetection; for small batches).
     cfg.MODEL.BACKBONE.FREEZE_BN_STATS = False
 
-    # Of a stage in RESNETS.DEFORM_ON_PER_STAGE, the blocks whose index this divides are deformable;
-    # 1: all. And whether their 3x3 convolutions have a bias. YOLACT++ with ResNet-101 has 3, True.
+    # In a stage of RESNETS.DEFORM_ON_PER_STAGE, make every DEFORM_INTERVAL-th block deformable
+    # (1 = all), and give its 3x3 convolution a bias. YOLACT++ with ResNet-101 has 3, True.
     cfg.MODEL.RESNETS.DEFORM_INTERVAL = 1
     cfg.MODEL.RESNETS.DEFORM_BIAS = False
 
-    # DarkNet-53 as a bottom-up backbone: res1..res5 at strides 2..32. The stages have 2 to 32 times
-    # the stem's channels; NORM as in RESNETS.
+    # DarkNet-53 as a bottom-up backbone: res1..res5 at strides 2..32.
     cfg.MODEL.DARKNET = CN()
-    cfg.MODEL.DARKNET.DEPTH = 53
     cfg.MODEL.DARKNET.OUT_FEATURES = ["res3", "res4", "res5"]
-    cfg.MODEL.DARKNET.STEM_OUT_CHANNELS = 32
-    cfg.MODEL.DARKNET.NORM = "BN"
 
     # torchvision's MobileNetV2 as a bottom-up backbone: res2..res5 at strides 4..32.
     cfg.MODEL.MOBILENETV2 = CN()
     cfg.MODEL.MOBILENETV2.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # Factor on all widths; published weights are for 1.
     cfg.MODEL.MOBILENETV2.WIDTH_MULT = 1.0
     # "FrozenBN" or "BN".
     cfg.MODEL.MOBILENETV2.NORM = "FrozenBN"
@@ -39,8 +36,7 @@ def add_backbone_config(cfg: CN) -> None:
     cfg.MODEL.VOVNET.WIDTH_MULT = 1.0
     # "FrozenBN", "BN", "SyncBN" or "GN".
     cfg.MODEL.VOVNET.NORM = "FrozenBN"
-    # stage2..stage5 with deformable 3x3 convolutions (no effect on the "dw" bodies), v2 of them,
-    # and groups of offsets, of which there is one.
+    # stage2..stage5 with deformable 3x3 convolutions (no effect on the "dw" bodies), and whether
+    # these are DCNv2.
     cfg.MODEL.VOVNET.STAGE_WITH_DCN = (False, False, False, False)
     cfg.MODEL.VOVNET.WITH_MODULATED_DCN = False
-    cfg.MODEL.VOVNET.DEFORMABLE_GROUPS = 1

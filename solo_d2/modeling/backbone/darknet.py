@@ -4,11 +4,10 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from .registry import register_backbone
+from .registry import check_freeze_at, register_backbone
 
-# Residual blocks of res1 to res5.
-_BLOCKS = {53: (1, 2, 8, 8, 4)}
-_STEM_CHANNELS = 32
+# Residual blocks per stage of DarkNet-53.
+_BLOCKS = {"res1": 1, "res2": 2, "res3": 8, "res4": 8, "res5": 4}
 
 
 class _ConvNormLeaky(Conv2d):
@@ -51,33 +50,26 @@ class DarkNet(Backbone):
     def __init__(
         self,
         *,
-        depth: int = 53,
         out_features: list[str],
-        stem_channels: int = _STEM_CHANNELS,
+        stem_channels: int = 32,
         norm: str = "BN",
         freeze_at: int = 0,
     ):
         """
         Args:
-            depth: 53.
-            out_features: of "res1" to "res5"; no stage after the last of them is built.
-            stem_channels: width of the stem; the stages have 2 to 32 times as much.
-            norm: as for ``detectron2.layers.get_norm``.
-            freeze_at: freeze the stem (1 or more) and the stages up to "res<freeze_at>"; 0 freezes
-                none.
+            out_features: some of "res1" to "res5"; stages after the last of them are not built.
+            stem_channels: width of the stem; the stages are 2 to 32 times as wide.
+            norm: see ``detectron2.layers.get_norm``.
+            freeze_at: freeze the stem (1 or more) and the stages up to "res<freeze_at>"; 0: none.
 
         Raises:
-            ValueError: the depth or an output is unknown.
+            ValueError: an option has an unsupported value.
         """
         super().__init__()
-        if depth not in _BLOCKS:
-            raise ValueError(f"MODEL.DARKNET.DEPTH must be one of {[*_BLOCKS]}, not {depth}")
-        names = [f"res{k}" for k in range(1, len(_BLOCKS[depth]) + 1)]
-        unknown = [name for name in out_features if name not in names]
-        if unknown or not out_features:
-            raise ValueError(
-                f"MODEL.DARKNET.OUT_FEATURES must be some of {names}, not {[*out_features]}"
-            )
+        names = [*_BLOCKS]
+        if not out_features or not set(out_features) <= set(names):
+            raise ValueError(f"out_features must be some of {names}, not {[*out_features]}")
+        check_freeze_at(freeze_at)
         self._out_features = list(out_features)
         self._out_feature_channels = {}
         self._out_feature_strides = {}
@@ -88,7 +80,7 @@ class DarkNet(Backbone):
         for i, name in enumerate(self.stage_names):
             width = stem_channels * 2**i
             entry = _ConvNormLeaky(width, 2 * width, 3, norm=norm, stride=2)
-            blocks = [DarkNetBlock(2 * width, norm=norm) for _ in range(_BLOCKS[depth][i])]
+            blocks = [DarkNetBlock(2 * width, norm=norm) for _ in range(_BLOCKS[name])]
             self.add_module(name, nn.Sequential(entry, *blocks))
             if name in out_features:
                 self._out_feature_channels[name] = 2 * width
@@ -116,12 +108,7 @@ class DarkNet(Backbone):
 
 @register_backbone
 def build_darknet_backbone(cfg, input_shape: ShapeSpec) -> DarkNet:
-    """DarkNet from ``cfg.MODEL.DARKNET`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``."""
-    options = cfg.MODEL.DARKNET
+    """DarkNet-53 from ``cfg.MODEL.DARKNET`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``."""
     return DarkNet(
-        depth=options.DEPTH,
-        out_features=options.OUT_FEATURES,
-        stem_channels=options.STEM_OUT_CHANNELS,
-        norm=options.NORM,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        out_features=cfg.MODEL.DARKNET.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT
     )

@@ -1,6 +1,6 @@
 """ResNets with deformable convolutions that need no compiled extension."""
 
-from detectron2.layers import ShapeSpec
+from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import FPN, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
@@ -12,23 +12,21 @@ from .fpn import build_fcos_fpn, build_fpn
 from .registry import register_backbone
 
 
-class DeformBottleneck(BottleneckBlock):
-    """A bottleneck whose 3x3 convolution is deformable, over torchvision's operator.
+class DeformBottleneck(CNNBlockBase):
+    """A bottleneck whose 3x3 convolution is deformable, by torchvision's operator.
 
-    Made from a plain one. Parameters have the names of Detectron2's own deformable block, which
-    works only with its compiled extension.
+    Made from a plain one. Parameters are named as in Detectron2's own deformable block, which
+    needs its compiled extension.
     """
 
     def __init__(self, plain: BottleneckBlock, *, modulated: bool, bias: bool = False):
         """
         Args:
-            plain: the block to take over; its layers are reused.
+            plain: the block whose layers are taken over.
             modulated: DCNv2.
             bias: give the deformable convolution a bias, zero at first, before its norm.
         """
-        nn.Module.__init__(self)
-        self.in_channels, self.out_channels = plain.in_channels, plain.out_channels
-        self.stride = plain.stride
+        super().__init__(plain.in_channels, plain.out_channels, plain.stride)
         self.shortcut, self.conv1, self.conv3 = plain.shortcut, plain.conv1, plain.conv3
         old = plain.conv2
         self.conv2 = DeformConv2d(
@@ -46,7 +44,7 @@ class DeformBottleneck(BottleneckBlock):
         self.conv2.weight = old.weight
         if bias:
             nn.init.zeros_(self.conv2.bias)
-        # under Detectron2's name, beside conv2 rather than inside
+        # Detectron2 has it beside conv2, not inside
         self.conv2_offset = self.conv2.offset
         del self.conv2.offset
 
@@ -60,13 +58,12 @@ class DeformBottleneck(BottleneckBlock):
 
 @register_backbone
 def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet with RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED honoured.
+    """Detectron2's ResNet with RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED honored.
 
     DEFORM_INTERVAL and DEFORM_BIAS are ours; see config.py.
 
     Raises:
-        ValueError: the depth has no bottleneck blocks, there is more than one deform group, or the
-            interval is no positive number.
+        ValueError: one of these keys has an unsupported value.
     """
     options = cfg.MODEL.RESNETS
     deform = options.DEFORM_ON_PER_STAGE

@@ -1,6 +1,7 @@
 """The feature pyramids over the bottom-up backbones of this package."""
 
 import math
+import re
 from collections.abc import Callable
 
 from detectron2.modeling import FPN, Backbone
@@ -16,19 +17,22 @@ def build_fpn(cfg, bottom_up: Backbone) -> FPN:
 
 
 def build_fcos_fpn(cfg, bottom_up: Backbone) -> FPN:
-    """FCOS's pyramid, P3 to P7 with its IN_FEATURES: ``cfg.MODEL.FCOS.TOP_LEVELS`` above P5.
+    """FCOS's pyramid, P3 to P7: P6 from P5, P7 from P6, up to the coarsest level that is used.
 
     Raises:
-        ValueError: TOP_LEVELS is negative, or the backbone has no such features.
+        ValueError: MODEL.FPN.IN_FEATURES has a feature that the backbone does not have.
     """
-    channels, top_levels = cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.FCOS.TOP_LEVELS
-    if top_levels < 0:
-        raise ValueError(f"MODEL.FCOS.TOP_LEVELS must be 0 or more, not {top_levels}")
+    used = [*cfg.MODEL.FCOS.IN_FEATURES]
+    if cfg.MODEL.MASK_ON:
+        used += cfg.MODEL.ROI_HEADS.IN_FEATURES
+    # whoever uses a level without such a name reports that it is missing
+    coarsest = max((int(name[1:]) for name in used if re.fullmatch(r"p\d", name)), default=0)
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
 
     def top_block(last_level: int) -> nn.Module | None:
-        if top_levels == 0:
+        if coarsest <= last_level:
             return None
-        return StridedTopBlock(channels, last_level=last_level, num_levels=top_levels)
+        return StridedTopBlock(channels, last_level=last_level, num_levels=coarsest - last_level)
 
     return _build(cfg, bottom_up, top_block)
 
@@ -39,7 +43,7 @@ def _build(cfg, bottom_up: Backbone, top_block: Callable[[int], nn.Module | None
     for name in names:
         if name not in shapes:
             raise ValueError(
-                f"MODEL.FPN.IN_FEATURES has {name!r}, the backbone's outputs are {[*shapes]}"
+                f"MODEL.FPN.IN_FEATURES has {name!r}, but the backbone's outputs are {[*shapes]}"
             )
     return FPN(
         bottom_up=bottom_up,
@@ -54,16 +58,15 @@ def _build(cfg, bottom_up: Backbone, top_block: Callable[[int], nn.Module | None
 class StridedTopBlock(nn.Module):
     """Levels above a pyramid's last output: P6 from P5, P7 from ReLU(P6), and so on.
 
-    Detectron2's ``LastLevelP6P7`` always has two; this is the same for any number. The levels'
-    names are those of the convolutions.
+    Detectron2's ``LastLevelP6P7`` always has two. The convolutions have the names of the levels.
     """
 
     def __init__(self, channels: int, *, last_level: int, num_levels: int):
         """
         Args:
-            channels: of all levels.
-            last_level: of the pyramid: 5 for P5.
-            num_levels: above it.
+            channels: channels of all levels.
+            last_level: coarsest level of the pyramid without this block: 5 for P5.
+            num_levels: number of levels above it.
         """
         super().__init__()
         self.in_feature = f"p{last_level}"

@@ -1,15 +1,17 @@
 """MobileNetV2 (arXiv 1801.04381) of torchvision as a bottom-up backbone."""
 
+from typing import Any
+
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import FPN, Backbone
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
 from .fpn import build_fcos_fpn, build_fpn
-from .registry import register_backbone
+from .registry import check_freeze_at, register_backbone
 
-# Last block of each stride. The final 1x1 conv to 1280 channels serves the classifier and is left
-# out: it would quadruple the width of the coarsest lateral connection.
+# Last block of each stride. The final 1x1 conv to 1280 channels belongs to the classifier and is
+# left out: it would quadruple the width of the coarsest lateral connection.
 _STAGES = {"res2": 3, "res3": 6, "res4": 13, "res5": 17}
 
 
@@ -29,20 +31,20 @@ class MobileNetV2(Backbone):
     ):
         """
         Args:
-            out_features: of "res2" to "res5", at strides 4 to 32.
+            out_features: some of "res2" to "res5", at strides 4 to 32.
             width_mult: factor on all widths.
             norm: "FrozenBN" or "BN".
             freeze_at: freeze the stem (1), and the stages up to "res<freeze_at>"; 0 freezes none.
 
         Raises:
-            ValueError: an output or the norm is unknown.
+            ValueError: an option has an unsupported value.
         """
         super().__init__()
-        unknown = [name for name in out_features if name not in _STAGES]
-        if unknown:
-            raise ValueError(f"MODEL.MOBILENETV2.OUT_FEATURES: no {unknown[0]!r} in {[*_STAGES]}")
+        if not out_features or not set(out_features) <= set(_STAGES):
+            raise ValueError(f"out_features must be some of {[*_STAGES]}, not {[*out_features]}")
         if norm not in ("FrozenBN", "BN"):
-            raise ValueError(f"MODEL.MOBILENETV2.NORM must be 'FrozenBN' or 'BN', not {norm!r}")
+            raise ValueError(f"norm must be 'FrozenBN' or 'BN', not {norm!r}")
+        check_freeze_at(freeze_at)
         blocks = mobilenet_v2(weights=None, width_mult=width_mult).features
         self.features = blocks[: max(_STAGES[name] for name in out_features) + 1]
         self._out_features = list(out_features)
@@ -57,6 +59,18 @@ class MobileNetV2(Backbone):
             for parameter in block.parameters():
                 parameter.requires_grad = False
             FrozenBatchNorm2d.convert_frozen_batchnorm(block)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Detectron2's checkpointer would go on with random weights: torchvision's names have no
+        # "backbone.bottom_up." in front, so nothing of its file reaches this module.
+        if not any(name.startswith(prefix) for name in state_dict):
+            raise ValueError(
+                f"the file has no weights for MobileNetV2 ({prefix}features...); a file of "
+                "torchvision is loaded by solo_d2.checkpoint.Checkpointer(model).load(path)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> a map (N, C, H / stride, W / stride) per output."""

@@ -29,3 +29,12 @@ def register_backbone(build: Builder[BackboneT]) -> Builder[BackboneT]:
 
     BACKBONE_REGISTRY.register(build_prepared)
     return build_prepared
+
+
+def check_freeze_at(freeze_at: int) -> None:
+    """
+    Raises:
+        ValueError: ``freeze_at`` is none of 0 (nothing), 1 (the stem) to 5 (everything).
+    """
+    if not 0 <= freeze_at <= 5:
+        raise ValueError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) must be 0 to 5, not {freeze_at!r}")

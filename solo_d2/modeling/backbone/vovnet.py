@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from solo_d2.layers.deform_conv import DeformConv2d
 
 from .fpn import build_fcos_fpn, build_fpn
-from .registry import register_backbone
+from .registry import check_freeze_at, register_backbone
 
 
 class VoVNetBody(NamedTuple):
@@ -154,7 +154,7 @@ class VoVNet(Backbone):
         """
         Args:
             body: one of ``BODIES``, or another.
-            out_features: of "stem", "stage2" to "stage5"; no stage after the last of them is built.
+            out_features: some of "stem", "stage2" to "stage5"; stages after the last are not built.
             in_channels: of the image.
             norm: "FrozenBN", "BN", "SyncBN" or "GN".
             freeze_at: freeze the stem (1 or more) and the stages up to "stage<freeze_at>", with
@@ -164,22 +164,23 @@ class VoVNet(Backbone):
             deform_modulated: as of DCNv2.
 
         Raises:
-            ValueError: an output or the norm is unknown, or the norm is not for such widths.
+            ValueError: an option has an unsupported value.
         """
         super().__init__()
         names = ["stem", *_STAGES]
-        unknown = [name for name in out_features if name not in names]
-        if unknown or not out_features:
-            raise ValueError(
-                f"MODEL.VOVNET.OUT_FEATURES must be some of {names}, not {[*out_features]}"
-            )
+        if not out_features or not set(out_features) <= set(names):
+            raise ValueError(f"out_features must be some of {names}, not {[*out_features]}")
         if norm not in _NORMS:
-            raise ValueError(f"MODEL.VOVNET.NORM must be one of {[*_NORMS]}, not {norm!r}")
+            raise ValueError(f"norm must be one of {[*_NORMS]}, not {norm!r}")
+        if len(deform_on_per_stage) != len(_STAGES):
+            raise ValueError(
+                f"deform_on_per_stage must have {len(_STAGES)} values, for stage2 to stage5, "
+                f"not {len(deform_on_per_stage)}"
+            )
+        check_freeze_at(freeze_at)
         odd = [width for width in (*body.stem, *body.inner, *body.out) if width % 32]
         if norm == "GN" and odd:
-            raise ValueError(
-                f"MODEL.VOVNET.NORM 'GN' has 32 groups, but this body has {odd[0]} channels"
-            )
+            raise ValueError(f"norm 'GN' has 32 groups, but this body has {odd[0]} channels")
 
         def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Module:
             if body.depthwise:
@@ -237,7 +238,7 @@ class VoVNet(Backbone):
         self._freeze(freeze_at)
 
     def _freeze(self, freeze_at: int) -> None:
-        for name in ["stem", *self.stage_names][: max(freeze_at, 0)]:
+        for name in ["stem", *self.stage_names][:freeze_at]:
             part = getattr(self, name)
             part.requires_grad_(False)
             FrozenBatchNorm2d.convert_frozen_batchnorm(part)
@@ -275,21 +276,12 @@ def build_vovnet_backbone(cfg, input_shape: ShapeSpec) -> VoVNet:
     """VoVNetV2 from ``cfg.MODEL.VOVNET`` and ``cfg.MODEL.BACKBONE.FREEZE_AT``.
 
     Raises:
-        ValueError: a value is unknown or not supported; see also ``VoVNet``.
+        ValueError: a key has an unsupported value; see also ``VoVNet``.
     """
     options = cfg.MODEL.VOVNET
     if options.CONV_BODY not in BODIES:
         raise ValueError(
             f"MODEL.VOVNET.CONV_BODY must be one of {[*BODIES]}, not {options.CONV_BODY!r}"
-        )
-    if options.DEFORMABLE_GROUPS != 1:
-        raise ValueError(
-            f"MODEL.VOVNET.DEFORMABLE_GROUPS must be 1, not {options.DEFORMABLE_GROUPS}"
-        )
-    if len(options.STAGE_WITH_DCN) != len(_STAGES):
-        raise ValueError(
-            f"MODEL.VOVNET.STAGE_WITH_DCN must have {len(_STAGES)} values, for stage2 to stage5, "
-            f"not {len(options.STAGE_WITH_DCN)}"
         )
     return VoVNet(
         body=BODIES[options.CONV_BODY].scaled(options.WIDTH_MULT),

@@ -1,7 +1,18 @@
-"""FCOS, the detector without anchors: boxes and classes from every location of a pyramid."""
+"""FCOS, the detector without anchors: boxes and classes from every location of a pyramid.
+
+Shape shorthand in this folder:
+
+    N: number of images
+    M: objects of an image, padded to the most of any image of the batch
+    C: number of classes, without background
+    L: locations of all levels of an image
+    P: positive locations of the batch
+    R: boxes (regions of interest) of all images of the batch that get masks
+    S: side of the square of features that is pooled from a box; masks are 2 S wide
+"""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
@@ -17,21 +28,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 
 from ..num_classes import resolve_num_classes
-from .inference import select_boxes
+from .inference import FCOSOutputs, SelectedBoxes, select_boxes
 from .losses import BOX_LOSSES
 from .targets import assign_locations, box_distances, centerness, level_locations
 
 
-class FCOSOutputs(NamedTuple):
-    """Outputs of ``FCOSHead``, per level."""
-
-    class_logits: list[Tensor]  # (N, C, H, W)
-    distances: list[Tensor]  # (N, 4, H, W) to left, top, right, bottom; in strides, not negative
-    centerness: list[Tensor]  # (N, 1, H, W) logits
-
-
 class FCOSHead(nn.Module):
-    """Two towers, shared by all levels; centerness is predicted by that of the boxes."""
+    """Two towers, shared by all levels; the box tower also predicts centerness."""
 
     def __init__(
         self,
@@ -39,54 +42,56 @@ class FCOSHead(nn.Module):
         in_channels: int,
         num_levels: int,
         num_classes: int,
-        num_share_convs: int = 0,
         num_class_convs: int = 4,
         num_box_convs: int = 4,
         norm: str = "GN",
-        use_scale: bool = True,
         prior_prob: float = 0.01,
     ):
         """
         Args:
-            in_channels: of all features, and of the towers.
-            num_levels, num_classes: the outputs are per level, of so many classes.
-            num_share_convs, num_class_convs, num_box_convs: 3x3 convolutions, each with norm and
-                ReLU, before both towers and in each.
-            norm: see ``detectron2.layers.get_norm``; "" for none.
-            use_scale: a learned factor on the distances of each level.
-            prior_prob: of each class before training.
+            in_channels: channels of all features and of the towers.
+            num_levels: number of levels; each has a learned factor on its distances.
+            num_classes: C.
+            num_class_convs, num_box_convs: 3x3 convolutions of each tower, with norm and ReLU.
+            norm: see ``detectron2.layers.get_norm``; "GN" has 32 groups; "" for none.
+            prior_prob: probability of each class before training.
+
+        Raises:
+            ValueError: ``prior_prob`` or a number of convolutions has an unsupported value.
         """
         super().__init__()
-        self.share_tower = _tower(num_share_convs, in_channels, norm)
+        if not 0 < prior_prob < 1:
+            raise ValueError(f"prior_prob must be between 0 and 1, not {prior_prob!r}")
+        if min(num_class_convs, num_box_convs) < 0:
+            raise ValueError(
+                "num_class_convs and num_box_convs must be 0 or more, "
+                f"not {num_class_convs!r} and {num_box_convs!r}"
+            )
         self.class_tower = _tower(num_class_convs, in_channels, norm)
         self.box_tower = _tower(num_box_convs, in_channels, norm)
         self.class_logits = _conv3x3(in_channels, num_classes)
         self.box_pred = _conv3x3(in_channels, 4)
         self.centerness = _conv3x3(in_channels, 1)
         nn.init.constant_(self.class_logits.bias, -math.log((1 - prior_prob) / prior_prob))
-        self.scales = nn.Parameter(torch.ones(num_levels)) if use_scale else None
+        self.scales = nn.Parameter(torch.ones(num_levels))
 
     def forward(self, features: list[Tensor]) -> FCOSOutputs:
         """One feature (N, C, H, W) per level."""
-        outputs = FCOSOutputs([], [], [])
-        for level, feature in enumerate(features):
-            shared = self.share_tower(feature)
-            box_feature = self.box_tower(shared)
-            distances = self.box_pred(box_feature).float()
-            if self.scales is not None:
-                distances = distances * self.scales[level]
-            outputs.class_logits.append(self.class_logits(self.class_tower(shared)))
-            outputs.distances.append(F.relu(distances))
-            outputs.centerness.append(self.centerness(box_feature))
-        return outputs
+        class_logits, distances, centerness = [], [], []
+        for feature, scale in zip(features, self.scales):
+            box_feature = self.box_tower(feature)
+            class_logits.append(self.class_logits(self.class_tower(feature)))
+            distances.append(F.relu(self.box_pred(box_feature).float() * scale))
+            centerness.append(self.centerness(box_feature))
+        return FCOSOutputs(class_logits, distances, centerness)
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class FCOSProposalGenerator(nn.Module):
     """FCOS as the proposal generator of a ``GeneralizedRCNN``.
 
-    It detects: its boxes, classes and scores are final. ``CenterMaskROIHeads`` adds masks to them
-    or, with MODEL.MASK_ON False, passes them through.
+    It is a detector: its boxes, classes and scores are final. ``CenterMaskROIHeads`` adds masks to
+    them or, with MODEL.MASK_ON False, passes them through.
     """
 
     num_classes_key = "MODEL.FCOS.NUM_CLASSES"
@@ -104,79 +109,91 @@ class FCOSProposalGenerator(nn.Module):
         box_loss_type: str = "giou",
         focal_loss_alpha: float = 0.25,
         focal_loss_gamma: float = 2.0,
-        select_train: dict[str, Any] | None,
-        select_test: dict[str, Any],
+        score_threshold_train: float = 0.05,
+        score_threshold_test: float = 0.05,
+        threshold_with_centerness: bool = False,
+        pre_nms_topk: int = 1000,
+        nms_threshold: float = 0.6,
+        max_proposals: int = 100,
+        max_detections: int = 100,
+        needs_proposals: bool = True,
     ):
         """
         Args:
             head: see ``FCOSHead``.
             in_features, strides: a feature of the backbone and its stride per level.
             num_classes: C.
-            borders, radius: which locations learn a box, see ``targets.assign_locations``.
+            borders, radius: which locations are assigned to a box, see
+                ``targets.assign_locations``.
             box_loss_type: one of ``losses.BOX_LOSSES``.
             focal_loss_alpha, focal_loss_gamma: of the class loss.
-            select_train, select_test: keywords of ``inference.select_boxes``; None in training if
-                nobody needs boxes there.
+            score_threshold_train, score_threshold_test, threshold_with_centerness, pre_nms_topk,
+                nms_threshold: see ``inference.select_boxes``.
+            max_proposals, max_detections: boxes per image in training and in inference; 0: all.
+            needs_proposals: whether anything is trained with the boxes that are found in training.
 
         Raises:
-            ValueError: there is no such loss, or not one border less than levels.
+            ValueError: an option has an unsupported value.
         """
         if box_loss_type not in BOX_LOSSES:
             raise ValueError(
-                f"MODEL.FCOS.BBOX_REG_LOSS_TYPE must be one of {', '.join(BOX_LOSSES)}, "
-                f"not {box_loss_type!r}"
+                f"box_loss_type must be one of {', '.join(BOX_LOSSES)}, not {box_loss_type!r}"
             )
-        if len(borders) != len(strides) - 1:
+        if not len(in_features) == len(strides) == len(borders) + 1:
             raise ValueError(
-                f"MODEL.FCOS.SIZES_OF_INTEREST has {len(borders)} borders, "
-                f"but {len(strides)} levels have {len(strides) - 1}"
+                f"in_features, strides and borders must be for the same levels: "
+                f"{len(in_features)} features, {len(strides)} strides and {len(borders)} borders "
+                "between them"
             )
+        if list(borders) != sorted(borders):
+            raise ValueError(f"borders must be in ascending order, not {list(borders)}")
+        for name, number, lowest in (
+            ("num_classes", num_classes, 1),
+            ("radius", radius, 0),
+            ("pre_nms_topk", pre_nms_topk, 1),
+            ("max_proposals", max_proposals, 0),
+            ("max_detections", max_detections, 0),
+        ):
+            if number < lowest:
+                raise ValueError(f"{name} must be {lowest} or more, not {number!r}")
+        for name, value in (
+            ("score_threshold_train", score_threshold_train),
+            ("score_threshold_test", score_threshold_test),
+            ("nms_threshold", nms_threshold),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {value!r}")
         super().__init__()
         self.head = head
-        self.in_features = in_features
-        self.strides = strides
+        self.in_features = list(in_features)
+        self.strides = list(strides)
         self.num_classes = num_classes
-        self.assignment = {"strides": strides, "borders": borders, "radius": radius}
+        self.borders = list(borders)
+        self.radius = radius
         self.box_loss = BOX_LOSSES[box_loss_type]
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
-        self.select_train = select_train
-        self.select_test = select_test
+        self.score_threshold_train = score_threshold_train
+        self.score_threshold_test = score_threshold_test
+        self.threshold_with_centerness = threshold_with_centerness
+        self.pre_nms_topk = pre_nms_topk
+        self.nms_threshold = nms_threshold
+        self.max_proposals = max_proposals
+        self.max_detections = max_detections
+        self.needs_proposals = needs_proposals
 
     @classmethod
-    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
         fcos = cfg.MODEL.FCOS
-        for name in fcos.IN_FEATURES:
-            if name not in input_shape:
-                raise ValueError(f"the backbone has no feature {name!r}, only {[*input_shape]}")
-        shapes = [input_shape[name] for name in fcos.IN_FEATURES]
-        if len({shape.channels for shape in shapes}) != 1:
-            channels = dict(zip(fcos.IN_FEATURES, (shape.channels for shape in shapes)))
-            raise ValueError(
-                f"FCOS's features must have as many channels as each other: {channels}"
-            )
+        shapes = features_by_name(input_shape, fcos.IN_FEATURES, "MODEL.FCOS.IN_FEATURES")
         num_classes = resolve_num_classes(cfg, "MODEL.FCOS.NUM_CLASSES")
-
-        def select(mode: str) -> dict[str, Any]:
-            return {
-                "score_threshold": fcos[f"SCORE_THRESH_{mode}"],
-                "threshold_with_centerness": fcos.THRESH_WITH_CENTERNESS,
-                "pre_nms_topk": fcos[f"PRE_NMS_TOPK_{mode}"],
-                "nms_threshold": fcos.NMS_THRESH,
-                "post_nms_topk": fcos[f"POST_NMS_TOPK_{mode}"],
-            }
-
         return {
             "head": FCOSHead(
                 in_channels=shapes[0].channels,
                 num_levels=len(shapes),
                 num_classes=num_classes,
-                num_share_convs=fcos.NUM_SHARE_CONVS,
                 num_class_convs=fcos.NUM_CLS_CONVS,
                 num_box_convs=fcos.NUM_BOX_CONVS,
-                norm=fcos.NORM,
-                use_scale=fcos.USE_SCALE,
-                prior_prob=fcos.PRIOR_PROB,
             ),
             "in_features": fcos.IN_FEATURES,
             "strides": [shape.stride for shape in shapes],
@@ -184,10 +201,11 @@ class FCOSProposalGenerator(nn.Module):
             "borders": fcos.SIZES_OF_INTEREST,
             "radius": fcos.CENTER_SAMPLING_RADIUS,
             "box_loss_type": fcos.BBOX_REG_LOSS_TYPE,
-            "focal_loss_alpha": fcos.FOCAL_LOSS_ALPHA,
-            "focal_loss_gamma": fcos.FOCAL_LOSS_GAMMA,
-            "select_train": select("TRAIN") if cfg.MODEL.MASK_ON else None,
-            "select_test": select("TEST"),
+            "score_threshold_train": fcos.SCORE_THRESH_TRAIN,
+            "score_threshold_test": fcos.SCORE_THRESH_TEST,
+            "nms_threshold": fcos.NMS_THRESH,
+            "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "needs_proposals": cfg.MODEL.MASK_ON,
         }
 
     def forward(
@@ -203,14 +221,14 @@ class FCOSProposalGenerator(nn.Module):
             gt_instances: for training, with ``gt_boxes`` and ``gt_classes``.
 
         Returns:
-            Training: proposals as of Detectron2's own generators, with ``proposal_boxes`` and
-            ``objectness_logits`` (the scores), and the losses. Inference: detections with
+            Training: proposals like those of Detectron2's own generators, with ``proposal_boxes``
+            and ``objectness_logits`` (the scores), and the losses. Inference: detections with
             ``pred_boxes``, ``scores``, ``pred_classes`` and ``locations`` (x, y), and no losses.
 
-            Boxes are in input pixels, not clipped to the image, best first.
+        Boxes are in input pixels, not clipped to the image, best first.
 
         Raises:
-            ValueError: training without ``gt_instances``.
+            ValueError: training without ``gt_instances``, or a class is none of the C classes.
         """
         outputs = self.head([features[name] for name in self.in_features])
         if not self.training:
@@ -218,36 +236,50 @@ class FCOSProposalGenerator(nn.Module):
         if gt_instances is None:
             raise ValueError("training needs 'instances' in every input")
         losses = self.losses(outputs, gt_instances)
+        # A zero, so that every output of the pyramid has a gradient and DDP waits for none.
+        unused = [x for name, x in features.items() if name not in self.in_features]
+        losses["loss_fcos_cls"] = losses["loss_fcos_cls"] + sum(x[:0].sum() for x in unused)
         return self.propose(outputs, images.image_sizes), losses
 
     @torch.no_grad()
     def propose(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """Boxes to train a mask branch with."""
-        if self.select_train is None:
+        if not self.needs_proposals:
             empty = outputs.distances[0].new_zeros
             fields = {"proposal_boxes": Boxes(empty(0, 4)), "objectness_logits": empty(0)}
             return [Instances(size, **fields) for size in image_sizes]
+        found = self._select(outputs, self.score_threshold_train, self.max_proposals)
         return [
-            Instances(size, proposal_boxes=Boxes(found.boxes), objectness_logits=found.scores)
-            for size, found in zip(
-                image_sizes, select_boxes(*outputs, strides=self.strides, **self.select_train)
-            )
+            Instances(size, proposal_boxes=Boxes(image.boxes), objectness_logits=image.scores)
+            for size, image in zip(image_sizes, found)
         ]
 
     def detect(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[Instances]:
         """The boxes that are found."""
+        found = self._select(outputs, self.score_threshold_test, self.max_detections)
         return [
             Instances(
                 size,
-                pred_boxes=Boxes(found.boxes),
-                scores=found.scores,
-                pred_classes=found.classes,
-                locations=found.locations,
+                pred_boxes=Boxes(image.boxes),
+                scores=image.scores,
+                pred_classes=image.classes,
+                locations=image.locations,
             )
-            for size, found in zip(
-                image_sizes, select_boxes(*outputs, strides=self.strides, **self.select_test)
-            )
+            for size, image in zip(image_sizes, found)
         ]
+
+    def _select(
+        self, outputs: FCOSOutputs, score_threshold: float, post_nms_topk: int
+    ) -> list[SelectedBoxes]:
+        return select_boxes(
+            outputs,
+            strides=self.strides,
+            score_threshold=score_threshold,
+            threshold_with_centerness=self.threshold_with_centerness,
+            pre_nms_topk=self.pre_nms_topk,
+            nms_threshold=self.nms_threshold,
+            post_nms_topk=post_nms_topk,
+        )
 
     def losses(self, outputs: FCOSOutputs, gt_instances: list[Instances]) -> dict[str, Tensor]:
         """Losses of classes, boxes and centerness (FCOS, section 3.1).
@@ -262,7 +294,10 @@ class FCOSProposalGenerator(nn.Module):
         with torch.no_grad(), record_function("solo_d2.assign"):
             boxes = pad_sequence([x.gt_boxes.tensor for x in gt_instances], batch_first=True)
             classes = pad_sequence([x.gt_classes for x in gt_instances], batch_first=True)
-            owner = assign_locations(boxes, sizes, **self.assignment)
+            self._check_classes(classes)
+            owner = assign_locations(
+                boxes, sizes, strides=self.strides, borders=self.borders, radius=self.radius
+            )
             image, location = (owner < boxes.shape[1]).nonzero(as_tuple=True)
             instance = owner[image, location]
 
@@ -295,6 +330,19 @@ class FCOSProposalGenerator(nn.Module):
             "loss_fcos_ctr": centerness_loss / num_positive.clamp(min=1),
         }
 
+    def _check_classes(self, classes: Tensor) -> None:
+        """(N, M); one wrong class would train as another or fail in a kernel without a name."""
+        if classes.numel() == 0:
+            return
+        wrong = (classes < 0) | (classes >= self.num_classes)
+        if wrong.any():
+            image = int(wrong.any(dim=1).nonzero()[0, 0])
+            label = int(classes[wrong][0])
+            raise ValueError(
+                f"gt_classes must be 0 to {self.num_classes - 1}, "
+                f"but an object of image {image} of the batch has {label}"
+            )
+
     def _locations(
         self, sizes: list[tuple[int, int]], device: torch.device
     ) -> tuple[Tensor, Tensor]:
@@ -304,6 +352,23 @@ class FCOSProposalGenerator(nn.Module):
         ]
         strides = [points.new_full((len(points),), s) for points, s in zip(levels, self.strides)]
         return torch.cat(levels), torch.cat(strides)
+
+
+def features_by_name(
+    shapes: dict[str, ShapeSpec], names: Sequence[str], key: str
+) -> list[ShapeSpec]:
+    """Shapes of the features that the config asks for under ``key``.
+
+    Raises:
+        ValueError: the backbone has no such feature, or they differ in their number of channels.
+    """
+    for name in names:
+        if name not in shapes:
+            raise ValueError(f"{key} has {name!r}, but the backbone's outputs are {[*shapes]}")
+    channels = {name: shapes[name].channels for name in names}
+    if len(set(channels.values())) != 1:
+        raise ValueError(f"{key} must all have the same number of channels: {channels}")
+    return [shapes[name] for name in names]
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -327,9 +392,17 @@ def _tower(num_convs: int, channels: int, norm: str) -> nn.Sequential:
     )
 
 
-def _conv3x3(in_channels: int, out_channels: int, **options: Any) -> Conv2d:
-    """With a bias, also where a norm follows, as in the published code."""
-    conv = Conv2d(in_channels, out_channels, kernel_size=3, padding=1, **options)
+def _conv3x3(
+    in_channels: int,
+    out_channels: int,
+    *,
+    norm: nn.Module | None = None,
+    activation: nn.Module | None = None,
+) -> Conv2d:
+    """With a bias, even where a norm follows, as in the published code."""
+    conv = Conv2d(
+        in_channels, out_channels, kernel_size=3, padding=1, norm=norm, activation=activation
+    )
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
     return conv

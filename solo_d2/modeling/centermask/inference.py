@@ -11,7 +11,15 @@ from torch import Tensor
 from .targets import distances_to_boxes
 
 
-class Detections(NamedTuple):
+class FCOSOutputs(NamedTuple):
+    """Outputs of ``FCOSHead``, per level."""
+
+    class_logits: list[Tensor]  # (N, C, H, W)
+    distances: list[Tensor]  # (N, 4, H, W) to left, top, right, bottom; in strides, not negative
+    centerness: list[Tensor]  # (N, 1, H, W) logits
+
+
+class SelectedBoxes(NamedTuple):
     """Boxes of one image."""
 
     boxes: Tensor  # (n, 4) x1, y1, x2, y2 in input pixels, float32; may reach out of the image
@@ -21,9 +29,7 @@ class Detections(NamedTuple):
 
 
 def select_boxes(
-    class_logits: Sequence[Tensor],
-    distances: Sequence[Tensor],
-    centerness: Sequence[Tensor],
+    outputs: FCOSOutputs,
     *,
     strides: Sequence[int],
     score_threshold: float,
@@ -31,37 +37,37 @@ def select_boxes(
     pre_nms_topk: int = 1000,
     nms_threshold: float = 0.6,
     post_nms_topk: int = 100,
-) -> list[Detections]:
+) -> list[SelectedBoxes]:
     """Boxes of each image. A location can give several, one per class.
 
     Boxes are not clipped to the image, and none is dropped for its size.
 
     Args:
-        class_logits, distances, centerness: outputs of ``FCOSHead``, per level.
+        outputs: of ``FCOSHead``.
         strides: of the levels.
-        score_threshold: of the class probability.
-        threshold_with_centerness: of class probability times centerness, instead.
+        score_threshold: minimum class probability.
+        threshold_with_centerness: make it the minimum of class probability times centerness.
         pre_nms_topk: candidates per level that enter the NMS.
         nms_threshold: of two boxes of a class with a higher IoU only the better stays; 0: no NMS.
-        post_nms_topk: boxes per image, more where the last ones are equally good; 0: all.
+        post_nms_topk: boxes per image, more where the last ones have equal scores; 0: all.
     """
     levels = [
-        _find_candidates(
-            *outputs,
+        _best_of_level(
+            *level,
             stride=stride,
             score_threshold=score_threshold,
             threshold_with_centerness=threshold_with_centerness,
             topk=pre_nms_topk,
         )
-        for *outputs, stride in zip(class_logits, distances, centerness, strides)
+        for *level, stride in zip(*outputs, strides)
     ]
     return [
-        _suppress(Detections(*map(torch.cat, zip(*image))), nms_threshold, post_nms_topk)
+        _suppress_boxes(SelectedBoxes(*map(torch.cat, zip(*image))), nms_threshold, post_nms_topk)
         for image in zip(*levels)
     ]
 
 
-def _find_candidates(
+def _best_of_level(
     class_logits: Tensor,
     distances: Tensor,
     centerness: Tensor,
@@ -70,7 +76,7 @@ def _find_candidates(
     score_threshold: float,
     threshold_with_centerness: bool,
     topk: int,
-) -> list[Detections]:
+) -> list[SelectedBoxes]:
     """The best pairs of location and class of one level, per image, in no order."""
     num_classes, width = class_logits.shape[1], class_logits.shape[3]
     # Nothing is computed of the other pairs, nearly all. Centerness is at most 1, so that a product
@@ -92,11 +98,11 @@ def _find_candidates(
         points = (torch.stack([column, row], dim=1) * stride + stride // 2).float()
         pixels = distances[i].flatten(1)[:, location].T.float() * stride
         boxes = distances_to_boxes(points, pixels)
-        candidates.append(Detections(boxes, product.sqrt(), label, points))
+        candidates.append(SelectedBoxes(boxes, product.sqrt(), label, points))
     return candidates
 
 
-def _suppress(found: Detections, nms_threshold: float, topk: int) -> Detections:
+def _suppress_boxes(found: SelectedBoxes, nms_threshold: float, topk: int) -> SelectedBoxes:
     """NMS within each class, then the best of all."""
     if nms_threshold > 0:
         keep = batched_nms(found.boxes, found.scores, found.classes, nms_threshold)
@@ -105,7 +111,7 @@ def _suppress(found: Detections, nms_threshold: float, topk: int) -> Detections:
     if len(keep) > topk > 0:
         scores = found.scores[keep]
         keep = keep[scores >= scores[topk - 1]]
-    return Detections(*(field[keep] for field in found))
+    return SelectedBoxes(*(field[keep] for field in found))
 
 
 def _logit(probability: float) -> float:

@@ -2,16 +2,16 @@
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import Conv2d
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
-from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
+from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class SpatialAttention(nn.Module):
-    """Scales every pixel by a weight in (0, 1), found from its mean and its maximum channel."""
+    """Multiplies every pixel by a weight in (0, 1), made of its mean and its maximum channel."""
 
     def __init__(self):
         super().__init__()
@@ -19,11 +19,11 @@ class SpatialAttention(nn.Module):
         weight_init.c2_msra_fill(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(n, C, h, w) -> the same."""
+        """(R, channels, S, S) -> the same."""
         return x * self.attention(x)
 
     def attention(self, x: Tensor) -> Tensor:
-        """(n, C, h, w) -> (n, 1, h, w)."""
+        """(R, channels, S, S) -> (R, 1, S, S)."""
         # The paper has the maximum first; published weights are for this order.
         pooled = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
         return self.conv(pooled).sigmoid()
@@ -31,48 +31,53 @@ class SpatialAttention(nn.Module):
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class SpatialAttentionMaskHead(MaskRCNNConvUpsampleHead):
-    """Mask R-CNN's head with spatial attention before the upsampling."""
+    """Mask R-CNN's head with spatial attention before the upsampling.
+
+    In Detectron2's own ROI heads it is called like any mask head; ``CenterMaskROIHeads`` asks for
+    ``class_logits``.
+    """
 
     @configurable
-    def __init__(self, input_shape, **options):
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        num_classes: int,
+        conv_dims: list[int],
+        conv_norm: str = "",
+        loss_weight: float = 1.0,
+        vis_period: int = 0,
+    ):
         """Args: see ``MaskRCNNConvUpsampleHead``."""
-        super().__init__(input_shape, **options)
+        super().__init__(
+            input_shape,
+            num_classes=num_classes,
+            conv_dims=conv_dims,
+            conv_norm=conv_norm,
+            loss_weight=loss_weight,
+            vis_period=vis_period,
+        )
         self.attention = SpatialAttention()
 
     def layers(self, x: Tensor) -> Tensor:
-        """(n, in_channels, h, w) -> mask logits (n, C, 2 h, 2 w) of every class."""
+        """(R, in_channels, S, S) -> mask logits (R, C, 2 S, 2 S) of every class."""
         return self.predictor(self.upsampled(x))
 
     def upsampled(self, x: Tensor) -> Tensor:
         """The feature that masks are predicted from."""
-        for conv in self.conv_norm_relus:
-            x = conv(x)
+        for name, layer in self.named_children():
+            if name.startswith("mask_fcn"):
+                x = layer(x)
         return F.relu(self.deconv(self.attention(x)))
 
     def class_logits(self, x: Tensor, classes: Tensor) -> Tensor:
-        """The same as ``layers`` for one class (n,) each: (n, 2 h, 2 w).
+        """The same as ``layers`` for one class (R,) each: (R, 2 S, 2 S).
 
-        The logits of the others are not made; with many classes they are most of the memory.
+        The other classes' logits are not computed; with many classes they are most of the memory.
         """
         x = self.upsampled(x)
-        if self.predictor.out_channels == 1:  # masks that know no class
+        if self.predictor.out_channels == 1:  # class-agnostic masks
             return self.predictor(x)[:, 0]
         weight = self.predictor.weight.flatten(1)[classes]
         logits = torch.einsum("nchw,nc->nhw", x, weight)
         return logits + self.predictor.bias[classes][:, None, None]
-
-
-def class_mask_logits(head: BaseMaskRCNNHead, x: Tensor, classes: Tensor) -> Tensor:
-    """Mask logits (n, H, W) of one class each, from any of Detectron2's mask heads.
-
-    Args:
-        head: may predict one mask for all classes.
-        x: (n, in_channels, h, w) pooled features.
-        classes: (n,).
-    """
-    if isinstance(head, SpatialAttentionMaskHead):
-        return head.class_logits(x, classes)
-    logits = head.layers(x)
-    if logits.shape[1] == 1:
-        return logits[:, 0]
-    return logits[torch.arange(len(logits), device=logits.device), classes]

@@ -1,7 +1,7 @@
 """How good a mask is: the head that predicts its IoU and what it learns (Mask Scoring R-CNN).
 
-arXiv 1903.00241; in CenterMask as published, with the IoU to the whole object and not only to the
-part of it in the box.
+arXiv 1903.00241. As published for CenterMask, the IoU is that with the whole object, not only with
+the part of it in the box.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class MaskIoUHead(nn.Module):
-    """Predicts for every class the IoU that the mask would have with an object of that class."""
+    """Predicts the IoU of a mask with its object, for every class that the object may have."""
 
     def __init__(
         self,
@@ -29,8 +29,8 @@ class MaskIoUHead(nn.Module):
     ):
         """
         Args:
-            in_channels: of the pooled features.
-            in_size: their side; the masks have twice that.
+            in_channels: channels of the pooled features.
+            in_size: S.
             num_classes: C.
             num_conv, conv_dim: 3x3 convolutions, the last of stride 2.
             fc_dim: units of the two linear layers.
@@ -58,11 +58,11 @@ class MaskIoUHead(nn.Module):
     def forward(self, features: Tensor, mask_probs: Tensor) -> Tensor:
         """
         Args:
-            features: (n, in_channels, s, s).
-            mask_probs: (n, 2 s, 2 s) in [0, 1].
+            features: (R, in_channels, S, S).
+            mask_probs: (R, 2 S, 2 S) in [0, 1].
 
         Returns:
-            (n, C), not limited to [0, 1].
+            (R, C), not limited to [0, 1].
         """
         mask = F.max_pool2d(mask_probs[:, None], kernel_size=2)
         x = torch.cat([features, mask.to(features.dtype)], dim=1)
@@ -73,14 +73,14 @@ class MaskIoUHead(nn.Module):
 
 
 def mask_iou_targets(predicted: Tensor, targets: Tensor, visible: Tensor) -> Tensor:
-    """IoU of masks with whole objects, of which a part may lie outside of the boxes.
+    """IoU of masks with whole objects, of which a part may lie outside the boxes.
 
     Args:
-        predicted, targets: (n, s, s) bool: masks and objects in their boxes.
-        visible: (n,) share of the object's area in its box.
+        predicted, targets: (R, 2 S, 2 S) bool: masks and objects in their boxes.
+        visible: (R,) share of the object's area that lies in its box.
 
     Returns:
-        (n,) float32 in [0, 1]; 0 for an empty object.
+        (R,) float32 in [0, 1]; 0 for an empty object.
     """
     overlap = (predicted & targets).sum(dim=(1, 2))
     # area of the whole object in pixels of this grid
@@ -93,17 +93,17 @@ def crop_masks(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor, siz
     """Parts of masks in boxes, resized to squares as Detectron2's ``crop_and_resize`` does.
 
     Args:
-        masks: M of them.
-        index: (n,) which mask each box is about.
-        boxes: (n, 4).
+        masks: of all objects of an image.
+        index: (R,) the mask of each box.
+        boxes: (R, 4).
         size: side of the result.
 
     Returns:
-        (n, size, size) bool.
+        (R, size, size) bool.
     """
     if isinstance(masks, PolygonMasks):
         return masks[index].crop_and_resize(boxes, size)
-    # a mask that several boxes are about is neither copied nor made float more than once
+    # convert each mask to float once, however many boxes it has
     used, inverse = index.unique(return_inverse=True)
     rois = torch.cat([inverse[:, None].to(boxes.dtype), boxes], dim=1)
     align = ROIAlign((size, size), spatial_scale=1.0, sampling_ratio=0, aligned=True)
@@ -113,12 +113,12 @@ def crop_masks(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor, siz
 def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) -> Tensor:
     """Share of an object's area that lies in a box; 0 for an empty object.
 
-    The box's size is rounded down to pixels. Polygons are drawn on a grid of that size that begins
-    at its corner, as in the published code; of bitmasks the area is taken, which has been seen to
-    differ from that by up to 0.006. Args as of ``crop_masks``.
+    The box's size is rounded down to pixels. As in the published code, polygons are rasterized on a
+    grid of that size that starts at the box's corner. For bitmasks the area is computed directly;
+    the two differed by up to 0.006. Args: see ``crop_masks``.
 
     Returns:
-        (n,) float32 in [0, 1].
+        (R,) float32 in [0, 1].
     """
     area_of = _polygon_areas if isinstance(masks, PolygonMasks) else _bitmask_areas
     inside, whole = area_of(masks, index, boxes)
@@ -126,29 +126,28 @@ def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) 
 
 
 def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels inside of the boxes, area of the polygons: (n,) float64; parts are summed up."""
-    corners = boxes[:, :2].cpu().numpy()
-    sizes = (boxes[:, 2:] - boxes[:, :2]).cpu().numpy()
+    """Pixels in the boxes and area of the polygons, (R,) float64; parts are summed up."""
     whole = masks.area().double()[index.cpu()]
     inside = []
-    for i, corner, (width, height) in zip(index.tolist(), corners, sizes):
+    for i, box in zip(index.tolist(), boxes.cpu().numpy()):
+        width, height = box[2:] - box[:2]
         if min(width, height) < 1 or not masks.polygons[i]:
             inside.append(0.0)
             continue
-        parts = [part - np.resize(corner, part.shape) for part in masks.polygons[i]]
+        parts = [part - np.resize(box[:2], part.shape) for part in masks.polygons[i]]
         inside.append(mask_util.area(mask_util.frPyObjects(parts, int(height), int(width))).sum())
     return torch.tensor(inside, dtype=torch.float64), whole
 
 
 def _bitmask_areas(masks: BitMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Area inside of the boxes, whole area: (n,) float32."""
+    """Area in the boxes and whole area, (R,) float32."""
     used, mask = index.unique(return_inverse=True)
-    # at (y, x): the number of pixels above and to the left of that corner
+    # sums[m, y, x]: number of pixels of mask m above y and to the left of x
     sums = F.pad(masks.tensor[used], (1, 0, 1, 0)).int().cumsum_(dim=2).cumsum_(dim=1)
     height, width = sums.shape[1] - 1, sums.shape[2] - 1
 
     def area_before(x: Tensor, y: Tensor) -> Tensor:
-        """Of the pixels above y and to the left of x, with fractions of those in between."""
+        """Area above y and to the left of x, with fractions of the pixels on the border."""
         x, y = x.clamp(0, width), y.clamp(0, height)
         left, above = x.long().clamp(max=width - 1), y.long().clamp(max=height - 1)
         dx, dy = x - left, y - above

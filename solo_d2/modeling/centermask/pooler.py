@@ -1,12 +1,17 @@
 """RoIAlign on the level that fits a box (CenterMask, section 3.2)."""
 
+import math
+from collections.abc import Sequence
+
 import torch
-from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
+from detectron2.layers import ROIAlign
+from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to_pooler_format
 from detectron2.structures import Boxes
-from torch import Tensor
+from torch import Tensor, nn
 
 CRITERIA = ("ratio", "area")
-# Boxes are not followed further out of the image, in its sides.
+POOLER_TYPES = ("ROIAlignV2", "ROIAlign")
+# Boxes are clipped to this many sides of the image around it.
 _MAX_REACH = 16
 
 
@@ -18,69 +23,91 @@ def assign_by_ratio(
     level = ceil(max_level - log2(image area / box area)), between ``min_level`` and ``max_level``.
 
     Args:
-        box_areas, image_areas: (n,) in square pixels of the network's input, without padding.
+        box_areas, image_areas: (R,) in square pixels of the network's input, without padding.
         min_level, max_level: binary logarithms of strides.
 
     Returns:
-        (n,) int64, 0 for ``min_level``.
+        (R,) int64, 0 for ``min_level``.
     """
     ratio = image_areas.float() / box_areas.float().clamp(min=0)
-    ratio = ratio + torch.finfo(torch.float32).eps  # a box without end goes to the last level
+    ratio = ratio + torch.finfo(torch.float32).eps  # a box of infinite area goes to the last level
     level = torch.ceil(max_level - ratio.log2()).clamp(min_level, max_level)
     return level.long() - min_level
 
 
-class AdaptiveROIPooler(ROIPooler):
-    """Detectron2's pooler with a choice of how a box gets its level."""
+class AdaptiveROIPooler(nn.Module):
+    """RoIAlign from one level per box; like Detectron2's pooler, with a choice of the level."""
 
-    def __init__(self, *, criterion: str, **options):
+    def __init__(
+        self,
+        *,
+        output_size: int,
+        strides: Sequence[int],
+        criterion: str = "ratio",
+        sampling_ratio: int = 0,
+        pooler_type: str = "ROIAlignV2",
+    ):
         """
         Args:
+            output_size: S.
+            strides: of the levels, each twice the one before.
             criterion: "ratio", see ``assign_by_ratio``, or "area", the rule of FPN.
-            options: see ``ROIPooler``.
+            sampling_ratio: samples per side of a cell; 0: as many as it has pixels.
+            pooler_type: "ROIAlignV2", or "ROIAlign", whose boxes are half a pixel off.
 
         Raises:
-            ValueError: the criterion is neither.
+            ValueError: an option has an unsupported value.
         """
+        super().__init__()
         if criterion not in CRITERIA:
+            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
+        if pooler_type not in POOLER_TYPES:
             raise ValueError(
-                f"MODEL.CENTERMASK.ASSIGN_CRITERION must be one of {', '.join(CRITERIA)}, "
-                f"not {criterion!r}"
+                f"pooler_type must be one of {', '.join(POOLER_TYPES)}, not {pooler_type!r}"
             )
-        super().__init__(**options)
+        levels = [int(math.log2(stride)) for stride in strides]
+        if list(strides) != [2**k for k in range(levels[0], levels[-1] + 1)]:
+            raise ValueError(f"strides must be successive powers of 2, not {list(strides)}")
+        self.min_level, self.max_level = levels[0], levels[-1]
         self.criterion = criterion
+        self.output_size = output_size
+        self.aligns = nn.ModuleList(
+            ROIAlign(
+                (output_size, output_size), 1 / stride, sampling_ratio, pooler_type == "ROIAlignV2"
+            )
+            for stride in strides
+        )
 
     def forward(
         self, x: list[Tensor], box_lists: list[Boxes], image_sizes: list[tuple[int, int]]
     ) -> Tensor:
         """
         Args:
-            x: a feature (N, C, H, W) per level.
+            x: a feature (N, channels, H, W) per level.
             box_lists: boxes of each image, in pixels of the network's input.
             image_sizes: height and width of each image before padding.
 
         Returns:
-            (n, C, *output_size) of the boxes of all images, float32.
+            (R, channels, S, S) float32, in the order of the boxes.
         """
-        # Detectron2's RoIAlign brings boxes to the type of the features, and half precision has
-        # but 11 bits for a coordinate.
-        x = [feature.float() for feature in x]
-        # The samples of RoIAlign grow with a box's area, which in a model that diverges has no end.
+        # RoIAlign's samples grow with a box's area, which has no limit in a model that diverges.
         limit = _MAX_REACH * max(max(size) for size in image_sizes)
         box_lists = [Boxes(boxes.tensor.clamp(-limit, limit)) for boxes in box_lists]
-        if self.criterion == "area":
-            return super().forward(x, box_lists)
-        rois = convert_boxes_to_pooler_format(box_lists)
         levels = self.assign(box_lists, image_sizes)
-        pooled = x[0].new_zeros((len(rois), x[0].shape[1], *self.output_size))
-        for level, pooler in enumerate(self.level_poolers):
-            index = (levels == level).nonzero()[:, 0]
-            # a level without boxes is pooled from too: that connects it to the losses
-            pooled.index_put_((index,), pooler(x[level], rois[index]))
-        return pooled
+        order = levels.argsort(stable=True)
+        counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1)
+        rois = convert_boxes_to_pooler_format(box_lists)[order].split(counts.tolist())
+        # Features in half precision are pooled as float32: RoIAlign brings the boxes to their type,
+        # which has but 11 bits for a coordinate. A level without boxes is pooled from too: that
+        # connects it to the losses.
+        pooled = torch.cat([f(y.float(), r) for f, y, r in zip(self.aligns, x, rois)])
+        return pooled.new_empty(pooled.shape).index_copy(0, order, pooled)
 
     def assign(self, box_lists: list[Boxes], image_sizes: list[tuple[int, int]]) -> Tensor:
-        """(n,) index of each box's level, by ratio."""
+        """(R,) int64 index of each box's level."""
+        if self.criterion == "area":
+            # FPN's: a box of 224 x 224 pixels belongs to level 4
+            return assign_boxes_to_levels(box_lists, self.min_level, self.max_level, 224, 4)
         areas = [height * width for height, width in image_sizes]
         image_areas = [
             boxes.tensor.new_full((len(boxes),), a) for a, boxes in zip(areas, box_lists)

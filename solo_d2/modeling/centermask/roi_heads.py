@@ -1,14 +1,12 @@
-"""CenterMask's second half: masks, and how good they are, for the boxes of FCOS."""
-
-from typing import Any
+"""CenterMask's second half: masks for the boxes of FCOS, and how good the masks are."""
 
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import ROIHeads, build_mask_head, select_foreground_proposals
-from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import get_event_storage, has_event_storage
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
@@ -16,7 +14,7 @@ from torch.profiler import record_function
 from solo_d2.layers.distributed import normalizer
 
 from ..num_classes import resolve_num_classes
-from .mask_head import class_mask_logits
+from .fcos import features_by_name
 from .mask_iou import MaskIoUHead, crop_masks, mask_iou_targets, visible_share
 from .pooler import AdaptiveROIPooler
 
@@ -32,24 +30,47 @@ class CenterMaskROIHeads(ROIHeads):
     def __init__(
         self,
         *,
+        num_classes: int,
+        batch_size_per_image: int,
+        positive_fraction: float,
+        proposal_matcher: Matcher,
+        proposal_append_gt: bool = True,
         mask_in_features: list[str],
         mask_pooler: AdaptiveROIPooler | None = None,
         mask_head: nn.Module | None = None,
         mask_iou_head: nn.Module | None = None,
         mask_iou_loss_weight: float = 1.0,
-        clip_boxes: bool = False,
-        **options,
     ):
         """
         Args:
+            num_classes: C.
+            batch_size_per_image, positive_fraction, proposal_matcher, proposal_append_gt: the
+                sampling of proposals, see ``ROIHeads``.
             mask_in_features: features that are pooled from.
-            mask_pooler, mask_head: any of Detectron2's mask heads; None for boxes alone.
+            mask_pooler: None for a mask head that takes the features themselves.
+            mask_head: one of Detectron2's mask heads; None for boxes alone. Of a head with the
+                method ``class_logits``, such as ``SpatialAttentionMaskHead``, the loss is computed
+                here; any other head computes its own.
             mask_iou_head: predicts how good masks are; None for no such scores.
-            mask_iou_loss_weight: a factor.
-            clip_boxes: clip boxes to the image first.
-            options: see ``ROIHeads``.
+            mask_iou_loss_weight: factor on its loss.
+
+        Raises:
+            ValueError: ``mask_iou_head`` is given and the mask head has no ``class_logits``.
         """
-        super().__init__(**options)
+        super().__init__(
+            num_classes=num_classes,
+            batch_size_per_image=batch_size_per_image,
+            positive_fraction=positive_fraction,
+            proposal_matcher=proposal_matcher,
+            proposal_append_gt=proposal_append_gt,
+        )
+        self.has_class_logits = hasattr(mask_head, "class_logits")
+        if mask_iou_head is not None and not self.has_class_logits:
+            raise ValueError(
+                "mask_iou_head needs a mask_head with the method class_logits, which "
+                f"{type(mask_head).__name__} does not have; set MODEL.CENTERMASK.MASK_IOU_ON to "
+                "False, or MODEL.ROI_MASK_HEAD.NAME to 'SpatialAttentionMaskHead'"
+            )
         # test-time augmentation turns it off while it looks for boxes
         self.mask_on = mask_head is not None
         self.mask_in_features = mask_in_features
@@ -57,36 +78,31 @@ class CenterMaskROIHeads(ROIHeads):
         self.mask_head = mask_head
         self.mask_iou_head = mask_iou_head
         self.mask_iou_loss_weight = mask_iou_loss_weight
-        self.clip_boxes = clip_boxes
 
     @classmethod
-    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+    def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes = _num_classes(cfg)
-        options = {
-            **super().from_config(cfg),
-            "mask_in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
-            "clip_boxes": cfg.MODEL.CENTERMASK.CLIP_BOXES,
-            "mask_iou_loss_weight": cfg.MODEL.CENTERMASK.MASK_IOU_LOSS_WEIGHT,
-        }
+        names = cfg.MODEL.ROI_HEADS.IN_FEATURES
+        options = {**super().from_config(cfg), "mask_in_features": names}
         if not cfg.MODEL.MASK_ON:
             return options
-        for name in options["mask_in_features"]:
-            if name not in input_shape:
-                raise ValueError(f"the backbone has no feature {name!r}, only {[*input_shape]}")
-        shapes = [input_shape[name] for name in options["mask_in_features"]]
-        channels, size = shapes[0].channels, cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION
-        options["mask_pooler"] = AdaptiveROIPooler(
-            criterion=cfg.MODEL.CENTERMASK.ASSIGN_CRITERION,
-            output_size=size,
-            scales=[1 / shape.stride for shape in shapes],
-            sampling_ratio=cfg.MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
-            pooler_type=cfg.MODEL.ROI_MASK_HEAD.POOLER_TYPE,
-        )
-        options["mask_head"] = build_mask_head(
-            cfg, ShapeSpec(channels=channels, width=size, height=size)
-        )
+        shapes = features_by_name(input_shape, names, "MODEL.ROI_HEADS.IN_FEATURES")
+        mask = cfg.MODEL.ROI_MASK_HEAD
+        channels, size = shapes[0].channels, mask.POOLER_RESOLUTION
+        if mask.POOLER_TYPE:
+            options["mask_pooler"] = AdaptiveROIPooler(
+                output_size=size,
+                strides=[shape.stride for shape in shapes],
+                criterion=cfg.MODEL.CENTERMASK.ASSIGN_CRITERION,
+                sampling_ratio=mask.POOLER_SAMPLING_RATIO,
+                pooler_type=mask.POOLER_TYPE,
+            )
+            head_input = ShapeSpec(channels=channels, width=size, height=size)
+        else:  # such as PointRend's head
+            head_input = {name: input_shape[name] for name in names}
+        options["mask_head"] = build_mask_head(cfg, head_input)
         if cfg.MODEL.CENTERMASK.MASK_IOU_ON:
             options["mask_iou_head"] = MaskIoUHead(
                 in_channels=channels,
@@ -114,15 +130,13 @@ class CenterMaskROIHeads(ROIHeads):
                 or BitMasks; an image without objects has none).
 
         Returns:
-            Training: the proposals that were sampled, and the losses of the masks. Inference: see
-            ``forward_with_given_boxes``, and no losses.
+            Training: the sampled proposals and the losses of the masks. Inference: the results of
+            ``forward_with_given_boxes`` and no losses.
         """
         if not self.training:
             return self.forward_with_given_boxes(features, proposals), {}
         if not self.mask_on:
             return proposals, {}
-        if self.clip_boxes:
-            proposals = [_clipped(x, "proposal_boxes") for x in proposals]
         proposals = self.label_and_sample_proposals(proposals, targets)
         return proposals, self.mask_losses(features, proposals, targets)
 
@@ -136,19 +150,18 @@ class CenterMaskROIHeads(ROIHeads):
             instances: with ``pred_boxes`` in input pixels and ``pred_classes``.
 
         Returns:
-            The same with soft ``pred_masks`` (n, 1, s, s) in the boxes and, if they have ``scores``
-            and the IoU of masks is predicted, ``mask_scores``: what masks are ranked by.
+            The same with soft ``pred_masks`` (n, 1, 2 S, 2 S) in the boxes and, if they have
+            ``scores`` and the IoU is predicted, ``mask_scores``, by which masks are ranked.
         """
         if not self.mask_on:
             return instances
-        if self.clip_boxes:
-            instances = [_clipped(x, "pred_boxes") for x in instances]
-        boxes = [x.pred_boxes for x in instances]
-        pooled = self.pool(features, boxes, instances)
-        classes = torch.cat([x.pred_classes for x in instances])
-        probs = class_mask_logits(self.mask_head, pooled, classes).float().sigmoid()
-        counts = [len(x) for x in instances]
+        pooled = self.pool(features, [x.pred_boxes for x in instances], instances)
         results = [Instances(x.image_size, **x.get_fields()) for x in instances]
+        if not self.has_class_logits:
+            return self.mask_head(pooled, results)
+        classes = torch.cat([x.pred_classes for x in instances])
+        probs = self.mask_head.class_logits(pooled, classes).float().sigmoid()
+        counts = [len(x) for x in instances]
         for result, image_probs in zip(results, probs.split(counts)):
             result.pred_masks = image_probs[:, None]
         if self.mask_iou_head is not None:
@@ -160,16 +173,18 @@ class CenterMaskROIHeads(ROIHeads):
 
     def pool(
         self, features: dict[str, Tensor], boxes: list[Boxes], instances: list[Instances]
-    ) -> Tensor:
-        """(n, C, s, s) features of the boxes of all images."""
-        levels = [features[name] for name in self.mask_in_features]
-        return self.mask_pooler(levels, boxes, [x.image_size for x in instances])
+    ) -> Tensor | dict[str, Tensor]:
+        """What the mask head takes: by default (R, channels, S, S), of the boxes of all images."""
+        levels = {name: features[name] for name in self.mask_in_features}
+        if self.mask_pooler is None:
+            return levels
+        return self.mask_pooler([*levels.values()], boxes, [x.image_size for x in instances])
 
     @torch.no_grad()
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
-        """As Detectron2's, but of masks only the number is given to a proposal, as ``gt_index``."""
+        """Like Detectron2's, but a proposal gets the index of its mask, ``gt_index``, no copy."""
         without_masks = [
             Instances(
                 x.image_size,
@@ -187,13 +202,18 @@ class CenterMaskROIHeads(ROIHeads):
         """Losses of the masks and of their predicted IoU, over the foreground of the batch."""
         proposals, _ = select_foreground_proposals(proposals, self.num_classes)
         pooled = self.pool(features, [x.proposal_boxes for x in proposals], proposals)
+        if not self.has_class_logits:
+            for proposal, masks in zip(proposals, _masks_of(proposals, targets)):
+                if masks is not None:
+                    proposal.gt_masks = masks[proposal.gt_index]
+            return self.mask_head(pooled, proposals)
         classes = torch.cat([x.gt_classes for x in proposals])
-        logits = class_mask_logits(self.mask_head, pooled, classes).float()
+        logits = self.mask_head.class_logits(pooled, classes).float()
         with torch.no_grad(), record_function("solo_d2.mask_targets"):
             masks, visible = self.mask_targets(proposals, targets, logits.shape[-1])
         # of no mask at all this is a zero that still reaches every parameter
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="sum")
-        num_pixels = normalizer(torch.tensor(masks.numel(), device=logits.device))
+        num_pixels = normalizer(logits.new_full((), masks.numel()))
         losses = {"loss_mask": self.mask_head.loss_weight * loss / num_pixels}
         if self.mask_iou_head is None:
             return losses
@@ -203,33 +223,44 @@ class CenterMaskROIHeads(ROIHeads):
         positive = iou > 0
         loss = (0.5 * (predicted - iou) ** 2 * positive).sum() / normalizer(positive.sum())
         losses["loss_maskiou"] = self.mask_iou_loss_weight * loss
-        if has_event_storage() and len(iou):
-            get_event_storage().put_scalar("centermask/mask_iou", iou.mean().item())
         return losses
 
     def mask_targets(
         self, proposals: list[Instances], targets: list[Instances], size: int
     ) -> tuple[Tensor, Tensor]:
-        """Objects in their boxes (n, size, size) bool, and the share of each that is in (n,).
+        """Objects in their boxes (R, size, size) bool, and the share of each that is in (R,).
 
         Raises:
             ValueError: an image has objects without masks.
         """
         boxes = [x.proposal_boxes.tensor for x in proposals]
-        masks = [boxes[0].new_zeros((0, size, size), dtype=torch.bool)]
+        crops = [boxes[0].new_zeros((0, size, size), dtype=torch.bool)]
         visible = [boxes[0].new_zeros(0)]
-        for proposal, target, box in zip(proposals, targets, boxes):
-            if len(proposal) == 0:
+        for proposal, masks, box in zip(proposals, _masks_of(proposals, targets), boxes):
+            if masks is None:
                 continue
-            if not target.has("gt_masks"):
-                raise ValueError("training masks needs instances with 'gt_masks'")
-            masks.append(crop_masks(target.gt_masks, proposal.gt_index, box, size))
-            visible.append(visible_share(target.gt_masks, proposal.gt_index, box))
-        return torch.cat(masks), torch.cat(visible)
+            index, device = proposal.gt_index, box.device
+            if isinstance(masks, PolygonMasks):  # these are on the CPU
+                index, box = index.cpu(), box.cpu()
+            crops.append(crop_masks(masks, index, box, size).to(device))
+            visible.append(visible_share(masks, index, box).to(device))
+        return torch.cat(crops), torch.cat(visible)
+
+
+def _masks_of(
+    proposals: list[Instances], targets: list[Instances]
+) -> list[PolygonMasks | BitMasks | None]:
+    """Masks of the objects of each image, None for an image without proposals."""
+    if any(len(x) and not target.has("gt_masks") for x, target in zip(proposals, targets)):
+        raise ValueError(
+            "training masks needs instances with 'gt_masks'; without masks in the data, set "
+            "MODEL.MASK_ON to False"
+        )
+    return [target.gt_masks if len(x) else None for x, target in zip(proposals, targets)]
 
 
 def _num_classes(cfg) -> int:
-    """What FCOS has.
+    """That of FCOS.
 
     Raises:
         ValueError: MODEL.ROI_HEADS.NUM_CLASSES is another number.
@@ -244,13 +275,6 @@ def _num_classes(cfg) -> int:
     return num_classes
 
 
-def _clipped(instances: Instances, field: str) -> Instances:
-    """The same with boxes clipped to the image."""
-    boxes = instances.get(field).clone()
-    boxes.clip(instances.image_size)
-    return Instances(instances.image_size, **{**instances.get_fields(), field: boxes})
-
-
 def _of_class(predictions: Tensor, classes: Tensor) -> Tensor:
-    """(n, C) -> (n,) float32."""
+    """(R, C) -> (R,) float32."""
     return predictions.float().gather(1, classes[:, None])[:, 0]

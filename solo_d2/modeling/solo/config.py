@@ -5,9 +5,9 @@ from detectron2.config import CfgNode as CN
 
 def add_solo_config(cfg: CN) -> None:
     """Add the keys to ``cfg``, in place."""
-    # What SOLO, Decoupled SOLO and SOLOv2 share. The defaults are SOLOv2's.
+    # Shared by SOLO, Decoupled SOLO and SOLOv2. The defaults are SOLOv2's.
     cfg.MODEL.SOLO = CN()
-    # -1: as many as the training set's metadata has.
+    # -1: the number of classes of the training set.
     cfg.MODEL.SOLO.NUM_CLASSES = -1
     # One entry per level in the next four: the feature, the stride it is resized to, the number of
     # grid cells along each axis, and the range (both ends inclusive) of sqrt(box area) in pixels.
@@ -17,40 +17,31 @@ def add_solo_config(cfg: CN) -> None:
     cfg.MODEL.SOLO.SCALE_RANGES = [[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]]
     # Side of the center region in fractions of the box side ("sigma" or epsilon in the papers).
     cfg.MODEL.SOLO.CENTER_SIGMA = 0.2
-    # Convolutions per tower, their width and normalization ("GN": 32 groups).
+    # Convolutions per tower and their width.
     cfg.MODEL.SOLO.NUM_CONVS = 4
     cfg.MODEL.SOLO.CONV_DIM = 512
-    cfg.MODEL.SOLO.NORM = "GN"
-    # Deformable convolutions of the towers: "none", "last" or "all"; MODULATED selects v2.
+    # Deformable convolutions of the towers: "none", "last" or "all"; MODULATED selects DCNv2.
     cfg.MODEL.SOLO.DEFORM = "none"
     cfg.MODEL.SOLO.DEFORM_MODULATED = False
-    # What a cell of the category branch sees of the feature: "interpolate" (a bilinear sample at
-    # its center), "adaptive_pool" (the maximum over it), "region_grid" (the mean of 2 x 2 samples).
+    # How a cell of the category branch reads the feature: "interpolate" (a bilinear sample at its
+    # center), "adaptive_pool" (the maximum over it), "region_grid" (the mean of 2 x 2 samples).
     cfg.MODEL.SOLO.CATEGORY_ALIGN = "interpolate"
     # Append x and y coordinates to the input of the mask (or kernel) towers.
     cfg.MODEL.SOLO.COORD_CONV = True
-    # Probability that the category branch gives to each class before training, and the mask branch
-    # of SOLO and Decoupled SOLO to each pixel.
+    # Probability before training: of each class in the category branch, and of each pixel in the
+    # mask branch of SOLO and Decoupled SOLO.
     cfg.MODEL.SOLO.PRIOR_PROB = 0.01
 
-    cfg.MODEL.SOLO.FOCAL_LOSS_ALPHA = 0.25
-    cfg.MODEL.SOLO.FOCAL_LOSS_GAMMA = 2.0
-    cfg.MODEL.SOLO.CATEGORY_LOSS_WEIGHT = 1.0
-    # "dice", "focal" or "bce" (binary cross-entropy): the mean over the masks. The weight is for
-    # dice; the other two are means over pixels and need another.
+    # "dice", "focal" or "bce" (binary cross-entropy). The default weight suits dice; the other two
+    # are means over pixels and need a larger one.
     cfg.MODEL.SOLO.MASK_LOSS_TYPE = "dice"
     cfg.MODEL.SOLO.MASK_LOSS_WEIGHT = 3.0
-    # At most so many (instance, cell) pairs per image enter the mask loss, drawn at random; 0: all.
+    # Limit on the (instance, cell) pairs per image in the mask loss, drawn at random; 0: no limit.
     cfg.MODEL.SOLO.MAX_POSITIVES = 0
-    # Treat box widths as x2 - x1 - 1, as mmdetection v1 did; needed only to repeat its targets.
-    cfg.MODEL.SOLO.INCLUSIVE_BOXES = False
-    # Pad masks to the batch before reducing them (exact). False reduces the unpadded mask as
-    # AdelaiDet does, which shifts targets when a side is not a multiple of the mask stride.
-    cfg.MODEL.SOLO.PAD_BEFORE_REDUCTION = True
 
     cfg.MODEL.SOLO.SCORE_THRESH_TEST = 0.1
     cfg.MODEL.SOLO.MASK_THRESH_TEST = 0.5
-    # Candidates by category score before any mask is made; 0: all above SCORE_THRESH_TEST.
+    # Limit on the candidates by category score, before any mask is made; 0: no limit.
     cfg.MODEL.SOLO.MAX_CANDIDATES_TEST = 0
     # Masks that enter the NMS.
     cfg.MODEL.SOLO.TOPK_CANDIDATES_TEST = 500
@@ -60,8 +51,6 @@ def add_solo_config(cfg: CN) -> None:
     # score that survives the decay.
     cfg.MODEL.SOLO.NMS_KERNEL = "gaussian"
     cfg.MODEL.SOLO.NMS_SIGMA = 2.0
-    # Give duplicates the score 0 instead of the published code's NaN (linear kernel; both drop).
-    cfg.MODEL.SOLO.NMS_FINITE = False
     cfg.MODEL.SOLO.UPDATE_THRESH_TEST = 0.05
     # Greedy NMS: a mask that overlaps a better one of its class by more than this is dropped.
     cfg.MODEL.SOLO.NMS_THRESH_TEST = 0.5
@@ -75,7 +64,7 @@ def add_solo_config(cfg: CN) -> None:
     cfg.MODEL.SOLOV2.MASK_DIM = 256
     # Side of the dynamic kernel: 1, or 3 for the paper's ablation.
     cfg.MODEL.SOLOV2.KERNEL_SIZE = 1
-    # Inputs and inner width of the mask feature branch; the last input gets the coordinates.
+    # Inputs and inner width of the mask feature branch; coordinates are appended to the last input.
     cfg.MODEL.SOLOV2.MASK_IN_FEATURES = ["p2", "p3", "p4", "p5"]
     cfg.MODEL.SOLOV2.MASK_CONV_DIM = 128
     # Deformable convolutions throughout the mask feature branch.

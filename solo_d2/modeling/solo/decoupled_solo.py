@@ -1,22 +1,23 @@
 """Decoupled SOLO and its light version (arXiv 1912.04488, section 5.1)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
-from .base import CategoryHead, SOLOFamily, build_tower, init_output
+from .base import SOLOFamily
+from .head import CategoryHead, TowerSpec, head_options, init_output
 
 
 class DecoupledSOLOOutputs(NamedTuple):
     """Raw outputs for N images; lists have one entry per level, tuples one per image.
 
-    The maps of columns (x) and rows (y) are made from these two; they are one and the same where
-    the tower is shared.
+    The maps of columns (x) and rows (y) are made from the two features; these are the same tensors
+    where the tower is shared.
     """
 
     category_logits: list[Tensor]  # (N, C, S, S)
@@ -30,22 +31,19 @@ class DecoupledSOLO(SOLOFamily):
 
     one_mask_per_cell = True
 
-    @configurable
-    def __init__(self, **kwargs):
-        """See ``SOLOFamily``."""
-        super().__init__(**kwargs)
-
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
         options = super().from_config(cfg)
         shapes = options["backbone"].output_shape()
         head = DecoupledSOLOHead(
             shared_tower=cfg.MODEL.DECOUPLED_SOLO.SHARED_TOWER,
-            **CategoryHead.options(cfg, shapes, options["num_classes"]),
+            **head_options(cfg, shapes, options["num_classes"]),
         )
-        return {**options, "head": head, "mask_stride": min(options["strides"]) // 2}
+        return {**options, "head": head}
 
-    def predict(self, levels: list[Tensor], features: dict[str, Tensor]) -> DecoupledSOLOOutputs:
+    def predict_levels(
+        self, levels: list[Tensor], features: dict[str, Tensor]
+    ) -> DecoupledSOLOOutputs:
         category_logits, *features_of_axes = self.head(levels)
         x_features, y_features = ([x.unbind() for x in axis] for axis in features_of_axes)
         return DecoupledSOLOOutputs(category_logits, x_features, y_features)
@@ -58,7 +56,7 @@ class DecoupledSOLO(SOLOFamily):
         cells: Tensor,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        grid = self.head.num_grids[level]
+        grid = self.num_grids[level]
 
         def maps(feature: Tensor, conv: UpsampledConv2d, lines: Tensor) -> Tensor:
             """The soft map of each cell's column or row; cells share lines."""
@@ -77,28 +75,46 @@ class DecoupledSOLO(SOLOFamily):
 class DecoupledSOLOHead(CategoryHead):
     """Category tower on S x S grids; towers for columns and rows, or one for both (Light)."""
 
-    def __init__(self, *, shared_tower: bool = False, **kwargs):
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        num_grids: Sequence[int],
+        tower: TowerSpec,
+        shared_tower: bool = False,
+        category_align: str = "interpolate",
+        coord_conv: bool = True,
+        prior_prob: float = 0.01,
+    ):
         """
         Args:
+            in_channels, num_classes, num_grids, tower, category_align, coord_conv: see
+                ``CategoryHead``.
             shared_tower: make the maps of columns and rows from the same features.
-            kwargs: see ``CategoryHead``.
+            prior_prob: probability of each class, and of each pixel of a map, before training.
         """
-        super().__init__(**kwargs)
-        self.shared_tower = shared_tower
+        super().__init__(
+            in_channels=in_channels,
+            num_classes=num_classes,
+            num_grids=num_grids,
+            tower=tower,
+            category_align=category_align,
+            coord_conv=coord_conv,
+            prior_prob=prior_prob,
+        )
+        coordinates = int(coord_conv)
         if shared_tower:
-            self.mask_tower = self._tower("xy")
+            self.mask_tower = tower.build(in_channels + 2 * coordinates)
         else:
-            self.x_tower, self.y_tower = self._tower("x"), self._tower("y")
-        self.x_pred, self.y_pred = self._output_convs(), self._output_convs()
+            self.x_tower = tower.build(in_channels + coordinates)
+            self.y_tower = tower.build(in_channels + coordinates)
+        self.shared_tower = shared_tower
+        self.x_pred, self.y_pred = (self._output_convs(tower.conv_dim) for _ in "xy")
 
-    def _tower(self, axes: str) -> nn.Sequential:
-        channels = self.in_channels + len(axes) * int(self.coord_conv)
-        return build_tower(channels, **self.tower_options)
-
-    def _output_convs(self) -> nn.ModuleList:
-        dim = self.tower_options["conv_dim"]
+    def _output_convs(self, in_channels: int) -> nn.ModuleList:
         return nn.ModuleList(
-            init_output(UpsampledConv2d(dim, grid, kernel_size=3), self.prior_bias)
+            init_output(UpsampledConv2d(in_channels, grid, kernel_size=3), self.prior_bias)
             for grid in self.num_grids
         )
 
@@ -108,8 +124,9 @@ class DecoupledSOLOHead(CategoryHead):
             levels: (N, in_channels, h, w) per level.
 
         Returns:
-            Per level category logits (N, C, S, S) and the features (N, conv_dim, h, w) of columns
-            and of rows, of which ``x_pred`` and ``y_pred`` make S maps (2h, 2w) each.
+            Per level category logits (N, C, S, S) and the features (N, D, h, w) of columns and of
+            rows, from which ``x_pred`` and ``y_pred`` make S maps (2h, 2w) each. D is
+            ``tower.conv_dim``.
         """
         if self.shared_tower:
             x_features = y_features = self._run(self.mask_tower, levels, "xy")

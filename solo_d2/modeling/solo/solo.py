@@ -1,15 +1,16 @@
 """SOLO: Segmenting Objects by Locations (arXiv 1912.04488)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
-from .base import CategoryHead, SOLOFamily, build_tower, init_output
+from .base import SOLOFamily
+from .head import CategoryHead, TowerSpec, head_options, init_output
 
 
 class SOLOOutputs(NamedTuple):
@@ -27,19 +28,14 @@ class SOLO(SOLOFamily):
 
     one_mask_per_cell = True
 
-    @configurable
-    def __init__(self, **kwargs):
-        """See ``SOLOFamily``."""
-        super().__init__(**kwargs)
-
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
         options = super().from_config(cfg)
         shapes = options["backbone"].output_shape()
-        head = SOLOHead(**CategoryHead.options(cfg, shapes, options["num_classes"]))
-        return {**options, "head": head, "mask_stride": min(options["strides"]) // 2}
+        head = SOLOHead(**head_options(cfg, shapes, options["num_classes"]))
+        return {**options, "head": head}
 
-    def predict(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOOutputs:
+    def predict_levels(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOOutputs:
         category_logits, mask_features = self.head(levels)
         return SOLOOutputs(category_logits, [feature.unbind() for feature in mask_features])
 
@@ -58,16 +54,39 @@ class SOLO(SOLOFamily):
 class SOLOHead(CategoryHead):
     """Category tower on S x S grids, mask tower on the feature maps, an output conv per level."""
 
-    def __init__(self, **kwargs):
-        """See ``CategoryHead``."""
-        super().__init__(**kwargs)
-        self.axes = "xy" if self.coord_conv else ""
-        self.mask_tower = build_tower(self.in_channels + len(self.axes), **self.tower_options)
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        num_grids: Sequence[int],
+        tower: TowerSpec,
+        category_align: str = "interpolate",
+        coord_conv: bool = True,
+        prior_prob: float = 0.01,
+    ):
+        """
+        Args:
+            in_channels, num_classes, num_grids, tower, category_align, coord_conv: see
+                ``CategoryHead``.
+            prior_prob: probability of each class, and of each mask pixel, before training.
+        """
+        super().__init__(
+            in_channels=in_channels,
+            num_classes=num_classes,
+            num_grids=num_grids,
+            tower=tower,
+            category_align=category_align,
+            coord_conv=coord_conv,
+            prior_prob=prior_prob,
+        )
+        self.axes = "xy" if coord_conv else ""
+        self.mask_tower = tower.build(in_channels + len(self.axes))
         self.mask_pred = nn.ModuleList(
             init_output(
-                UpsampledConv2d(kwargs["conv_dim"], grid * grid, kernel_size=1), self.prior_bias
+                UpsampledConv2d(tower.conv_dim, grid * grid, kernel_size=1), self.prior_bias
             )
-            for grid in self.num_grids
+            for grid in num_grids
         )
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -76,8 +95,8 @@ class SOLOHead(CategoryHead):
             levels: (N, in_channels, h, w) per level.
 
         Returns:
-            Per level category logits (N, C, S, S) and mask features (N, conv_dim, h, w), of which
-            ``mask_pred`` makes a mask (2h, 2w) per cell.
+            Per level category logits (N, C, S, S) and mask features (N, D, h, w), from which
+            ``mask_pred`` makes a mask (2h, 2w) per cell. D is ``tower.conv_dim``.
         """
         mask_features = [self.mask_tower(append_coordinates(x, self.axes)) for x in levels]
         return self.classify(levels), mask_features

@@ -1,9 +1,9 @@
 """SOLOv2: Dynamic and Fast Instance Segmentation (arXiv 2003.10152)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
@@ -12,43 +12,34 @@ from torch.nn import functional as F
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import resize, upsample2x
 
-from .base import (
+from .base import SOLOFamily
+from .head import (
     CategoryHead,
-    SOLOFamily,
-    build_tower,
+    TowerSpec,
     conv_norm_relu,
+    head_options,
     output_conv,
-    single_channels,
+    shared_channels,
 )
 
 
 class SOLOv2Outputs(NamedTuple):
     """Raw outputs for N images; lists have one entry per level, tuples one per image.
 
-    What masks are made of is split by image once: indexing a batch at each use would make the
+    The inputs of the masks are split by image once: indexing a batch at each use would make the
     backward pass fill a batch of zeros each time.
     """
 
     category_logits: list[Tensor]  # (N, C, S, S)
     kernels: list[tuple[Tensor, ...]]  # (D, S, S), D = E * kernel_size ** 2
-    mask_features: tuple[Tensor, ...]  # (E, H / 4, W / 4), not negative
+    mask_features: tuple[Tensor, ...]  # (E, H, W) at the mask branch's stride, not negative
 
 
 @META_ARCH_REGISTRY.register()
 class SOLOv2(SOLOFamily):
     """A cell's mask is a dynamic convolution: its predicted kernel over the mask feature."""
 
-    @configurable
-    def __init__(self, *, mask_branch: nn.Module, kernel_size: int = 1, **kwargs):
-        """
-        Args:
-            mask_branch: makes the mask feature from the backbone's features.
-            kernel_size: side of the dynamic kernels.
-            kwargs: see ``SOLOFamily``.
-        """
-        super().__init__(**kwargs)
-        self.mask_branch = mask_branch
-        self.kernel_size = kernel_size
+    has_mask_branch = True
 
     @classmethod
     def from_config(cls, cfg) -> dict[str, Any]:
@@ -56,27 +47,25 @@ class SOLOv2(SOLOFamily):
         solov2 = cfg.MODEL.SOLOV2
         shapes = options["backbone"].output_shape()
         head = SOLOv2Head(
-            kernel_dim=solov2.MASK_DIM * solov2.KERNEL_SIZE**2,
-            **CategoryHead.options(cfg, shapes, options["num_classes"]),
+            mask_dim=solov2.MASK_DIM,
+            kernel_size=solov2.KERNEL_SIZE,
+            **head_options(cfg, shapes, options["num_classes"]),
         )
         mask_branch = MaskFeatureBranch(
-            [shapes[name] for name in solov2.MASK_IN_FEATURES],
+            shapes,
             in_features=solov2.MASK_IN_FEATURES,
             conv_dim=solov2.MASK_CONV_DIM,
             out_dim=solov2.MASK_DIM,
-            norm=cfg.MODEL.SOLO.NORM,
             deformable=solov2.MASK_DEFORM,
             modulated=cfg.MODEL.SOLO.DEFORM_MODULATED,
         )
-        return {
-            **options,
-            "head": head,
-            "mask_branch": mask_branch,
-            "mask_stride": mask_branch.stride,
-            "kernel_size": solov2.KERNEL_SIZE,
-        }
+        return {**options, "head": head, "mask_branch": mask_branch}
 
-    def predict(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOv2Outputs:
+    @property
+    def mask_strides(self) -> list[int]:
+        return [self.mask_branch.stride] * len(self.strides)
+
+    def predict_levels(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOv2Outputs:
         category_logits, kernels = self.head(levels)
         mask_feature = self.mask_branch(features)
         return SOLOv2Outputs(
@@ -93,23 +82,51 @@ class SOLOv2(SOLOFamily):
     ) -> Tensor:
         feature = outputs.mask_features[image]
         kernels = outputs.kernels[level][image].flatten(1)[:, cells].T
-        logits = dynamic_conv(feature, kernels, self.kernel_size).float()
+        logits = dynamic_conv(feature, kernels, self.head.kernel_size).float()
         return resize(logits.sigmoid()[None], size or logits.shape[-2:])[0]
 
 
 class SOLOv2Head(CategoryHead):
     """Category and kernel towers on S x S grids (figure 2 of the paper)."""
 
-    def __init__(self, *, kernel_dim: int, **kwargs):
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        num_grids: Sequence[int],
+        tower: TowerSpec,
+        mask_dim: int = 256,
+        kernel_size: int = 1,
+        category_align: str = "interpolate",
+        coord_conv: bool = True,
+        prior_prob: float = 0.01,
+    ):
         """
         Args:
-            kernel_dim: D, weights of one dynamic kernel.
-            kwargs: see ``CategoryHead``.
+            in_channels, num_classes, num_grids, tower, category_align, coord_conv, prior_prob: see
+                ``CategoryHead``.
+            mask_dim: E, channels of the mask feature.
+            kernel_size: side of the dynamic kernels, odd.
+
+        Raises:
+            ValueError: ``kernel_size`` is even.
         """
-        super().__init__(**kwargs)
-        self.axes = "xy" if self.coord_conv else ""
-        self.kernel_tower = build_tower(self.in_channels + len(self.axes), **self.tower_options)
-        self.kernel_pred = output_conv(kwargs["conv_dim"], kernel_dim)
+        super().__init__(
+            in_channels=in_channels,
+            num_classes=num_classes,
+            num_grids=num_grids,
+            tower=tower,
+            category_align=category_align,
+            coord_conv=coord_conv,
+            prior_prob=prior_prob,
+        )
+        if kernel_size % 2 != 1:
+            raise ValueError(f"kernel_size must be odd, not {kernel_size!r}")
+        self.kernel_size = kernel_size
+        self.axes = "xy" if coord_conv else ""
+        self.kernel_tower = tower.build(in_channels + len(self.axes))
+        self.kernel_pred = output_conv(tower.conv_dim, mask_dim * kernel_size**2)
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """
@@ -121,8 +138,8 @@ class SOLOv2Head(CategoryHead):
         """
         kernels = []
         for feature, grid in zip(levels, self.num_grids):
-            # Coordinates of the level's own size are resized too, as published: on the grid they
-            # stay inside (-1, 1). Resized apart, so that no copy of the whole feature is made.
+            # As published, coordinates of the level's own size are resized with the feature: on the
+            # grid they stay inside (-1, 1). Done apart, which saves a copy of the whole feature.
             parts = [feature]
             if self.axes:
                 parts.append(append_coordinates(feature[:, :0], self.axes))
@@ -136,33 +153,37 @@ class MaskFeatureBranch(nn.Module):
 
     def __init__(
         self,
-        input_shapes: list[ShapeSpec],
+        input_shape: dict[str, ShapeSpec],
         *,
-        in_features: list[str],
-        conv_dim: int,
-        out_dim: int,
-        norm: str,
+        in_features: Sequence[str] = ("p2", "p3", "p4", "p5"),
+        conv_dim: int = 128,
+        out_dim: int = 256,
+        norm: str = "GN",
         deformable: bool = False,
         modulated: bool = False,
     ):
         """
         Args:
-            input_shapes: finest first, each stride twice the one before.
-            in_features: their names.
+            input_shape: of the backbone's features.
+            in_features: names of the inputs, finest first; each stride is twice the one before.
             conv_dim: inner width.
             out_dim: E, channels of the mask feature.
             norm: after each conv.
             deformable, modulated: use DCN (v2) for all convs, the final 1x1 included.
+
+        Raises:
+            ValueError: a feature is missing, or the strides or channels do not fit together.
         """
         super().__init__()
-        strides = [shape.stride for shape in input_shapes]
+        channels = shared_channels(input_shape, in_features)
+        strides = [input_shape[name].stride for name in in_features]
         if strides != [strides[0] * 2**i for i in range(len(strides))]:
             raise ValueError(
-                f"MODEL.SOLOV2.MASK_IN_FEATURES needs strides that double, not {strides}"
+                f"in_features of the mask branch need strides that double, but {in_features} have "
+                f"{strides}"
             )
-        self.in_features = in_features
+        self.in_features = list(in_features)
         self.stride = strides[0]
-        channels = single_channels(dict(zip(in_features, input_shapes)), in_features)
         options = {"norm": norm, "deformable": deformable, "modulated": modulated}
         self.levels = nn.ModuleList()
         for i in range(len(in_features)):
@@ -184,12 +205,12 @@ class MaskFeatureBranch(nn.Module):
         coarser = [self._run(i, features) for i in range(1, len(self.levels))]
         if not coarser:
             return self.output(finest)
-        # Upsampling is linear: all coarser levels share their last step. The sums are out of
-        # place, since ReLU needs its output for the backward pass.
+        # Upsampling is linear, so all coarser levels share their last step. The sums are out of
+        # place: ReLU needs its output for the backward pass.
         return self.output(finest + upsample2x(sum(coarser[1:], coarser[0])))
 
     def _run(self, index: int, features: dict[str, Tensor]) -> Tensor:
-        """One level up to, but without, its last upsampling."""
+        """One level, up to but without its last upsampling."""
         x = features[self.in_features[index]]
         if index == len(self.levels) - 1:
             x = append_coordinates(x)  # the paper: only at the deepest level

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class CellTargets(NamedTuple):
@@ -42,10 +43,10 @@ def assign_cells(
     Where two instances claim a cell the later one gives the category; both pairs are listed.
 
     Args:
-        boxes: (N, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive.
-        classes: (N,) int64 in [0, num_classes).
-        centers: (N, 2) mass center (x, y) of each mask in pixel indices.
-        areas: (N,) pixels of each mask; an instance with none is skipped.
+        boxes: (M, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive.
+        classes: (M,) int64 in [0, num_classes).
+        centers: (M, 2) mass center (x, y) of each mask in pixel indices.
+        areas: (M,) pixels of each mask; an instance with none is skipped.
         extent: height and width in pixels that the grid spans: of the padded batch.
         num_grids: cells along each axis, per level.
         scale_ranges: (low, high), both inclusive, per level.
@@ -54,39 +55,43 @@ def assign_cells(
     """
     device = boxes.device
     levels = len(num_grids)
-    grids = torch.tensor(num_grids, device=device)
-    ranges = torch.tensor(scale_ranges, dtype=torch.float32, device=device)
+    smallest, largest = zip(*scale_ranges)
+    offsets = level_offsets(num_grids)
+    # all numbers of the levels in one copy to the device
+    table = [num_grids, offsets[:-1], smallest, largest]
+    numbers = torch.tensor(table, dtype=torch.float64).to(device)[:, :, None]
+    grids, first_cells = numbers[:2].long()  # each (L, 1), as the next two
+    smallest, largest = numbers[2:].float()
+    size = torch.tensor(extent[::-1], dtype=torch.float32, device=device)
 
     # x first, then y, in the last axis of everything below
     sizes = (boxes[:, 2:] - boxes[:, :2]).float() - float(inclusive_boxes)
     scale = sizes.clamp(min=0).prod(dim=1).sqrt()
-    in_level = (scale >= ranges[:, :1]) & (scale <= ranges[:, 1:]) & (areas > 0)
+    in_level = (scale >= smallest) & (scale <= largest) & (areas > 0)
 
     def cell_of(coordinate: Tensor) -> Tensor:
-        """(N, 2) pixels -> (L, N, 2) cell index; the float32 floor division is the original's."""
-        relative = coordinate / torch.tensor(extent[::-1], dtype=torch.float32, device=device)
+        """(M, 2) pixels -> (L, M, 2) cell index; the float32 floor division is the original's."""
         cell_size = (1.0 / grids.double()).float().view(levels, 1, 1)
-        return torch.div(relative, cell_size, rounding_mode="floor").long()
+        return torch.div(coordinate / size, cell_size, rounding_mode="floor").long()
 
     half = 0.5 * sigma * sizes
     center, low, high = cell_of(centers), cell_of(centers - half), cell_of(centers + half)
     low = torch.maximum(low.clamp(min=0), center - 1)
     high = torch.minimum(torch.minimum(high, grids.view(levels, 1, 1) - 1), center + 1)
 
-    # the 3x3 cells around each center: (L, N, 3) columns and rows
+    # the 3x3 cells around each center: (L, M, 2, 3) columns and rows
     around = center[..., None] + torch.arange(-1, 2, device=device)
     inside = (around >= low[..., None]) & (around <= high[..., None])
     positive = in_level[..., None, None] & inside[:, :, 1, :, None] & inside[:, :, 0, None, :]
     level, instance, i, j = positive.nonzero(as_tuple=True)
     row, column = around[level, instance, 1, i], around[level, instance, 0, j]
-    cell = row * grids[level] + column
+    cell = row * grids[level, 0] + column
 
-    # the last instance that claims a cell, -1 for none; appended class -1 -> background
-    offsets = level_offsets(num_grids)
+    # the last instance that claims a cell; -1, no instance, reads the background behind the classes
     owner = torch.full((offsets[-1],), -1, dtype=torch.long, device=device)
-    flat = cell + torch.tensor(offsets, device=device)[level]
+    flat = cell + first_cells[level, 0]
     owner.scatter_reduce_(0, flat, instance, reduce="amax")
-    categories = torch.cat([classes.long(), classes.new_tensor([num_classes]).long()])[owner]
+    categories = F.pad(classes.long(), (0, 1), value=num_classes)[owner]
     return CellTargets(categories, level, cell, instance)
 
 
@@ -99,15 +104,15 @@ def level_offsets(num_grids: Sequence[int]) -> list[int]:
 
 
 def last_claims(targets: CellTargets, num_grids: Sequence[int]) -> CellTargets:
-    """Leave one pair per cell, the one whose instance gives the category; ordered by cell.
+    """Keep one pair per cell, the one whose instance gives the category; ordered by cell.
 
     SOLO and Decoupled SOLO have one mask per cell, SOLOv2 trains a cell's kernel on all pairs.
     """
     flat = targets.cell + targets.cell.new_tensor(level_offsets(num_grids))[targets.level]
-    # a stable sort leaves the pairs of a cell in instance order: the last of each run wins
+    # a stable sort keeps the pairs of a cell in instance order: the last of each run wins
     order = flat.sort(stable=True).indices
     flat = flat[order]
     last = torch.ones_like(flat, dtype=torch.bool)
     last[:-1] = flat[1:] != flat[:-1]
-    pairs = (x[order][last] for x in targets[1:])
-    return CellTargets(targets.categories, *pairs)
+    winners = order[last]
+    return CellTargets(targets.categories, *(x[winners] for x in targets[1:]))

@@ -1,106 +1,237 @@
-"""From the raw outputs for one image to detections, and their boxes in the output frame."""
+"""From the raw outputs for one image to instances in the output frame."""
 
 from typing import NamedTuple
 
 import torch
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.profiler import record_function
 
-from solo_d2.layers.box_nms import cross_class_fast_nms, fast_nms, traditional_nms
+from solo_d2.layers.box_nms import Kept, cross_class_fast_nms, fast_nms, traditional_nms
+from solo_d2.layers.masks import upsample_to_binary
 
 from .anchors import decode
+from .head import MaskRater, YOLACTOutputs, assemble_masks, inside_boxes, scale_boxes
 
 NMS_TYPES = ("fast", "cross_class", "traditional")
+CROPS = ("output", "prototype", "none")
 BOX_ROUNDINGS = ("int", "float")
 
 
-class Detections(NamedTuple):
-    """D detections of one image, by descending scores."""
-
-    boxes: Tensor  # (D, 4) x1, y1, x2, y2, relative, not clipped
-    scores: Tensor  # (D,)
-    classes: Tensor  # (D,) int64, without background
-    priors: Tensor  # (D,) int64, which anchor
-
-
 class Candidates(NamedTuple):
-    """Anchors that look like an object of some class."""
+    """m anchors of one image that may be detections."""
 
-    boxes: Tensor  # (n, 4) as above
-    scores: Tensor  # (C, n) probabilities of all classes
-    priors: Tensor  # (n,) int64, ascending
-
-
-def find_candidates(
-    offsets: Tensor, logits: Tensor, priors: Tensor, *, score_threshold: float
-) -> Candidates:
-    """Anchors of one image whose best class is more probable than ``score_threshold``.
-
-    Args:
-        offsets: (P, 4).
-        logits: (P, C + 1), background first.
-        priors: (P, 4).
-        score_threshold: see above.
-    """
-    scores = logits.softmax(dim=1)[:, 1:]
-    # false for NaN
-    index = (scores.amax(dim=1) > score_threshold).nonzero()[:, 0]
-    boxes = decode(offsets[index], priors[index])
-    finite = boxes.isfinite().all(dim=1)
-    index = index[finite]
-    return Candidates(boxes[finite], scores[index].T, index)
+    boxes: Tensor  # (m, 4) x1, y1, x2, y2, relative, not clipped
+    scores: Tensor  # (C, m) probabilities of all classes
+    anchors: Tensor  # (m,) int64, ascending
 
 
-def suppress(
-    found: Candidates,
-    *,
-    unit: float,
-    nms_type: str = "fast",
-    iou_threshold: float = 0.5,
-    top_k: int = 200,
-    score_threshold: float = 0.05,
-    class_score_threshold: float = 0.0,
-    limit_cross_class: bool = False,
-    max_detections: int = 100,
-) -> Detections:
-    """Non-maximum suppression; see ``layers.box_nms``.
+class BoxDetections(NamedTuple):
+    """M detections of one image without masks, by descending scores."""
 
-    Args:
-        found: the candidates.
-        unit: pixels that a relative box is in units of.
-        nms_type: one of NMS_TYPES.
-        iou_threshold, top_k: of the NMS.
-        score_threshold: of a class in the traditional NMS.
-        class_score_threshold: the same in Fast NMS of each class; 0 for none.
-        limit_cross_class: hold cross-class Fast NMS to ``max_detections`` too.
-        max_detections: of all classes together.
-    """
-    boxes, scores, priors = found
-    if nms_type == "fast":
-        kept = fast_nms(
-            boxes,
-            scores,
-            iou_threshold=iou_threshold,
-            top_k=top_k,
-            score_threshold=class_score_threshold,
-            max_detections=max_detections,
+    boxes: Tensor  # (M, 4) x1, y1, x2, y2, relative, not clipped
+    scores: Tensor  # (M,)
+    classes: Tensor  # (M,) int64, without background
+    anchors: Tensor  # (M,) int64, which anchor
+
+
+class YOLACTDetector:
+    """Score threshold, non-maximum suppression (see ``layers.box_nms``), masks, output boxes."""
+
+    def __init__(
+        self,
+        *,
+        score_threshold: float = 0.05,
+        nms_type: str = "fast",
+        nms_threshold: float = 0.5,
+        top_k: int = 200,
+        max_detections: int = 100,
+        class_score_threshold: float = 0.0,
+        limit_cross_class: bool = False,
+        crop: str = "output",
+        rescore_boxes: bool = False,
+        box_rounding: str = "int",
+    ):
+        """
+        Args:
+            score_threshold: anchors whose best class has a higher probability are candidates; in
+                the traditional NMS, of each class by itself.
+            nms_type: "fast" (Fast NMS of each class), "cross_class" (Fast NMS of all classes
+                together, each candidate under its best) or "traditional" (greedy, of each class).
+            nms_threshold: IoU of two detections above which the worse one is dropped.
+            top_k: in both kinds of Fast NMS, the number of best candidates (of each class) that
+                take part.
+            max_detections: of all classes together.
+            class_score_threshold: in Fast NMS, a candidate also counts for classes other than its
+                best if these have more than this probability. The published code requires none.
+            limit_cross_class: apply ``max_detections`` to cross-class Fast NMS as well. The
+                published code does not.
+            crop, box_rounding: one of CROPS, one of BOX_ROUNDINGS; see config.py.
+            rescore_boxes: multiply ``scores`` by the predicted mask IoU and sort by the product,
+                rather than give the product as ``mask_scores`` only.
+
+        Raises:
+            ValueError: an option has an unsupported value.
+        """
+        for name, value, known in (
+            ("nms_type", nms_type, NMS_TYPES),
+            ("crop", crop, CROPS),
+            ("box_rounding", box_rounding, BOX_ROUNDINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        for name, limit in (("top_k", top_k), ("max_detections", max_detections)):
+            if limit < 1:
+                raise ValueError(f"{name} must be at least 1, not {limit}")
+        self.score_threshold = score_threshold
+        self.nms_type = nms_type
+        self.nms_threshold = nms_threshold
+        self.top_k = top_k
+        self.max_detections = max_detections
+        self.class_score_threshold = class_score_threshold
+        self.limit_cross_class = limit_cross_class
+        self.crop = crop
+        self.rescore_boxes = rescore_boxes
+        self.box_rounding = box_rounding
+
+    def __call__(
+        self,
+        outputs: YOLACTOutputs,
+        image: int,
+        image_size: tuple[int, int],
+        padded_size: tuple[int, int],
+        mask_rater: MaskRater | None = None,
+    ) -> Instances:
+        """One image's instances in the frame of the input, with soft masks.
+
+        Args:
+            outputs, image: of the network, and which image of the batch.
+            image_size, padded_size: height and width of the input without padding and with it.
+            mask_rater: of YOLACT++; adds ``mask_scores``.
+        """
+        offsets, logits = outputs.box_offsets[image], outputs.class_logits[image]
+        with record_function("solo_d2.nms"):
+            candidates = self.candidates(offsets, logits, outputs.anchors)
+            found = self.suppress_boxes(candidates, unit=max(padded_size))
+        prototypes = outputs.prototypes[image]
+        coefficients = outputs.coefficients[image][found.anchors]
+        with record_function("solo_d2.masks"), torch.autocast(offsets.device.type, enabled=False):
+            result = Instances(image_size)
+            result.pred_boxes = Boxes(found.boxes * max(padded_size))
+            result.scores, result.pred_classes = found.scores, found.classes
+            return self.add_masks(result, prototypes, coefficients, padded_size, mask_rater)
+
+    def candidates(self, offsets: Tensor, logits: Tensor, anchors: Tensor) -> Candidates:
+        """The anchors whose best class exceeds the score threshold.
+
+        Args:
+            offsets: (P, 4).
+            logits: (P, C + 1), background first.
+            anchors: (P, 4).
+        """
+        scores = logits.softmax(dim=1)[:, 1:]
+        boxes = decode(offsets, anchors)
+        # NaN is never above the threshold
+        chosen = (scores.amax(dim=1) > self.score_threshold) & boxes.isfinite().all(dim=1)
+        index = chosen.nonzero()[:, 0]
+        return Candidates(boxes[index], scores[index].T, index)
+
+    def suppress_boxes(self, found: Candidates, *, unit: int) -> BoxDetections:
+        """Non-maximum suppression; ``unit`` is the number of pixels per unit of the boxes."""
+        kept = self._nms(found, unit)
+        index = kept.index
+        return BoxDetections(found.boxes[index], kept.scores, kept.classes, found.anchors[index])
+
+    def _nms(self, found: Candidates, unit: int) -> Kept:
+        if self.nms_type == "fast":
+            return fast_nms(
+                found.boxes,
+                found.scores,
+                iou_threshold=self.nms_threshold,
+                top_k=self.top_k,
+                score_threshold=self.class_score_threshold,
+                max_detections=self.max_detections,
+            )
+        if self.nms_type == "cross_class":
+            return cross_class_fast_nms(
+                found.boxes,
+                found.scores,
+                iou_threshold=self.nms_threshold,
+                top_k=self.top_k,
+                max_detections=self.max_detections if self.limit_cross_class else None,
+            )
+        return traditional_nms(
+            found.boxes * unit,
+            found.scores,
+            iou_threshold=self.nms_threshold,
+            score_threshold=self.score_threshold,
+            max_detections=self.max_detections,
         )
-    elif nms_type == "cross_class":
-        kept = cross_class_fast_nms(
-            boxes,
-            scores,
-            iou_threshold=iou_threshold,
-            top_k=top_k,
-            max_detections=max_detections if limit_cross_class else None,
+
+    def add_masks(
+        self,
+        result: Instances,
+        prototypes: Tensor,
+        coefficients: Tensor,
+        padded_size: tuple[int, int],
+        mask_rater: MaskRater | None,
+    ) -> Instances:
+        """Add soft ``pred_masks`` at the size of the prototypes, and ``mask_scores``.
+
+        With crop "output" the masks are not cropped yet, but the mask rater sees them cropped.
+
+        Args:
+            result: M instances without masks.
+            prototypes: (h, w, K).
+            coefficients: (M, K).
+            padded_size, mask_rater: as of a call.
+        """
+        masks = assemble_masks(prototypes, coefficients)
+        cropped = masks
+        if self.crop == "prototype" or (self.crop == "output" and mask_rater is not None):
+            size = tuple(prototypes.shape[:2])
+            boxes = scale_boxes(result.pred_boxes.tensor, padded_size, size)
+            cropped = masks * inside_boxes(boxes, size)
+        result.pred_masks = masks if self.crop == "output" else cropped
+        if mask_rater is not None:
+            ious = mask_rater(cropped).gather(1, result.pred_classes[:, None])[:, 0]
+            result.mask_scores = result.scores * ious
+            if self.rescore_boxes:
+                result.scores = result.mask_scores
+                result = result[result.scores.argsort(descending=True)]
+        return result
+
+    def postprocess(
+        self,
+        instances: Instances,
+        output_size: tuple[int, int],
+        padded_size: tuple[int, int],
+        mask_threshold: float,
+    ) -> Instances:
+        """The result of a call in the output frame, without those whose box is empty there."""
+        boxes = output_boxes(
+            instances.pred_boxes.tensor,
+            instances.image_size,
+            output_size,
+            rounding=self.box_rounding,
         )
-    else:
-        kept = traditional_nms(
-            boxes * unit,
-            scores,
-            iou_threshold=iou_threshold,
-            score_threshold=score_threshold,
-            max_detections=max_detections,
+        # the original drops boxes without area from COCO's json; comparing sides instead also
+        # drops those of two negative sides
+        visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        instances, boxes = instances[visible], boxes[visible]
+        masks = upsample_to_binary(
+            instances.pred_masks,
+            padded_size=padded_size,
+            image_size=instances.image_size,
+            output_size=output_size,
+            threshold=mask_threshold,
+            direct=True,
+            windows=pixel_windows(boxes) if self.crop == "output" else None,
         )
-    return Detections(boxes[kept.index], kept.scores, kept.classes, priors[kept.index])
+        result = Instances(output_size, **instances.get_fields())
+        result.pred_masks = masks
+        result.pred_boxes = Boxes(boxes)
+        return result
 
 
 def output_boxes(
@@ -108,17 +239,16 @@ def output_boxes(
 ) -> Tensor:
     """Boxes in the output frame, as published.
 
-    Each side is clipped at one end only, so that a box beside the image has its ends in the wrong
-    order.
+    Each side is clipped at one end only, so the ends of a box beside the image are swapped.
 
     Args:
-        boxes: (n, 4) in pixels of the network's input; ends in any order.
+        boxes: (M, 4) in pixels of the network's input; ends in any order.
         image_size: height and width of the input without padding.
         output_size: the same of the output.
         rounding: "int" drops fractions, "float" keeps them.
 
     Returns:
-        (n, 4) float32 in pixels of the output.
+        (M, 4) float32 in pixels of the output.
     """
     x = boxes[:, 0::2] / image_size[1] * output_size[1]
     y = boxes[:, 1::2] / image_size[0] * output_size[0]
@@ -129,5 +259,5 @@ def output_boxes(
 
 
 def pixel_windows(boxes: Tensor) -> Tensor:
-    """(n, 4) boxes -> int64 x1, y1, x2, y2 of the pixels whose middles lie inside."""
+    """(M, 4) boxes -> int64 x1, y1, x2, y2 of the pixels whose middles lie inside."""
     return (boxes - 0.5).ceil().long()

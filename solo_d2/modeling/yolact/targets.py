@@ -1,8 +1,10 @@
-"""Which anchor belongs to which object."""
+"""Ground truth at the network's input size, and which anchor belongs to which object."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,112 +18,162 @@ IGNORED, BACKGROUND = -1, 0
 
 
 class Matches(NamedTuple):
-    """What each of P anchors stands for."""
+    """What each of the P anchors of an image is trained to predict."""
 
     labels: Tensor  # (P,) int64: class + 1, or BACKGROUND, or IGNORED
-    objects: Tensor  # (P,) int64: the object, of use where the label is a class
+    objects: Tensor  # (P,) int64: the object, meaningful where the label is a class
+
+
+def resize_instances(
+    instances: Instances, size: tuple[int, int], device: torch.device
+) -> Instances:
+    """Ground truth for an image that is resized to ``size``, its masks on ``device``.
+
+    Polygons are scaled. Bit masks are resized like the image, then set where they are one half or
+    more.
+    """
+    height, width = instances.image_size
+    y, x = size[0] / height, size[1] / width
+    resized = Instances(size, **instances.get_fields())
+    if instances.has("gt_boxes"):
+        boxes = instances.gt_boxes.clone()
+        boxes.scale(x, y)
+        resized.gt_boxes = boxes
+    if instances.has("gt_masks"):
+        masks = instances.gt_masks
+        if isinstance(masks, PolygonMasks):
+            resized.gt_masks = PolygonMasks(
+                [[(p.reshape(-1, 2) * (x, y)).flatten() for p in m] for m in masks.polygons]
+            )
+        else:
+            (bits,) = _resize_masks(masks.tensor.to(device), [size], torch.ge)
+            resized.gt_masks = BitMasks(bits)
+    return resized
 
 
 def match(
     boxes: Tensor,
     classes: Tensor,
     crowd_boxes: Tensor,
-    priors: Tensor,
+    anchors: Tensor,
     *,
     iou_thresholds: tuple[float, float] = (0.4, 0.5),
     crowd_threshold: float = 0.7,
+    min_size: float = 0.0,
 ) -> Matches:
     """Match the anchors of one image with its objects.
 
     An anchor takes the object of its best IoU and is positive, ignored or background by that IoU.
-    Then every object gets an anchor of its own, however low their IoU; see ``own_priors``.
+    Then every object gets an anchor of its own, however low their IoU; see ``force_match``.
 
     Args:
-        boxes: (N, 4) x1, y1, x2, y2, relative; N may be 0.
-        classes: (N,) int64, without background.
-        crowd_boxes: (M, 4); background anchors that lie in one are ignored.
-        priors: (P, 4) center x, center y, width, height, relative.
+        boxes: (M, 4) x1, y1, x2, y2, relative; M may be 0.
+        classes: (M,) int64, without background.
+        crowd_boxes: (m, 4) of crowd regions; background anchors inside one are ignored.
+        anchors: (P, 4) center x, center y, width, height, relative.
         iou_thresholds: below the first is background; from the second on, positive.
-        crowd_threshold: an anchor with more than this share of its area in a crowd lies in it.
+        crowd_threshold: an anchor is inside a crowd if more than this share of its area is.
+        min_size: objects that are not wider and higher than this get no anchor.
     """
-    corners = to_corners(priors)
+    corners = to_corners(anchors)
     if len(boxes):
-        ious = box_ious(boxes, corners)
+        usable = have_area(boxes, min_size)
+        ious = box_ious(boxes, corners).masked_fill(~usable[:, None], -1)
         best, objects = ious.max(dim=0)
-        own = own_priors(ious)
-        served = (own >= 0).nonzero()[:, 0]  # all, but where there are fewer anchors than objects
-        best[own[served]] = 2.0
-        objects[own[served]] = served
+        # objects without an anchor of their own share a place behind the last anchor
+        own = force_match(ious)
+        place = torch.where(own < 0, len(anchors), own)
+        index = torch.arange(len(boxes), device=boxes.device)
+        best = F.pad(best, (0, 1)).index_fill(0, place, 2.0)[:-1]
+        objects = F.pad(objects, (0, 1)).scatter(0, place, index)[:-1]
         low, high = iou_thresholds
         labels = classes[objects] + 1
-        labels[best < high] = IGNORED
-        labels[best < low] = BACKGROUND
+        labels = labels.masked_fill(best < high, IGNORED).masked_fill(best < low, BACKGROUND)
     else:
-        objects = torch.zeros(len(priors), dtype=torch.long, device=priors.device)
+        objects = torch.zeros(len(anchors), dtype=torch.long, device=anchors.device)
         labels = torch.full_like(objects, BACKGROUND)
     if len(crowd_boxes):
         share = box_intersections(crowd_boxes, corners) / box_areas(corners)
         in_crowd = share.amax(dim=0) > crowd_threshold
-        labels[in_crowd & (labels <= BACKGROUND)] = IGNORED
+        labels = labels.masked_fill(in_crowd & (labels <= BACKGROUND), IGNORED)
     return Matches(labels, objects)
 
 
-def own_priors(ious: Tensor) -> Tensor:
-    """One anchor for each object: the pair of the highest IoU first, then of what is left.
+def have_area(boxes: Tensor, min_size: float) -> Tensor:
+    """(M, 4) x1, y1, x2, y2 -> (M,) bool: wider and higher than ``min_size``."""
+    return (boxes[:, 2:] - boxes[:, :2] > min_size).all(dim=1)
 
-    Which is the order of the published code. Here each round takes, together, all pairs that are
-    the best both for their object and for their anchor, since none of these can stand in the way
-    of another; two or three rounds settle nearly all images. Of equal pairs the first object's
-    goes first, and of these the first anchor.
+
+def force_match(ious: Tensor) -> Tensor:
+    """One anchor for each object: the pair of the highest IoU first, then of the remaining ones.
+
+    This is the order of the published code. Here each round takes, together, all pairs that are
+    the best both for their object and for their anchor, since none of these can affect another;
+    two or three rounds settle nearly all images. Among equal pairs the first object's comes first,
+    and among its pairs that of the first anchor.
 
     Args:
-        ious: (N, P), N > 0.
+        ious: (M, P); an object of negative IoUs gets no anchor.
 
     Returns:
-        (N,) int64 indices of anchors, all different; -1 where none was left.
+        (M,) int64 indices of anchors, all different; -1 where none was left.
     """
-    ious = ious.clone()
-    own = ious.new_full((len(ious),), -1, dtype=torch.long)
-    while True:
-        value, prior = ious.max(dim=1)
-        rivals = ious[:, prior]  # (N, N): IoU of object i with the anchor that j wants
-        order = torch.arange(len(ious), device=ious.device)
+    num_objects, num_anchors = ious.shape
+    order = torch.arange(num_objects, device=ious.device)
+    own = torch.full_like(order, -1)
+    for _ in range(num_objects):
+        value, anchor = ious.max(dim=1)
+        rivals = ious[:, anchor]  # (M, M): IoU of object i with the anchor that j wants
         wins = (rivals.argmax(dim=0) == order) & (value >= 0)
         if not wins.any():
-            return own
-        own[wins] = prior[wins]
-        ious[wins] = -1
-        ious[:, prior[wins]] = -1
+            break
+        own = torch.where(wins, anchor, own)
+        # what did not win marks a place behind the last anchor
+        taken = torch.zeros(num_anchors + 1, dtype=torch.bool, device=ious.device)
+        taken.index_fill_(0, torch.where(wins, anchor, num_anchors), True)
+        ious = ious.masked_fill(wins[:, None] | taken[:-1], -1)
+    return own
 
 
-def reduce_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+def shrink_masks(masks: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
     """Shrink masks: bilinear without antialiasing, then more than one half.
 
     Args:
-        masks: (N, H, W) bool.
-        size: height and width of the result.
+        masks: (M, H, W) bool.
+        sizes: heights and widths of the results.
 
     Returns:
-        (N, *size) bool.
+        (M, *size) bool for each size.
     """
-    parts = [
-        resize(chunk[:, None].float(), size)[:, 0] > 0.5
-        for chunk in masks.split(chunk_length(masks.shape[1] * masks.shape[2]))
-    ]
-    return torch.cat(parts)
+    return _resize_masks(masks, sizes, torch.gt)
 
 
-def semantic_target(masks: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+def _resize_masks(
+    masks: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    compare: Callable[[Tensor, float], Tensor],
+) -> list[Tensor]:
+    """(M, H, W) bool -> (M, *size) bool for each size: bilinear, then compared with one half."""
+    parts: list[list[Tensor]] = [[] for _ in sizes]
+    for chunk in masks.split(chunk_length(masks.shape[1] * masks.shape[2])):
+        soft = chunk[:, None].float()
+        for part, size in zip(parts, sizes):
+            part.append(compare(resize(soft, size)[:, 0], 0.5))
+    return [torch.cat(part) for part in parts]
+
+
+def semantic_target(masks: Tensor, classes: Tensor, usable: Tensor, num_classes: int) -> Tensor:
     """Union of the masks of each class.
 
     Args:
-        masks: (N, h, w) bool.
-        classes: (N,) int64.
+        masks: (M, h, w) bool.
+        classes: (M,) int64.
+        usable: (M,) bool; other masks are left out.
         num_classes: C.
 
     Returns:
         (C, h, w) float32, 0 or 1.
     """
-    members = F.one_hot(classes, num_classes).float()
+    members = (F.one_hot(classes, num_classes) * usable[:, None]).float()
     counts = members.T @ masks.flatten(1).float()
     return (counts > 0).float().view(num_classes, *masks.shape[1:])

@@ -21,7 +21,6 @@ from torch import nn
 
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
-from solo_d2.engine import scale_learning_rate
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
 from solo_d2.tools import env
@@ -312,7 +311,6 @@ class Comparison:
             for name, run in trained.items():
                 cfg = cfgs[name] = _training_cfg(run)
                 setup_datasets(cfg)
-                scale_learning_rate(cfg)
                 models[name] = measure.load_model(cfg)
             steps = _without_failing(
                 models,

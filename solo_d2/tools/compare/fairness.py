@@ -1,12 +1,10 @@
 """Where the configs of a comparison differ, and whether they may."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
-from solo_d2.engine import scale_learning_rate
 from solo_d2.errors import UserError
 
 # What may differ besides MODEL, and why. The rest of a config is data, schedule and evaluation.
@@ -42,7 +40,7 @@ TRAINING = (
     *("INPUT.SSD.", "INPUT.MASK_FORMAT", "TEST.PRECISE_BN."),
 )
 # Set by the comparison itself, or only the layout of the file.
-_IGNORED = {"OUTPUT_DIR", "VERSION", "SOLVER.LR_REFERENCE_BATCH"}
+_IGNORED = {"OUTPUT_DIR", "VERSION"}
 _GROUPS = ("forbidden", "backbone", "listed", "stages", "model", "evaluation only")
 
 
@@ -136,12 +134,6 @@ def images_seen(cfgs: Sequence[CfgNode]) -> int:
 
 
 def _comparable(cfg: CfgNode) -> dict[str, Any]:
-    cfg = cfg.clone()
-    cfg.defrost()
-    logger = logging.getLogger(scale_learning_rate.__module__)
-    disabled, logger.disabled = logger.disabled, True  # it says what it does, here for nothing
-    scale_learning_rate(cfg)
-    logger.disabled = disabled
     return {k: v for k, v in flatten(cfg).items() if k not in _IGNORED}
 
 

@@ -29,16 +29,17 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 from fvcore.nn.jit_handles import get_shape
 from torch import nn
 
+from solo_d2.checkpoint import build_checkpointer
 from solo_d2.data import setup_datasets
 from solo_d2.data.mapper import InstanceMapper
-from solo_d2.engine import Trainer, build_checkpointer
-from solo_d2.engine.trainer import StepTrainer
+from solo_d2.engine import Trainer
 from solo_d2.errors import one_line
 
 PARTS = ("preprocess", "network", "nms", "output")
@@ -345,15 +346,9 @@ class _StillTrainer:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self._watch = Stopwatch(device_of(model))
-        self._trainer = StepTrainer(
-            model.train(),
-            _Again(list(batches)),
-            optimizer,
-            device=device_of(model),
-            amp=cfg.SOLVER.AMP.ENABLED,
-            max_grad_norm=cfg.SOLVER.CLIP_TOTAL_GRAD_NORM,
-            stop_on_nonfinite=False,
-        )
+        amp = cfg.SOLVER.AMP.ENABLED and device_of(model).type == "cuda"
+        trainer_class = AMPTrainer if amp else SimpleTrainer
+        self._trainer = trainer_class(model.train(), _Again(list(batches)), optimizer)
 
     def time_step(self) -> float:
         with EventStorage(0):

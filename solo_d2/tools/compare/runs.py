@@ -14,28 +14,21 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from solo_d2.checkpoint import build_checkpointer
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
-from solo_d2.engine import (
-    Trainer,
-    build_checkpointer,
-    chain_stages,
-    is_finished,
-    launch,
-    leave_log_files,
-    scale_learning_rate,
-    write_results,
-)
+from solo_d2.engine import Trainer
 from solo_d2.errors import UserError, one_line
-from solo_d2.evaluation.coco import RESULTS_FILE
+from solo_d2.evaluation.coco import RESULTS_FILE, write_results
 from solo_d2.files import atomic_write
 
 from .fairness import flatten
+from .stages import chain_stages, is_finished, leave_log_files
 
 _RECORD = "run.json"
 # These may change between a training and its resume.
@@ -147,8 +140,7 @@ class Run:
                 _evaluate(self.cfg.clone())
             for cfg in self.cfgs if self.seed is not None else ():
                 if not is_finished(cfg):
-                    device = cfg.MODEL.DEVICE
-                    launch(_train, num_gpus, device=device, args=(cfg.clone(),))
+                    launch(_train, num_gpus, dist_url="auto", args=(cfg.clone(),))
                 leave_log_files()
         finally:
             leave_log_files()
@@ -293,7 +285,6 @@ def _set_up(cfg: CfgNode) -> None:
     """As train_net.py does."""
     setup_datasets(cfg)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="solo_d2")
-    scale_learning_rate(cfg)
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
 

@@ -1,7 +1,10 @@
 """Backbones of ours: shapes, freezing, and weights that were made for their originals."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
@@ -136,10 +139,17 @@ class TestMobileNetV2:
         assert any(isinstance(m, FrozenBatchNorm2d) for m in modules)
         assert not any(isinstance(m, nn.BatchNorm2d) for m in modules)
 
-    @pytest.mark.parametrize("key, value", [("NORM", "GN"), ("OUT_FEATURES", ["res6"])])
-    def test_unknown_values_are_refused_by_key(self, key, value):
-        with pytest.raises(ValueError, match=f"MODEL.MOBILENETV2.{key}"):
-            build(MOBILE, f"MODEL.MOBILENETV2.{key}", value)
+    @pytest.mark.parametrize(
+        "key, value, message",
+        [
+            ("MOBILENETV2.NORM", "GN", "norm must be .* not 'GN'"),
+            ("MOBILENETV2.OUT_FEATURES", ["res6"], "out_features must be .*'res5'.* not .'res6'"),
+            ("BACKBONE.FREEZE_AT", 6, "MODEL.BACKBONE.FREEZE_AT. must be 0 to 5, not 6"),
+        ],
+    )
+    def test_unsupported_values_are_named(self, key, value, message):
+        with pytest.raises(ValueError, match=message):
+            build(MOBILE, f"MODEL.{key}", value)
 
     @torch.no_grad()
     def check_features(self, bottom_up: nn.Module, original: nn.Module):
@@ -161,6 +171,16 @@ class TestMobileNetV2:
         backbone = build(MOBILE, "MODEL.MOBILENETV2.NORM", norm)
         Checkpointer(backbone).load(str(tmp_path / "mobilenet_v2.pth"))
         self.check_features(backbone.bottom_up, original)
+
+    def test_detectron2s_checkpointer_refuses_what_it_would_not_load(self, tmp_path):
+        """Torchvision's names have no prefix, so it would warn and train from random weights."""
+        path = tmp_path / "mobilenet_v2.pth"
+        torch.save(mobilenet_v2(weights=None).state_dict(), path)
+        model = nn.Sequential(OrderedDict(backbone=build(MOBILE)))
+        with pytest.raises(ValueError, match=r"backbone\.bottom_up\.features.*solo_d2.checkpoint"):
+            DetectionCheckpointer(model).load(str(path))
+        torch.save(model.state_dict(), path)
+        DetectionCheckpointer(model).load(str(path))
 
     def test_takes_the_older_files_weights_whole(self, data_dir):
         path = data_dir / "weights" / "mobilenetv2_imagenet.pth"

@@ -9,6 +9,7 @@ from torch import nn
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
+from solo_d2.modeling.backbone.darknet import DarkNet
 
 
 def build(name: str, *options) -> nn.Module:
@@ -16,7 +17,6 @@ def build(name: str, *options) -> nn.Module:
     add_solo_d2_config(cfg)
     cfg.MODEL.BACKBONE.NAME = name
     # narrow, as only its structure matters here
-    cfg.MODEL.DARKNET.STEM_OUT_CHANNELS = 4
     cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
@@ -25,15 +25,15 @@ def build(name: str, *options) -> nn.Module:
     return build_backbone(cfg)
 
 
-def darknet(*options) -> nn.Module:
-    return build("build_darknet_backbone", *options)
+def darknet(out_features=("res3", "res4", "res5"), **options) -> DarkNet:
+    return DarkNet(out_features=[*out_features], **{"stem_channels": 4} | options)
 
 
 class TestDarkNet:
     @torch.no_grad()
     def test_outputs_have_the_declared_shapes_for_any_size(self):
         names = [f"res{k}" for k in range(1, 6)]
-        backbone = darknet("MODEL.DARKNET.OUT_FEATURES", names).eval()
+        backbone = darknet(names).eval()
         outputs = backbone(torch.randn(2, 3, 70, 101))
         assert list(outputs) == names
         for name, shape in backbone.output_shape().items():
@@ -43,7 +43,7 @@ class TestDarkNet:
     @torch.no_grad()
     def test_has_the_published_widths_depths_and_sizes(self):
         with torch.device("meta"):
-            backbone = darknet("MODEL.DARKNET.STEM_OUT_CHANNELS", 32)
+            backbone = build("build_darknet_backbone")
             outputs = backbone(torch.empty(1, 3, 550, 550))
         assert {name: tuple(x.shape[1:]) for name, x in outputs.items()} == {
             "res3": (256, 69, 69),
@@ -57,20 +57,21 @@ class TestDarkNet:
 
     @torch.no_grad()
     def test_a_block_adds_its_input_and_leaves_the_sum_alone(self):
-        block = darknet("MODEL.DARKNET.OUT_FEATURES", ["res1"]).res1[1].eval()
+        block = darknet(["res1"]).res1[1].eval()
         nn.init.constant_(block.conv2.norm.weight, 0)
         nn.init.constant_(block.conv2.norm.bias, -1)
         x = torch.randn(1, 8, 4, 4)
         torch.testing.assert_close(block(x), x - 0.1)  # leaky: -1 becomes -0.1; negatives stay
 
     def test_stages_that_nobody_asked_for_are_not_built(self):
-        backbone = darknet("MODEL.DARKNET.OUT_FEATURES", ["res2"])
+        backbone = darknet(["res2"])
         assert not hasattr(backbone, "res3")
 
     @pytest.mark.parametrize("freeze_at", [0, 1, 3])
     def test_freezes_from_the_input_on(self, freeze_at):
-        backbone = darknet("MODEL.BACKBONE.FREEZE_AT", freeze_at)
-        for k, name in enumerate(["stem", *(f"res{k}" for k in range(1, 6))]):
+        names = ["stem", *(f"res{k}" for k in range(1, 6))]
+        backbone = darknet(names[1:], freeze_at=freeze_at)
+        for k, name in enumerate(names):
             part = getattr(backbone, name)
             frozen = 0 < freeze_at and k <= freeze_at
             # a frozen batch norm has no parameters, so the convolutions' remain
@@ -79,16 +80,16 @@ class TestDarkNet:
             assert bool(norms) != frozen
 
     def test_norm_is_configurable(self):
-        modules = list(darknet("MODEL.DARKNET.NORM", "FrozenBN").modules())
+        modules = list(darknet(norm="FrozenBN").modules())
         assert any(isinstance(m, FrozenBatchNorm2d) for m in modules)
         assert not any(isinstance(m, nn.BatchNorm2d) for m in modules)
 
     @pytest.mark.parametrize(
-        "key, value", [("DEPTH", 19), ("OUT_FEATURES", ["res6"]), ("OUT_FEATURES", [])]
+        "option, value", [("out_features", ["res6"]), ("out_features", []), ("freeze_at", 6)]
     )
-    def test_unknown_values_are_refused_by_key(self, key, value):
-        with pytest.raises(ValueError, match=f"MODEL.DARKNET.{key}"):
-            darknet(f"MODEL.DARKNET.{key}", value)
+    def test_unsupported_values_are_named(self, option, value):
+        with pytest.raises(ValueError, match=f"{option}.* must be "):
+            darknet(**{option: value})
 
     def test_takes_a_backbone_under_yolacts_names(self, tmp_path):
         torch.manual_seed(0)

@@ -6,13 +6,18 @@ import re
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import BitMasks, Boxes, Instances
 from torch.nn import functional as F
 
-from solo_d2 import add_solo_d2_config
+from solo_d2 import SOLO, DecoupledSOLO, SOLOv2, add_solo_d2_config
 from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.frozen_bn import FoldedConv2d
 from solo_d2.layers.resample import UpsampledConv2d
+from solo_d2.modeling.solo.decoupled_solo import DecoupledSOLOHead
+from solo_d2.modeling.solo.head import TowerSpec
+from solo_d2.modeling.solo.solo import SOLOHead
+from solo_d2.modeling.solo.solov2 import MaskFeatureBranch, SOLOv2Head
 
 SIZE = (64, 96)
 
@@ -55,6 +60,35 @@ def tiny_config(**options):
 def tiny_model(**options):
     torch.manual_seed(0)
     return build_model(tiny_config(**options))
+
+
+def python_model(name: str, tower: dict | None = None, **options):
+    """The tiny model made without a config; options are those that have no key."""
+    torch.manual_seed(0)
+    backbone = build_backbone(tiny_config())
+    tower = TowerSpec(**{"num_convs": 1, "conv_dim": 64, **(tower or {})})
+    head_options = {
+        "in_channels": 32,
+        "num_classes": 3,
+        "num_grids": [12, 10, 8, 6, 4],
+        "tower": tower,
+    }
+    if name == "SOLOv2":
+        head = SOLOv2Head(mask_dim=64, **head_options)
+        shapes = backbone.output_shape()
+        options["mask_branch"] = MaskFeatureBranch(shapes, conv_dim=64, out_dim=64, norm=tower.norm)
+    else:
+        head = {"SOLO": SOLOHead, "DecoupledSOLO": DecoupledSOLOHead}[name](**head_options)
+    arguments = {
+        "pixel_mean": [103.53, 116.28, 123.675],
+        "pixel_std": [1.0, 1.0, 1.0],
+        "num_classes": 3,
+        "head_in_features": ["p2", "p3", "p4", "p5", "p6"],
+        "strides": [8, 8, 16, 32, 32],
+        "scale_ranges": [[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]],
+    }
+    model_class = {"SOLO": SOLO, "DecoupledSOLO": DecoupledSOLO, "SOLOv2": SOLOv2}[name]
+    return model_class(backbone=backbone, head=head, **{**arguments, **options})
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -132,37 +166,17 @@ def test_an_image_without_instances_trains_the_categories_only(model):
     assert losses["loss_category"] > 0
 
 
-def test_an_input_without_annotations_is_named(model):
-    model.train()
-    with pytest.raises(ValueError, match=r"street\.jpg"):
-        model([{"image": torch.zeros(3, *SIZE), "file_name": "street.jpg"}])
-
-
-def test_instances_without_masks_are_an_error_that_names_the_key(model):
-    model.train()
-    inputs = {**example(ORDINARY), "file_name": "street.jpg"}
-    inputs["instances"].remove("gt_masks")
-    with pytest.raises(ValueError, match=r"street\.jpg.*MODEL\.MASK_ON"):
-        model([inputs])
-
-
-def test_polygons_and_bit_masks_give_the_same_losses(model):
-    model.train()
-    polygon = [[10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]]
-    with_bits = example(ORDINARY)
-    with_polygons = copy.deepcopy(with_bits)
-    with_polygons["instances"].gt_masks = PolygonMasks([polygon])
-    assert model([with_bits]) == model([with_polygons])
-
-
 def eager(**options):
     """A model that proposes an instance wherever it can."""
-    thresholds = {"MODEL__SOLO__SCORE_THRESH_TEST": 0.005, "MODEL__SOLO__UPDATE_THRESH_TEST": 0.0}
-    model = tiny_model(**thresholds, **options).eval()
+    return made_eager(tiny_model(**options))
+
+
+def made_eager(model):
+    model.score_threshold, model.update_threshold = 0.005, 0.0
     for name, parameter in model.head.named_parameters():
         if re.search(r"(kernel|mask|x|y)_pred\.", name):
             torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return model.eval()
 
 
 @torch.no_grad()
@@ -198,7 +212,8 @@ def test_inference_gives_well_shaped_instances_at_the_output_size(architecture):
 @every_architecture
 @pytest.mark.parametrize("threshold", [2.0, 0.0])
 def test_no_candidates_and_all_candidates_are_ordinary(architecture, threshold):
-    model = tiny_model(**architecture, MODEL__SOLO__SCORE_THRESH_TEST=threshold).eval()
+    model = eager(**architecture)
+    model.score_threshold = threshold
     (instances,) = run(model)
     check_output(instances, SIZE)
     assert len(instances) <= 100
@@ -242,17 +257,10 @@ def test_greedy_nms_leaves_scores_alone():
     assert len(instances) > 0
 
 
-def test_an_unknown_nms_is_named():
-    with pytest.raises(ValueError, match="'soft'"):
-        run(eager(MODEL__SOLO__NMS_TYPE="soft"))
-
-
 SHARED_OPTIONS = [
     {"MODEL__SOLO__COORD_CONV": False},
-    {"MODEL__SOLO__NORM": ""},
     {"MODEL__SOLO__DEFORM": "last"},
     {"MODEL__SOLO__DEFORM": "all", "MODEL__SOLO__DEFORM_MODULATED": True},
-    {"MODEL__SOLO__PAD_BEFORE_REDUCTION": False},
     {"MODEL__SOLO__MAX_POSITIVES": 2},
     {"MODEL__SOLO__MASK_LOSS_TYPE": "focal"},
     {"MODEL__SOLO__MASK_LOSS_TYPE": "bce"},
@@ -288,8 +296,7 @@ def ids_of(options: list[dict]) -> list[str]:
     return [",".join(f"{k.split('__')[-1]}={v}" for k, v in o.items()) for o in options]
 
 
-def check_that_it_trains_and_infers(**options):
-    model = eager(**options)
+def check_that_it_trains_and_infers(model):
     model.train()
     losses = model([example(many(6)), example(NONE)])
     assert losses["loss_mask"] > 0
@@ -304,39 +311,66 @@ def check_that_it_trains_and_infers(**options):
 @every_architecture
 @pytest.mark.parametrize("options", SHARED_OPTIONS, ids=ids_of(SHARED_OPTIONS))
 def test_every_option_of_the_family_trains_and_infers(architecture, options):
-    check_that_it_trains_and_infers(**architecture, **options)
+    check_that_it_trains_and_infers(eager(**architecture, **options))
 
 
 @pytest.mark.parametrize("options", SOLOV2_OPTIONS, ids=ids_of(SOLOV2_OPTIONS))
 def test_every_option_of_solov2_trains_and_infers(options):
-    check_that_it_trains_and_infers(**options)
+    check_that_it_trains_and_infers(eager(**options))
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz"),
-        ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align"),
-        ("MODEL.SOLO.DEFORM", "first"),
-        ("MODEL.SOLO.NUM_CONVS", 0),
-    ],
-)
-def test_an_unknown_option_is_named_with_its_key(key, value):
-    with pytest.raises(ValueError, match=rf"{re.escape(key)}.*{value}"):
+# a norm, a flag of somebody's code, or both; and what the config leaves alone
+PYTHON_OPTIONS = [
+    {"tower": {"norm": ""}},
+    {"tower": {"norm": "BN"}, "focal_loss_gamma": 1.0, "category_loss_weight": 0.5},
+    {"pad_before_downsampling": False},
+    {"inclusive_boxes": True},
+    {"nms_kernel": "linear", "nms_finite": True},
+]
+
+
+@pytest.mark.parametrize("name", ["SOLO", "DecoupledSOLO", "SOLOv2"])
+@pytest.mark.parametrize("options", PYTHON_OPTIONS, ids=lambda x: ",".join(x))
+def test_options_without_a_key_are_arguments(name, options):
+    check_that_it_trains_and_infers(made_eager(python_model(name, **options)))
+
+
+@pytest.mark.parametrize("name", ["SOLO", "DecoupledSOLO", "SOLOv2"])
+def test_a_model_made_in_python_equals_the_one_of_the_config(name):
+    made, configured = python_model(name), tiny_model(MODEL__META_ARCHITECTURE=name)
+    made.load_state_dict(configured.state_dict())
+    assert any(isinstance(x, FoldedConv2d) for x in made.backbone.modules())
+    assert made.train()([example(many(6))]) == configured.train()([example(many(6))])
+
+
+WRONG_OPTIONS = {
+    "mask_loss_type": ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz", "'dice', 'focal', 'bce'"),
+    "category_align": ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align", "'interpolate'"),
+    "deform": ("MODEL.SOLO.DEFORM", "first", "'none', 'last', 'all'"),
+    "num_convs": ("MODEL.SOLO.NUM_CONVS", 0, "at least 1"),
+    "num_grids": ("MODEL.SOLO.NUM_GRIDS", [12, 10, 0, 6, 4], "at least 1"),
+    "strides": ("MODEL.SOLO.STRIDES", [8, 8, 16, 32, 64], "32"),
+    "nms_type": ("MODEL.SOLO.NMS_TYPE", "matrx", "'matrix', 'mask'"),
+    "nms_kernel": ("MODEL.SOLO.NMS_KERNEL", "gauss", "'gaussian', 'linear'"),
+    "kernel_size": ("MODEL.SOLOV2.KERNEL_SIZE", 2, "odd"),
+    "in_features": ("MODEL.SOLOV2.MASK_IN_FEATURES", ["p2", "p4"], "double"),
+}
+
+
+@pytest.mark.parametrize("argument", WRONG_OPTIONS)
+def test_a_wrong_option_is_refused_when_the_model_is_built(argument):
+    key, value, allowed = WRONG_OPTIONS[argument]
+    with pytest.raises(ValueError, match=rf"\b{argument}\b") as error:
         tiny_model(**{key: value})
+    assert allowed in str(error.value) and str(value) in str(error.value)
 
 
-def test_frozen_statistics_stay_while_affine_parameters_train():
-    model = tiny_model(
-        MODEL__RESNETS__NORM="BN",
-        MODEL__BACKBONE__FREEZE_BN_STATS=True,
-        MODEL__BACKBONE__FREEZE_AT=0,
-    ).train()
-    norm = model.backbone.bottom_up.res3[0].conv1.norm
-    before = norm.running_mean.clone()
-    sum(model([example(ORDINARY)]).values()).backward()
-    assert torch.equal(norm.running_mean, before)
-    assert norm.weight.grad is not None
+def test_only_solov2_has_a_mask_branch():
+    branch = MaskFeatureBranch(build_backbone(tiny_config()).output_shape())
+    with pytest.raises(ValueError, match="SOLO has no mask_branch"):
+        python_model("SOLO", mask_branch=branch)
+    with pytest.raises(TypeError, match="score_treshold"):
+        python_model("SOLO", score_treshold=0.2)
 
 
 @every_architecture
@@ -351,7 +385,7 @@ def test_mixed_precision_gives_finite_float32_losses(architecture):
 
 
 def test_levels_of_different_lengths_are_named():
-    with pytest.raises(ValueError, match="STRIDES: 5"):
+    with pytest.raises(ValueError, match="num_grids has 2, .*strides has 5"):
         tiny_model(MODEL__SOLO__NUM_GRIDS=[12, 10])
 
 
@@ -373,7 +407,7 @@ def test_candidates_are_never_all_made_at_once(monkeypatch, largest_float):
     images = model.preprocess_image([{"image": torch.rand(3, *SIZE) * 255}])
     with torch.no_grad():
         features = model.backbone(images.tensor)
-        outputs = model.predict(model.resize_levels(features, SIZE), features)
+        outputs = model.predict(features, SIZE)
         scores = model.category_scores(outputs)[0]
         assert (scores > 0.005).sum() > 100
         with largest_float() as mode:
@@ -408,7 +442,7 @@ def test_chosen_masks_equal_those_of_a_full_evaluation(architecture):
     images = model.preprocess_image([{"image": torch.rand(3, *SIZE) * 255}])
     with torch.no_grad():
         features = model.backbone(images.tensor)
-        outputs = model.predict(model.resize_levels(features, SIZE), features)
+        outputs = model.predict(features, SIZE)
         for level, grid in enumerate(model.head.num_grids):
             stride = model.strides[level] // 2
             native = (SIZE[0] // stride, SIZE[1] // stride)

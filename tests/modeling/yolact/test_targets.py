@@ -1,96 +1,34 @@
-"""Anchors of YOLACT, the box codec, matching, mask targets and losses as functions."""
+"""Matching of anchors and objects, and ground truth at other sizes."""
 
-import math
-
+import cv2
+import numpy as np
 import pytest
 import torch
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.boxes import box_ious
-from solo_d2.modeling.yolact import losses
-from solo_d2.modeling.yolact.anchors import decode, encode, level_scales, make_priors, to_corners
-from solo_d2.modeling.yolact.protonet import inside_boxes
-from solo_d2.modeling.yolact.targets import match, own_priors, reduce_masks, semantic_target
+from solo_d2.modeling.yolact.anchors import to_corners
+from solo_d2.modeling.yolact.targets import (
+    force_match,
+    match,
+    resize_instances,
+    semantic_target,
+    shrink_masks,
+)
 
 
-def grid_of_priors(size=(64, 96), square=False) -> torch.Tensor:
-    return make_priors(
-        [(8, 12), (4, 6)],
-        size,
-        scales=level_scales([12.0, 24.0], 1),
-        aspect_ratios=[1.0, 0.5, 2.0],
-        square=square,
-    )
-
-
-def random_boxes(seed: int, n: int) -> torch.Tensor:
-    g = torch.Generator().manual_seed(seed)
-    center, size = torch.rand(n, 2, generator=g), torch.rand(n, 2, generator=g) * 0.5 + 0.01
-    return to_corners(torch.cat([center, size], dim=1))
-
-
-def test_priors_are_in_the_order_level_row_column_scale_ratio():
-    priors = make_priors(
-        [(2, 3), (1, 1)],
-        (40, 60),
-        scales=[[8.0, 16.0], [32.0, 40.0]],
-        aspect_ratios=[1.0, 4.0],
-        square=False,
-    )
-    pixels = priors * 60
-    assert len(priors) == (2 * 3 + 1) * 2 * 2
-    first = [[10, 10, 8, 8], [10, 10, 16, 4], [10, 10, 16, 16], [10, 10, 32, 8], [30, 10, 8, 8]]
-    torch.testing.assert_close(pixels[:5], torch.tensor(first).float())
-    torch.testing.assert_close(pixels[12, :2], torch.tensor([10.0, 30.0]))
-    torch.testing.assert_close(pixels[24], torch.tensor([30.0, 20, 32, 32]))
-
-
-def test_scales_of_an_octave_end_below_the_next_level():
-    assert level_scales([24, 48], 1) == [[24], [48]]
-    (scales,) = level_scales([24], 3)
-    assert scales == pytest.approx([24, 24 * 2 ** (1 / 3), 24 * 2 ** (2 / 3)])
-
-
-def test_square_anchors_are_as_high_as_wide():
-    priors, true = grid_of_priors(square=True), grid_of_priors()
-    assert torch.equal(priors[:, 2], priors[:, 3])
-    assert torch.equal(priors[:, :3], true[:, :3])
-    assert not torch.equal(true[:, 2], true[:, 3])
-
-
-def test_anchors_keep_their_size_in_pixels_whatever_the_shape_of_the_input():
-    wide = grid_of_priors((64, 96)) * 96
-    long = grid_of_priors((128, 96)) * 128
-    torch.testing.assert_close(wide[:, 2:], long[:, 2:])
-    torch.testing.assert_close(wide[:, 0], long[:, 0])
-    torch.testing.assert_close(wide[:, 1] * 2, long[:, 1])
-
-
-@given(st.integers(0, 10**6), st.integers(0, 20))
-@settings(max_examples=40, deadline=None)
-def test_decoding_inverts_encoding(seed, n):
-    boxes = random_boxes(seed, n)
-    priors = grid_of_priors()[torch.arange(0, 288, 13)[:n]]
-    torch.testing.assert_close(decode(encode(boxes, priors), priors), boxes, rtol=0, atol=1e-5)
-
-
-def test_a_prior_itself_is_no_offset_and_diverged_offsets_give_finite_boxes():
-    priors = grid_of_priors()
-    zero = encode(to_corners(priors), priors)
-    torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
-    assert decode(torch.full((1, 4), 1e4), priors[:1]).isfinite().all()
-
-
-def literal_own_priors(ious: torch.Tensor) -> list[int]:
+def literal_force_match(ious: torch.Tensor) -> list[int]:
     """One object after the other, as in the published code."""
     ious, own = ious.clone(), [-1] * len(ious)
     for _ in range(len(ious)):
-        value, prior = ious.max(dim=1)
+        value, anchor = ious.max(dim=1)
         if value.max() < 0:
             break
         j = int(value.argmax())
-        own[j] = int(prior[j])
+        own[j] = int(anchor[j])
         ious[:, own[j]] = -1
         ious[j] = -1
     return own
@@ -98,26 +36,26 @@ def literal_own_priors(ious: torch.Tensor) -> list[int]:
 
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 40), st.sampled_from([2, 5, 1000]))
 @settings(max_examples=150, deadline=None)
-def test_own_priors_are_those_of_the_loop_over_objects(seed, n, p, steps):
+def test_force_match_equals_the_loop_over_objects(seed, n, p, steps):
     g = torch.Generator().manual_seed(seed)
     # few steps: many ties and many zeros
     ious = torch.randint(0, steps, (n, p), generator=g) / steps
-    own = own_priors(ious)
-    assert own.tolist() == literal_own_priors(ious)
+    own = force_match(ious)
+    assert own.tolist() == literal_force_match(ious)
     served = own[own >= 0].tolist()
     assert len(set(served)) == len(served) == min(n, p)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12))
 @settings(max_examples=50, deadline=None)
-def test_every_object_has_a_prior_and_labels_follow_the_iou(seed, n):
-    boxes, priors = random_boxes(seed, n), grid_of_priors()
+def test_every_object_has_an_anchor_and_labels_follow_the_iou(anchors, random_boxes, seed, n):
+    boxes = random_boxes(seed, n)
     classes = torch.arange(n) % 5
-    labels, objects = match(boxes, classes, torch.zeros(0, 4), priors)
+    labels, objects = match(boxes, classes, torch.zeros(0, 4), anchors)
     positive = labels > 0
     assert set(objects[positive].tolist()) == set(range(n))
     assert torch.equal(labels[positive], classes[objects[positive]] + 1)
-    ious = box_ious(boxes, to_corners(priors))
+    ious = box_ious(boxes, to_corners(anchors))
     best = ious.amax(dim=0)
     assert (labels[best >= 0.5] > 0).all()
     forced = positive & (best < 0.5)
@@ -126,46 +64,43 @@ def test_every_object_has_a_prior_and_labels_follow_the_iou(seed, n):
     assert (labels[(best >= 0.4) & (best < 0.5) & ~forced] == -1).all()
     # where nobody was forced, an anchor goes to its best object
     plain = positive & (best >= 0.5)
-    own = ious[objects, torch.arange(len(priors))]
+    own = ious[objects, torch.arange(len(anchors))]
     assert int((own[plain] < best[plain]).sum()) <= n
 
 
-def test_rivals_for_one_prior_all_get_one():
-    priors = grid_of_priors()
-    boxes = to_corners(priors[[40, 40, 40]])
-    labels, objects = match(boxes, torch.tensor([0, 1, 2]), torch.zeros(0, 4), priors)
+def test_rivals_for_one_anchor_all_get_one(anchors):
+    boxes = to_corners(anchors[[40, 40, 40]])
+    labels, objects = match(boxes, torch.tensor([0, 1, 2]), torch.zeros(0, 4), anchors)
     assert set(labels[labels > 0].tolist()) == {1, 2, 3}
     assert objects[40] == 0
 
 
-def test_more_objects_than_anchors_are_matched_as_far_as_anchors_go():
-    priors = grid_of_priors()[:2]
-    labels, objects = match(random_boxes(1, 5), torch.arange(5), torch.zeros(0, 4), priors)
+def test_more_objects_than_anchors_are_matched_as_far_as_anchors_go(anchors, random_boxes):
+    boxes, none = random_boxes(1, 5), torch.zeros(0, 4)
+    labels, objects = match(boxes, torch.arange(5), none, anchors[:2])
     assert (labels > 0).all()
     assert len(set(objects.tolist())) == 2
 
 
-def test_without_objects_all_is_background_but_in_crowds():
-    priors = grid_of_priors()
+def test_without_objects_all_is_background_but_in_crowds(anchors):
     none, no_classes = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
-    labels, _ = match(none, no_classes, none, priors)
+    labels, _ = match(none, no_classes, none, anchors)
     assert (labels == 0).all()
     crowd = torch.tensor([[0.0, 0.0, 0.5, 0.7]])
-    labels, _ = match(none, no_classes, crowd, priors)
-    corners = to_corners(priors)
+    labels, _ = match(none, no_classes, crowd, anchors)
+    corners = to_corners(anchors)
     within = ((corners[:, :2] >= crowd[0, :2]) & (corners[:, 2:] <= crowd[0, 2:])).all(dim=1)
     assert within.any() and (labels[within] == -1).all()
     beside = corners[:, 0] >= 0.5
     assert beside.any() and (labels[beside] == 0).all()
-    assert (match(none, no_classes, crowd, priors, crowd_threshold=1.0).labels == 0).all()
+    assert (match(none, no_classes, crowd, anchors, crowd_threshold=1.0).labels == 0).all()
 
 
-def test_crowds_leave_positives_alone():
-    priors = grid_of_priors()
+def test_crowds_leave_positives_alone(anchors, random_boxes):
     boxes, classes = random_boxes(3, 4), torch.arange(4)
     everything = torch.tensor([[-1.0, -1.0, 2.0, 2.0]])
-    before, objects = match(boxes, classes, torch.zeros(0, 4), priors)
-    after, objects_after = match(boxes, classes, everything, priors)
+    before, objects = match(boxes, classes, torch.zeros(0, 4), anchors)
+    after, objects_after = match(boxes, classes, everything, anchors)
     assert torch.equal(before > 0, after > 0)
     assert torch.equal(objects, objects_after)
     assert (after[before <= 0] == -1).all()
@@ -175,84 +110,96 @@ def test_masks_are_shrunk_without_antialiasing_and_more_than_half_is_set():
     masks = torch.zeros(2, 8, 8, dtype=torch.bool)
     masks[0, :4] = True
     masks[1, 1, 1] = True  # of the four pixels under a sample only one
-    small = reduce_masks(masks, (4, 4))
+    small, smaller = shrink_masks(masks, (4, 4), (1, 2))
     assert small[0].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
     assert not small[1].any()
-    assert reduce_masks(masks[:0], (4, 4)).shape == (0, 4, 4)
+    assert smaller.shape == (2, 1, 2)
+    (empty,) = shrink_masks(masks[:0], (4, 4))
+    assert empty.shape == (0, 4, 4)
 
 
 def test_semantic_target_is_the_union_of_each_class():
     masks = torch.zeros(3, 2, 3, dtype=torch.bool)
     masks[0, 0, 0] = masks[1, 0, 0] = masks[1, 1, 2] = masks[2, 1, 1] = True
-    target = semantic_target(masks, torch.tensor([2, 2, 0]), 4)
+    classes, usable = torch.tensor([2, 2, 0]), torch.tensor([True, True, True])
+    target = semantic_target(masks, classes, usable, 4)
     assert target.shape == (4, 2, 3)
     assert target[2].tolist() == [[1, 0, 0], [0, 0, 1]]
     assert target[0].tolist() == [[0, 0, 0], [0, 1, 0]]
     assert not target[1].any() and not target[3].any()
-    assert not semantic_target(masks[:0], torch.zeros(0, dtype=torch.long), 4).any()
+    assert not semantic_target(masks[:0], classes[:0], usable[:0], 4).any()
+    without_last = semantic_target(masks, classes, torch.tensor([True, True, False]), 4)
+    assert torch.equal(without_last[1:], target[1:]) and not without_last[0].any()
 
 
-def test_crop_keeps_columns_by_their_index_with_padding_at_either_end():
-    boxes = torch.tensor([[2.5, 1.0, 4.0, 3.0], [4.0, 3.0, 2.5, 1.0]])
-    inside = inside_boxes(boxes, (6, 8), padding=1.0)
-    # columns c with 1.5 <= c < 5, rows with 0 <= r < 4
-    assert inside[0].any(dim=0).nonzero()[:, 0].tolist() == [2, 3, 4]
-    assert inside[0].any(dim=1).nonzero()[:, 0].tolist() == [0, 1, 2, 3]
-    assert torch.equal(inside[0], inside[1])
+def test_objects_without_area_get_no_anchor_and_leave_the_others_alone(anchors, random_boxes):
+    boxes, classes, none = random_boxes(5, 4), torch.arange(4), torch.zeros(0, 4)
+    flat = torch.tensor([[0.3, 0.3, 0.3, 0.6], [0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.9, float("nan")]])
+    together = torch.cat([flat, boxes])
+    labels, objects = match(together, torch.cat([classes[:3], classes]), none, anchors)
+    alone, objects_alone = match(boxes, classes, none, anchors)
+    assert torch.equal(labels, alone)
+    positive = labels > 0
+    assert torch.equal(objects[positive], objects_alone[positive] + 3)
+    assert (match(flat, classes[:3], none, anchors).labels == 0).all()
+    assert (match(boxes, classes, none, anchors, min_size=2.0).labels == 0).all()
 
 
-def test_hard_negatives_are_three_per_positive_of_the_same_image_and_no_ignored_one():
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 40, 4, generator=g)
-    labels = torch.zeros(3, 40, dtype=torch.long)
-    labels[0, :3], labels[0, 3:20] = 1, -1
-    labels[2, :15] = 2
-    hard = losses.hard_negatives(logits, labels, 3)
-    assert hard.sum(dim=1).tolist() == [9, 0, 25]  # image 2 has no more than 25
-    background = logits.log_softmax(dim=2)[:, :, 0]
-    chosen, others = background[0][hard[0]], background[0][(labels[0] == 0) & ~hard[0]]
-    assert chosen.max() <= others.min()
-    assert (labels[hard] == 0).all()
+def instances_of(size, masks=None, polygons=None, boxes=None) -> Instances:
+    instances = Instances(size)
+    if masks is not None:
+        instances.gt_masks = BitMasks(masks)
+    if polygons is not None:
+        instances.gt_masks = PolygonMasks(polygons)
+    if boxes is not None:
+        instances.gt_boxes = Boxes(torch.tensor(boxes))
+    return instances
 
 
-def test_class_loss_is_a_sum_over_positives_and_hard_negatives():
-    logits = torch.zeros(1, 10, 3, requires_grad=True)
-    labels = torch.tensor([[1, 2, -1, 0, 0, 0, 0, 0, 0, 0]])
-    loss = losses.class_loss(logits, labels, 3)
-    assert loss.item() == pytest.approx((2 + 6) * math.log(3), rel=1e-6)
-    loss.backward()
-    assert not logits.grad[0, 2].any()
+def test_boxes_and_polygons_are_scaled_along_each_axis():
+    before = instances_of(
+        (100, 200),
+        polygons=[[[20.0, 10.0, 200.0, 10.0, 200.0, 100.0]]],
+        boxes=[[20.0, 10, 200, 100]],
+    )
+    before.gt_classes = torch.tensor([3])
+    after = resize_instances(before, (50, 50), torch.device("cpu"))
+    assert after.image_size == (50, 50)
+    assert after.gt_boxes.tensor.tolist() == [[5, 5, 50, 50]]
+    assert after.gt_masks.polygons[0][0].tolist() == [5, 5, 50, 5, 50, 50]
+    assert after.gt_classes.tolist() == [3]
+    assert before.gt_boxes.tensor.tolist() == [[20, 10, 200, 100]]
+    assert before.gt_masks.polygons[0][0].tolist() == [20, 10, 200, 10, 200, 100]
 
 
-def test_mask_loss_of_cropped_away_pixels_costs_100_each_and_has_no_gradient():
-    soft = torch.full((1, 2, 2), 0.5, requires_grad=True)
-    crop = torch.tensor([[[1.0, 1.0], [0.0, 1.0]]])
-    truth = torch.ones(1, 2, 2, dtype=torch.bool)
-    loss = losses.mask_loss(soft * crop, truth, torch.tensor([2.0]))
-    assert loss.item() == pytest.approx((100 + 3 * math.log(2)) / 2)
-    loss.backward()
-    assert soft.grad[0, 1, 0] == 0 and (soft.grad[0, 0] < 0).all()
+@pytest.mark.parametrize("size", [(48, 64), (100, 90), (37, 61)])
+def test_bit_masks_are_resized_as_opencv_does_and_set_from_one_half_on(size):
+    masks = np.random.default_rng(0).random((5, 8, 9)) > 0.5
+    masks = masks.repeat(9, axis=1).repeat(7, axis=2)  # blobs
+    before = instances_of(masks.shape[1:], masks=torch.from_numpy(masks))
+    ours = resize_instances(before, size, torch.device("cpu")).gt_masks.tensor.numpy()
+
+    linear = {"interpolation": cv2.INTER_LINEAR}
+    soft = np.stack([cv2.resize(mask.astype(np.float32), size[::-1], **linear) for mask in masks])
+    surely = abs(soft - 0.5) > 1e-5
+    assert surely.mean() > 0.97
+    assert (ours == (soft >= 0.5))[surely].all()
 
 
-def test_semantic_loss_is_a_mean_over_pixels_and_a_sum_over_classes():
-    loss = losses.semantic_loss(torch.zeros(5, 3, 4), torch.zeros(5, 3, 4))
-    assert loss.item() == pytest.approx(5 * math.log(2))
+def test_one_half_of_a_mask_is_set_and_chunks_do_not_matter(monkeypatch):
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[0, 1], masks[1, 1, 1], masks[2] = True, True, True
+    before = instances_of((4, 4), masks=masks)
+    whole = resize_instances(before, (2, 2), torch.device("cpu")).gt_masks.tensor
+    assert whole[:, 0].tolist() == [[True, True], [False, False], [True, True]]
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 64)
+    chunked = resize_instances(before, (2, 2), torch.device("cpu")).gt_masks.tensor
+    assert torch.equal(whole, chunked)
 
 
-def test_mask_ious_are_those_of_thresholded_masks():
-    soft = torch.tensor([[[0.9, 0.6, 0.5, 0.1]], [[0.0, 0.0, 0.0, 0.0]]])
-    truth = torch.tensor([[[True, False, True, False]], [[False] * 4]])
-    assert losses.mask_ious(soft, truth).tolist() == pytest.approx([1 / 3, 0])
-
-
-def test_losses_of_nothing_are_zero_and_connected():
-    offsets = torch.zeros(0, 4, requires_grad=True)
-    soft = torch.zeros(0, 6, 6, requires_grad=True)
-    ious = torch.zeros(0, requires_grad=True)
-    no_masks = torch.zeros(0, 6, 6, dtype=torch.bool)
-    total = losses.box_loss(offsets, torch.zeros(0, 4))
-    total = total + losses.mask_loss(soft, no_masks, torch.zeros(0))
-    total = total + losses.mask_iou_loss(ious, torch.zeros(0))
-    assert total == 0
-    total.backward()
-    assert all(x.grad is not None for x in (offsets, soft, ious))
+def test_an_image_without_annotations_is_resized_too():
+    after = resize_instances(Instances((30, 40)), (20, 20), torch.device("cpu"))
+    assert after.image_size == (20, 20) and not after.get_fields()
+    none = instances_of((30, 40), masks=torch.zeros(0, 30, 40, dtype=torch.bool))
+    after = resize_instances(none, (20, 20), torch.device("cpu"))
+    assert after.gt_masks.tensor.shape == (0, 20, 20)

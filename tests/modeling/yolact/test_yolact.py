@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 
 import pytest
 import torch
@@ -10,15 +9,15 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils import comm
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.layers import masks as mask_ops
-from solo_d2.layers.masks import tight_boxes, upsample_to_binary
-from solo_d2.modeling.yolact.inference import output_boxes, pixel_windows
-from solo_d2.modeling.yolact.mask_iou import MaskIoUHead
+from solo_d2.layers.masks import tight_boxes
+from solo_d2.modeling import YOLACT
+from solo_d2.modeling.yolact.anchors import AnchorGenerator
+from solo_d2.modeling.yolact.criterion import YOLACTCriterion
+from solo_d2.modeling.yolact.head import YOLACTHead
 
 SIZE = (64, 96)
 PLUS = {
@@ -39,7 +38,7 @@ def tiny_config(**options):
             *("MODEL.MOBILENETV2.WIDTH_MULT", 0.25, "MODEL.MOBILENETV2.NORM", "BN"),
             *("MODEL.MOBILENETV2.OUT_FEATURES", ["res3", "res4", "res5"]),
             *("MODEL.YOLACT.NUM_CLASSES", 3, "MODEL.YOLACT.CONV_DIM", 32),
-            *("MODEL.YOLACT.NUM_PROTOTYPES", 8),
+            *("MODEL.YOLACT.NUM_PROTOTYPES", 8, "MODEL.YOLACT.INPUT_SIZE", 0),
             *("MODEL.YOLACT.ANCHOR_SIZES", [12, 24, 48, 96, 192]),
             *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
         ]
@@ -332,65 +331,31 @@ def test_float_boxes_are_the_integer_ones_before_truncation():
     assert torch.equal(exact.pred_boxes.tensor.trunc(), whole.pred_boxes.tensor)
 
 
-def test_boxes_are_clipped_at_one_end_each_and_swapped_and_truncated():
-    boxes = torch.tensor([[-5.0, 20.4, 30.9, 10.2], [80.0, 5.0, 90.0, 8.0]])
-    ours = output_boxes(boxes, (40, 60), (40, 60), rounding="int")
-    assert ours.tolist() == [[0, 10, 30, 20], [80, 5, 60, 8]]
-    doubled = output_boxes(boxes, (40, 60), (80, 120), rounding="float")
-    torch.testing.assert_close(doubled[0], torch.tensor([0.0, 20.4, 61.8, 40.8]))
-
-
-@given(st.integers(0, 10**6), st.booleans(), st.integers(1, 40), st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
-def test_masks_are_resized_inside_of_their_windows_only(seed, padded, height, width):
-    g = torch.Generator().manual_seed(seed)
-    soft = torch.rand(5, 8, 12, generator=g)
-    sizes = {
-        "padded_size": (32, 48),
-        "image_size": (20, 37) if padded else (32, 48),
-        "output_size": (height, width),
-    }
-    corners = torch.rand(5, 2, 2, generator=g) * 1.4 - 0.2
-    boxes = (corners * torch.tensor([width, height])).sort(dim=1).values.flatten(1)
-    windows = pixel_windows(boxes)
-    inside = torch.zeros(5, height, width, dtype=torch.bool)
-    for mask, (x1, y1, x2, y2) in zip(inside, boxes.tolist()):
-        rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
-        mask |= ((y1 <= rows) & (rows < y2))[:, None] & ((x1 <= columns) & (columns < x2))
-    for direct, at_once in ((False, 1), (True, 1), (True, 2)):
-        with pytest.MonkeyPatch.context() as patch:  # as on a GPU, where it is more than one
-            patch.setattr(mask_ops, "_masks_at_once", lambda *_, n=at_once: n)
-            options = {"threshold": 0.5, "direct": direct, **sizes}
-            whole = upsample_to_binary(soft, **options)
-            within = upsample_to_binary(soft, windows=windows, **options)
-        # sums of the same numbers in another order
-        assert ((whole & inside) ^ within).sum() <= 1
-
-
-def test_direct_resize_of_a_padded_map_samples_where_the_image_is():
-    soft = torch.linspace(0, 1, 12).expand(1, 8, 12)
-    options = {"padded_size": (32, 48), "output_size": (50, 74), "threshold": 0.4, "direct": True}
-    mask = upsample_to_binary(soft, image_size=(25, 37), **options)
-    # column c shows input column (c + 0.5) / 2, which is map column that / 4 - 0.5, of value / 11
-    values = ((torch.arange(74) + 0.5) / 8 - 0.5).clamp(0, 11) / 11
-    assert torch.equal(mask[0, 0], values > 0.4)
-
-
 def test_limits_are_kept():
     (few,) = run(eager(TEST__DETECTIONS_PER_IMAGE=5))
     assert len(few) <= 5
-    cross = {"MODEL__YOLACT__NMS_TYPE": "cross_class", "TEST__DETECTIONS_PER_IMAGE": 2}
-    (unlimited,) = run(eager(**cross))
-    (limited,) = run(eager(**cross, MODEL__YOLACT__LIMIT_CROSS_CLASS=True))
+    model = eager(MODEL__YOLACT__NMS_TYPE="cross_class", TEST__DETECTIONS_PER_IMAGE=2)
+    (unlimited,) = run(model)
+    model.detector.limit_cross_class = True
+    (limited,) = run(model)
     assert len(unlimited) > 2 >= len(limited)
-    lowest = float(unlimited.scores.median())
-    (better,) = run(eager(**cross, MODEL__YOLACT__MIN_SCORE_TEST=lowest))
-    assert 0 < len(better) < len(unlimited) and (better.scores > lowest).all()
+
+
+def test_a_class_threshold_leaves_candidates_under_their_better_classes():
+    model = eager()
+    (every,) = run(model)
+    lowest = float(every.scores.median())
+    model.detector.class_score_threshold = lowest
+    (better,) = run(model)
+    assert 0 < len(better) and (better.scores > lowest).all()
+    assert float(every.scores.min()) < lowest
 
 
 def test_rescoring_multiplies_the_class_scores_and_sorts_again():
     (plain,) = run(eager(**PLUS))
-    (rescored,) = run(eager(**PLUS, MODEL__YOLACT__MASK_IOU__RESCORE_BOXES=True))
+    model = eager(**PLUS)
+    model.detector.rescore_boxes = True
+    (rescored,) = run(model)
     assert not torch.equal(plain.mask_scores, plain.scores)
     assert torch.equal(rescored.scores, rescored.mask_scores)
     check_output(rescored, SIZE)
@@ -398,18 +363,11 @@ def test_rescoring_multiplies_the_class_scores_and_sorts_again():
     torch.testing.assert_close(rescored.scores, ordered)
 
 
-def test_mask_iou_network_takes_masks_of_any_size():
-    head = MaskIoUHead(num_classes=4)
-    for size in ((1, 1), (62, 200), (63, 63), (138, 138)):
-        ious = head(torch.rand(2, *size))
-        assert ious.shape == (2, 4) and (ious >= 0).all()
-    assert head(torch.rand(0, 20, 20)).shape == (0, 4)
-
-
 @pytest.mark.parametrize("detach", [False, True])
 def test_mask_iou_loss_reaches_the_prototypes_unless_detached(detach):
-    model = tiny_model(**PLUS, MODEL__YOLACT__MASK_IOU__DETACH=detach).train()
-    model.mask_iou_min_area = 0
+    model = tiny_model(**PLUS).train()
+    model.criterion.mask_iou_min_area = 0
+    model.criterion.mask_iou_detach = detach
     nn.init.constant_(model.mask_iou_head.predictor.bias, 0.3)
     model([example(ORDINARY)])["loss_mask_iou"].backward()
     gradient = model.protonet.predictor.weight.grad
@@ -421,11 +379,9 @@ OPTIONS = [
     {"MODEL__YOLACT__NORM": "GN", "MODEL__YOLACT__CONV_DIM": 64},
     {"MODEL__YOLACT__CROP": "none"},
     {"MODEL__YOLACT__CROP": "prototype"},
-    {"MODEL__YOLACT__MASK_AREA_NORM": False},
     {"MODEL__YOLACT__MASKS_TO_TRAIN": 2},
     {"MODEL__YOLACT__MASKS_TO_TRAIN": 0},
-    {"MODEL__YOLACT__NEG_POS_RATIO": 1},
-    {"MODEL__YOLACT__CLASS_SCORE_THRESH_TEST": 0.05},
+    {"MODEL__YOLACT__INPUT_SIZE": 70},
     {"MODEL__YOLACT__IN_FEATURES": ["res4", "res5"]},
     {"MODEL__YOLACT__ANCHOR_SIZES": [12, 24, 48]},
     {"MODEL__MOBILENETV2__NORM": "FrozenBN"},
@@ -448,18 +404,10 @@ def test_the_limit_of_masks_keeps_the_loss_in_expectation(monkeypatch):
     for module in model.backbone.modules():
         module.eval()
     whole = model([example(many(6))])["loss_mask"]
-    model.masks_to_train = 5
+    model.criterion.masks_to_train = 5
     limited = torch.stack([model([example(many(6))])["loss_mask"] for _ in range(30)])
     assert limited.std() > 0
     assert abs(limited.mean() - whole) < 4 * limited.std() / 30**0.5
-
-
-def test_area_norm_divides_by_the_box_rather_than_by_the_image():
-    losses = []
-    for norm in (True, False):
-        model = eager(MODEL__YOLACT__MASK_AREA_NORM=norm).train()
-        losses.append(model([example(ORDINARY)])["loss_mask"].item())
-    assert losses[0] == pytest.approx(losses[1] * (64 * 96) / (40 * 40), rel=1e-4)
 
 
 def test_two_processes_have_the_losses_of_the_joined_batch(monkeypatch):
@@ -483,18 +431,37 @@ def test_two_processes_have_the_losses_of_the_joined_batch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "key, value",
+    ("key", "value", "message"),
     [
-        ("MODEL.YOLACT.CROP", "input"),
-        ("MODEL.YOLACT.NMS_TYPE", "soft"),
-        ("MODEL.YOLACT.BOX_ROUNDING", "ceil"),
-        ("MODEL.YOLACT.IN_FEATURES", ["res9"]),
-        ("MODEL.YOLACT.ANCHOR_SIZES", [24]),
+        ("CROP", "input", "crop must be one of output, prototype, none, not 'input'"),
+        ("NMS_TYPE", "soft", "nms_type must be one of fast, cross_class, traditional, not 'soft'"),
+        ("BOX_ROUNDING", "ceil", "box_rounding must be one of int, float, not 'ceil'"),
+        ("IN_FEATURES", ["res9"], "in_features must be some of"),
+        ("ANCHOR_SIZES", [24], "num_levels must be at least 3, .* not 1"),
+        ("ANCHOR_ASPECT_RATIOS", [0.0], "aspect_ratios must be positive"),
+        ("INPUT_SIZE", -1, "input_size must be 0 or more, not -1"),
+        ("MASKS_TO_TRAIN", -1, "masks_to_train must be 0 or more, not -1"),
+        ("TOPK_CANDIDATES_TEST", 0, "top_k must be at least 1, not 0"),
     ],
 )
-def test_an_unknown_option_is_named_with_its_key(key, value):
-    with pytest.raises(ValueError, match=re.escape(key)):
-        tiny_model(**{key.replace(".", "__"): value})
+def test_an_unsupported_option_is_named_when_the_model_is_built(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**{f"MODEL__YOLACT__{key}": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("num_levels", {"anchor_generator": AnchorGenerator(sizes=[8], aspect_ratios=[1, 2, 3])}),
+        ("num_anchors", {"head": YOLACTHead(in_channels=32, num_anchors=4, num_classes=3)}),
+        ("num_classes", {"criterion": YOLACTCriterion(num_classes=4)}),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(name, part):
+    options = YOLACT.from_config(tiny_config())
+    YOLACT(**options)
+    with pytest.raises(ValueError, match=f"the parts must have the same {name}, not"):
+        YOLACT(**{**options, **part})
 
 
 def norms_of(model) -> list[nn.BatchNorm2d]:
@@ -502,13 +469,12 @@ def norms_of(model) -> list[nn.BatchNorm2d]:
 
 
 def test_small_batches_freeze_batch_norm_and_say_so(caplog):
-    model = tiny_model(SOLVER__IMS_PER_BATCH=4)
-    before = copy.deepcopy(model.backbone.state_dict())
     with caplog.at_level(logging.INFO, logger="solo_d2"):
-        model.train()
-        model.train()
+        model = tiny_model(SOLVER__IMS_PER_BATCH=4)
     said = [x.getMessage() for x in caplog.records if "FREEZE_BN_BELOW" in x.getMessage()]
     assert len(said) == 1 and "4 images" in said[0]
+    before = copy.deepcopy(model.backbone.state_dict())
+    model.eval().train()
     assert norms_of(model)
     for norm in norms_of(model):
         assert not norm.training and not norm.weight.requires_grad and not norm.bias.requires_grad

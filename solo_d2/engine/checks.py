@@ -1,0 +1,106 @@
+"""What is refused before a training starts."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from solo_d2.errors import UserError
+from solo_d2.modeling.num_classes import get_value
+from solo_d2.modeling.own_keys import refuse_test_time_augmentation
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# key -> (least value, what is allowed)
+_LIMITS = {
+    "SOLVER.MAX_ITER": (1, "a positive number of iterations"),
+    "SOLVER.IMS_PER_BATCH": (1, "a positive number of images"),
+    "SOLVER.CHECKPOINT_PERIOD": (1, "a positive number of iterations"),
+    "SOLVER.WARMUP_ITERS": (0, "0 or more iterations"),
+    "SOLVER.REFERENCE_WORLD_SIZE": (0, "a number of GPUs, or 0 to scale nothing"),
+    "DATALOADER.NUM_WORKERS": (0, "0 or more processes"),
+    "TEST.EVAL_PERIOD": (0, "a number of iterations, or 0 for no evaluation before the end"),
+    "TEST.PATIENCE": (0, "a number of evaluations, or 0 for no early stop"),
+    "TEST.VIS_IMAGES": (0, "0 or more images"),
+    "TEST.DETECTIONS_PER_IMAGE": (1, "a positive number"),
+}
+
+
+def check_config(cfg: CfgNode, world_size: int) -> None:
+    """
+    Args:
+        cfg: of a training or evaluation.
+        world_size: number of processes.
+
+    Raises:
+        UserError: a key has an unsupported value; the message names it and what is allowed.
+    """
+    for key, (least, allowed) in _LIMITS.items():
+        value = get_value(cfg, key)
+        if value < least:
+            raise UserError(f"{key} is {value!r}, but must be {allowed}")
+    solver = cfg.SOLVER
+    if not 0 < solver.BASE_LR < float("inf"):
+        raise UserError(f"SOLVER.BASE_LR is {solver.BASE_LR!r}, but must be a positive number")
+    reference = solver.REFERENCE_WORLD_SIZE or world_size
+    if solver.IMS_PER_BATCH % reference:
+        of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "processes"
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, but must be a multiple of the "
+            f"number of {of}, {reference}"
+        )
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is not registered; there are "
+            f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}"
+        )
+    try:
+        refuse_test_time_augmentation(cfg)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@contextmanager
+def training_folder(folder: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The folder of a training, for one process at a time.
+
+    Args:
+        folder: is made where it is missing.
+        resume: go on with the training in it, if there is one.
+        overwrite: start anew where there is one. Its curves, results and pointer to the last
+            checkpoint are deleted; checkpoints stay until they are replaced.
+
+    Raises:
+        UserError: another process trains in it, or it holds a training and neither is asked for.
+    """
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / ".lock", "w") as file:
+        if fcntl is not None:
+            try:
+                # The system frees it when this process ends, however it ends. Loading processes,
+                # which may live on for seconds, do not inherit it, unlike one of ``flock``.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(f"another process is training in {folder} (OUTPUT_DIR)") from None
+        if not resume:
+            _make_room(path, overwrite=overwrite)
+        yield
+
+
+def _make_room(folder: Path, *, overwrite: bool) -> None:
+    names = ("last_checkpoint", "metrics.json", "results.json", "nonfinite_loss.json")
+    found = [folder / name for name in names if (folder / name).exists()]
+    if found and not overwrite:
+        raise UserError(
+            f"{folder} holds a training ({found[0].name}); continue it with --resume, replace it "
+            "with --overwrite, or choose another OUTPUT_DIR"
+        )
+    for file in [*found, *folder.glob("events.out.tfevents.*")]:
+        os.unlink(file)

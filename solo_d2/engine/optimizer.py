@@ -1,0 +1,57 @@
+"""The optimizer that SOLVER.OPTIMIZER and SOLVER.CLIP_TOTAL_GRAD_NORM ask for."""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import build_optimizer as build_sgd
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Detectron2's SGD, or AdamW with the same parameter groups.
+
+    For any trainer of Detectron2: return it from the trainer's ``build_optimizer``. Gradients are
+    clipped within ``step``, thus after ``AMPTrainer`` has unscaled them.
+
+    Raises:
+        ValueError: SOLVER.OPTIMIZER or SOLVER.CLIP_TOTAL_GRAD_NORM has an unsupported value.
+    """
+    solver = cfg.SOLVER
+    if solver.CLIP_TOTAL_GRAD_NORM < 0:
+        raise ValueError(
+            "SOLVER.CLIP_TOTAL_GRAD_NORM must be positive, or 0 for no limit, not "
+            f"{solver.CLIP_TOTAL_GRAD_NORM!r}"
+        )
+    if solver.OPTIMIZER == "SGD":
+        optimizer = build_sgd(cfg, model)
+    elif solver.OPTIMIZER == "AdamW":
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
+            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True
+        )
+    else:
+        raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', not {solver.OPTIMIZER!r}")
+    if solver.CLIP_TOTAL_GRAD_NORM > 0:
+        clip_total_grad_norm(optimizer, solver.CLIP_TOTAL_GRAD_NORM)
+    return optimizer
+
+
+def clip_total_grad_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Let each ``step`` scale all gradients together down to an L2 norm of ``max_norm``.
+
+    A step with a norm that is not finite raises a RuntimeError instead of ruining the weights.
+    """
+
+    def clip(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
+
+    optimizer.register_step_pre_hook(clip)

@@ -1,0 +1,73 @@
+"""Which evaluators a data set and a model need."""
+
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from solo_d2.errors import UserError
+from solo_d2.modeling.segmentor import InstanceSegmentor
+
+from .coco import InstanceEvaluator
+from .panoptic import PanopticEvaluator
+from .pictures import PredictionPictures
+
+
+def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:
+    """What Detectron2's train_net.py builds for the data set, then ours.
+
+    A model class whose ``best_metric`` is a panoptic one is evaluated by it on any data set.
+
+    Args:
+        cfg: of the model.
+        dataset_name: registered; without "evaluator_type" in its metadata it counts as "coco".
+        folder: for detections.
+
+    Raises:
+        UserError: the data set is of a type that the model has no output for.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    evaluators: list[DatasetEvaluator] = []
+    if kind in ("coco", "coco_panoptic_seg"):
+        evaluators.append(InstanceEvaluator(dataset_name, output_dir=folder))
+    elif kind == "lvis":
+        evaluators.append(LVISEvaluator(dataset_name, output_dir=folder))
+    elif kind == "cityscapes_instance":
+        evaluators.append(CityscapesInstanceEvaluator(dataset_name))
+    elif kind == "pascal_voc":
+        evaluators.append(PascalVOCDetectionEvaluator(dataset_name))
+    if not issubclass(architecture, InstanceSegmentor):
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind == "coco_panoptic_seg":
+            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+        if kind == "cityscapes_sem_seg":
+            evaluators.append(CityscapesSemSegEvaluator(dataset_name))
+    if not evaluators:
+        raise UserError(
+            f"{cfg.MODEL.META_ARCHITECTURE} cannot be evaluated on data set {dataset_name!r} of "
+            f"evaluator_type {kind!r}"
+        )
+    if getattr(architecture, "best_metric", "").startswith("panoptic_seg/"):
+        evaluators.append(PanopticEvaluator(dataset_name))
+    if cfg.TEST.VIS_IMAGES > 0:
+        pictures = PredictionPictures(
+            dataset_name,
+            os.path.join(cfg.OUTPUT_DIR, "vis"),
+            num_images=cfg.TEST.VIS_IMAGES,
+            score_threshold=cfg.TEST.VIS_SCORE_THRESH,
+            max_iter=cfg.SOLVER.MAX_ITER,
+        )
+        evaluators.append(pictures)
+    return evaluators

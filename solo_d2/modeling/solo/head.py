@@ -1,0 +1,183 @@
+"""The category branch of the family's heads, and what all their towers are made of."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from torch import Tensor, nn
+
+from solo_d2.layers.deform_conv import DeformConv2d
+from solo_d2.layers.resample import ALIGNMENTS, align_to_grid
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise ValueError if an argument does not have one of the allowed values."""
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSpec:
+    """How the towers of a head are built: ``num_convs`` times 3x3 conv, norm, ReLU.
+
+    Args:
+        num_convs: at least 1.
+        conv_dim: output channels of each conv.
+        norm: see Detectron2's ``get_norm``; "" for none.
+        deform: which convs are deformable: "none", "last" or "all".
+        modulated: deformable convs are DCNv2 instead of v1.
+
+    Raises:
+        ValueError: ``num_convs`` or ``deform`` has an unsupported value.
+    """
+
+    num_convs: int = 4
+    conv_dim: int = 256
+    norm: str = "GN"
+    deform: str = "none"
+    modulated: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("deform", self.deform, ("none", "last", "all"))
+        if self.num_convs < 1:
+            raise ValueError(f"num_convs must be at least 1, not {self.num_convs!r}")
+
+    def build(self, in_channels: int) -> nn.Sequential:
+        convs = []
+        for i in range(self.num_convs):
+            is_last = i == self.num_convs - 1
+            conv = conv_norm_relu(
+                in_channels if i == 0 else self.conv_dim,
+                self.conv_dim,
+                norm=self.norm,
+                deformable=self.deform == "all" or (self.deform == "last" and is_last),
+                modulated=self.modulated,
+            )
+            convs.append(conv)
+        return nn.Sequential(*convs)
+
+
+class CategoryHead(nn.Module):
+    """The category branch of the family: a tower and an output conv, shared by all levels.
+
+    A subclass adds the branch that its masks are made from.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int,
+        num_grids: Sequence[int],
+        tower: TowerSpec,
+        category_align: str = "interpolate",
+        coord_conv: bool = True,
+        prior_prob: float = 0.01,
+    ):
+        """
+        Args:
+            in_channels: of every level's feature.
+            num_classes, num_grids: C and S; the output is (N, C, S, S) per level.
+            tower: of the category branch and of the other one.
+            category_align: how a cell sees the feature, see ``align_to_grid``.
+            coord_conv: append coordinates to the input of the other branch.
+            prior_prob: probability of each class before training.
+
+        Raises:
+            ValueError: ``category_align`` or ``num_grids`` has an unsupported value.
+        """
+        super().__init__()
+        check_choice("category_align", category_align, tuple(ALIGNMENTS))
+        if not all(grid >= 1 for grid in num_grids):
+            raise ValueError(f"num_grids must all be at least 1, not {list(num_grids)}")
+        self.num_grids = list(num_grids)
+        self.category_align = category_align
+        self.coord_conv = coord_conv
+        self.category_tower = tower.build(in_channels)
+        self.prior_bias = -math.log((1 - prior_prob) / prior_prob)
+        self.category_pred = output_conv(tower.conv_dim, num_classes, bias=self.prior_bias)
+
+    def classify(self, levels: list[Tensor]) -> list[Tensor]:
+        """Features (N, in_channels, h, w) -> category logits (N, C, S, S), per level."""
+        cells = [
+            align_to_grid(feature, grid, self.category_align)
+            for feature, grid in zip(levels, self.num_grids)
+        ]
+        return [self.category_pred(self.category_tower(x)) for x in cells]
+
+
+def head_options(cfg, input_shape: dict[str, ShapeSpec], num_classes: int) -> dict[str, Any]:
+    """Keyword arguments of ``CategoryHead`` from a config and the backbone's output shapes."""
+    solo = cfg.MODEL.SOLO
+    return {
+        "in_channels": shared_channels(input_shape, solo.IN_FEATURES),
+        "num_classes": num_classes,
+        "num_grids": solo.NUM_GRIDS,
+        "tower": TowerSpec(
+            num_convs=solo.NUM_CONVS,
+            conv_dim=solo.CONV_DIM,
+            deform=solo.DEFORM,
+            modulated=solo.DEFORM_MODULATED,
+        ),
+        "category_align": solo.CATEGORY_ALIGN,
+        "coord_conv": solo.COORD_CONV,
+        "prior_prob": solo.PRIOR_PROB,
+    }
+
+
+def conv_norm_relu(
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernel_size: int = 3,
+    norm: str = "GN",
+    deformable: bool = False,
+    modulated: bool = False,
+) -> nn.Module:
+    """A conv with weights from normal(0, 0.01); it has a bias only where there is no norm."""
+    options = {
+        "kernel_size": kernel_size,
+        "padding": kernel_size // 2,
+        "bias": not norm,
+        "norm": get_norm(norm, out_channels),
+        "activation": nn.ReLU(inplace=True),
+    }
+    if deformable:
+        conv = DeformConv2d(in_channels, out_channels, modulated=modulated, **options)
+    else:
+        conv = Conv2d(in_channels, out_channels, **options)
+    nn.init.normal_(conv.weight, std=0.01)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def output_conv(in_channels: int, out_channels: int, *, bias: float = 0.0) -> Conv2d:
+    """A 3x3 conv without activation."""
+    conv = Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    return init_output(conv, bias)
+
+
+def init_output(conv: Conv2d, bias: float) -> Conv2d:
+    """Set the weights of a conv without activation, from normal(0, 0.01), in place."""
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.constant_(conv.bias, bias)
+    return conv
+
+
+def shared_channels(input_shape: dict[str, ShapeSpec], names: Sequence[str]) -> int:
+    """The number of channels that all named features have.
+
+    Raises:
+        ValueError: a feature is missing, or they have different numbers of channels.
+    """
+    missing = [name for name in names if name not in input_shape]
+    if missing:
+        raise ValueError(f"the backbone has no feature {missing[0]!r}, only {sorted(input_shape)}")
+    channels = {name: input_shape[name].channels for name in names}
+    if len(set(channels.values())) != 1:
+        raise ValueError(f"the head's features must have the same number of channels: {channels}")
+    return channels[names[0]]
