@@ -53,18 +53,21 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return opts, others
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, config_required: bool = True) -> None:
-    """The options --config-file, --weights and --allow-pickle."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    config_required: bool = True,
+    weights_help: str = "default: MODEL.WEIGHTS of the config",
+) -> None:
+    """Add the options --config-file, --weights and --allow-pickle."""
     parser.add_argument(
         "--config-file",
         required=config_required,
         default="",
         metavar="YAML",
-        help="a file, or a packaged config such as SOLOv2/SOLOv2_R50_3x.yaml",
+        help="a file, or the name of a packaged config such as SOLOv2/SOLOv2_R50_3x.yaml",
     )
-    parser.add_argument(
-        "--weights", default="", metavar="FILE", help="default: MODEL.WEIGHTS of the config"
-    )
+    parser.add_argument("--weights", default="", metavar="FILE", help=weights_help)
     parser.add_argument(
         "--allow-pickle",
         action="store_true",

@@ -180,20 +180,22 @@ class Predictor:
         self._points.set_image(image)
         self._image = image
 
-    def click(self, points: Any) -> Result:
+    def click(self, points: Any, labels: Sequence[int] | None = None) -> Result:
         """The object at each point of the image that was set; one instance per point, in order.
 
         Args:
             points: x and y in pixels of the image; one point or a list of them.
+            labels: None, or for each point 1 (on the object) or 0 (not on it): then all points
+                are about one object, and there is one instance.
 
         Raises:
             UserError: no image is set.
-            ValueError: a point is outside the image.
+            ValueError: a point is outside the image, or a label has an unsupported value.
         """
         if self._points is None or self._image is None:
             raise UserError("no image is set; call set_image first")
         pairs = np.atleast_2d(np.asarray(points, dtype=np.float64))
-        found = self._points.predict(pairs)
+        found = self._points.predict(pairs, labels)
         return self._result(self._image, found, [(x, y) for x, y in pairs.tolist()])
 
     def _result(

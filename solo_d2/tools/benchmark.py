@@ -1,32 +1,102 @@
-"""Where the time goes: ``python -m solo_d2 benchmark --config-file FILE [--weights FILE] ...``.
+"""Where the time goes: ``python -m solo_d2 benchmark --help``."""
 
-Profiles one inference and one training step with torch's profiler and prints the share of
-convolutions and matrix products, of target assignment, and the slowest operators. What SOLO gains
-by making chosen masks only: run it with and without --full, once with --only training and once
-with --only inference, and compare times, peak memory, and the results in the first lines.
-"""
+from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Instances
-from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from solo_d2.arguments import add_model_arguments, parse
+from solo_d2.errors import UserError, one_line
 
-from solo_d2.checkpoint.checkpointer import Checkpointer
-from solo_d2.config import load_config
-from solo_d2.layers.resample import UpsampledConv2d
+if TYPE_CHECKING:
+    import torch
+    from detectron2.config import CfgNode
+    from torch import nn
 
 _PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "gemm")
 
 
-def random_input(height: int, width: int, instances: int, num_classes: int) -> dict:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, or 2 after an error of one line."""
+    options = parse(_parser(), arguments)
+    # --help does not need these, which are slow to import
+    from solo_d2.config import load_config
+    from solo_d2.predictor import use_available_device
+
+    try:
+        cfg = load_config(options.config_file, opts=options.opts)
+        use_available_device(cfg)
+        model = _build(cfg, options.weights, options.allow_pickle)
+        height, width = options.size
+        inputs = random_input(height, width, options.instances, _num_classes(model))
+        image = _read(options.image, options.size, cfg.INPUT.FORMAT) if options.image else None
+    except (UserError, OSError, ValueError, KeyError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(f"{options.config_file}, {options.size[0]} x {options.size[1]}, {cfg.MODEL.DEVICE}")
+    benchmark(model, inputs, image, only=options.only, rows=options.rows)
+    return 0
+
+
+def benchmark(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    image: torch.Tensor | None = None,
+    *,
+    only: str | None = None,
+    rows: int = 8,
+) -> None:
+    """Profile a training step and an inference, and print where their time goes.
+
+    Args:
+        model: of Detectron2's interface.
+        inputs: of the training step, with "instances".
+        image: for inference; by default that of the training step.
+        only: "training" or "inference"; None: both.
+        rows: number of operators to list.
+    """
+    import torch
+    from detectron2.utils.events import EventStorage
+
+    device = next(model.parameters()).device
+    test_inputs = inputs if image is None else {**inputs, "image": image}
+
+    def step() -> dict[str, float]:
+        model.zero_grad()
+        with EventStorage():  # Detectron2's own models write to it
+            losses = model([inputs])
+        sum(losses.values()).backward()
+        return {name: loss.item() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def infer() -> Any:
+        return model([test_inputs])[0]["instances"]
+
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    start = f"peak memory with the model built: {_peak_memory(device)}"
+    if only != "inference":
+        model.train()
+        losses = ", ".join(f"{name} {value:.6f}" for name, value in step().items())
+        instances = len(inputs["instances"])
+        _profile(f"training step, {instances} instances, {losses}", step, device, rows)
+        model.zero_grad()
+    if only != "training":
+        model.eval()
+        found = infer()
+        what = f"{len(found)} instances found, sum of scores {found.scores.sum():.6f}"
+        _profile(f"inference, {what}", infer, device, rows)
+    print(f"\n{start}\npeak memory: {_peak_memory(device)}")
+
+
+def random_input(height: int, width: int, instances: int, num_classes: int) -> dict[str, Any]:
     """A noise image with square instances of sizes from 16 pixels to half of the short side."""
+    import torch
+    from detectron2.structures import BitMasks, Instances
+
     generator = torch.Generator().manual_seed(0)
     low, high = torch.tensor([16.0, max(17.0, min(height, width) / 2)]).log().tolist()
     sizes = (low + (high - low) * torch.rand(instances, generator=generator)).exp().long()
@@ -43,29 +113,32 @@ def random_input(height: int, width: int, instances: int, num_classes: int) -> d
     return {"image": image, "height": height, "width": width, "instances": target}
 
 
-def measure(name: str, run: Callable[[], object], device: torch.device, rows: int) -> None:
+def _profile(name: str, run: Callable[[], object], device: torch.device, rows: int) -> None:
     """Run once to warm up, once by the clock, once under the profiler; print what it found."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
 
     def timed() -> float:
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     timed()
     seconds = timed()
-    cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         timed()
     events = profiler.key_averages()
 
-    def own_time(event) -> float:
+    def own_time(event: Any) -> float:
         return event.self_device_time_total if cuda else event.self_cpu_time_total
 
     total = sum(own_time(event) for event in events)
     products = sum(own_time(e) for e in events if any(p in e.key for p in _PRODUCTS))
-    print(f"\n{name}: {seconds:.3f} s, of that under the profiler")
+    print(f"\n{name}: {seconds:.3f} s, of which, according to the profiler,")
     print(f"  {products / total:6.1%} convolutions and matrix products")
     for event in events:
         if event.key.startswith("solo_d2."):
@@ -75,24 +148,20 @@ def measure(name: str, run: Callable[[], object], device: torch.device, rows: in
         print(f"  {own_time(event) / total:6.1%} {own_time(event) / 1e3:9.1f} ms  {event.key}")
 
 
-def evaluate_fully() -> None:
-    """From now on, make all channels of SOLO's mask outputs and choose afterwards.
+def _build(cfg: CfgNode, weights: str, allow_pickle: bool) -> nn.Module:
+    import torch
+    from detectron2.modeling import build_model
 
-    As in the published code: after the upsampling, for all cells of a level; in inference only of
-    a level that has candidates. Sigmoid and further resizing stay limited to the chosen.
-    """
+    from solo_d2.checkpoint.checkpointer import Checkpointer
+    from solo_d2.modeling.own_keys import all_keys_honored
+    from solo_d2.modeling.prepare import prepare
 
-    def select(self: UpsampledConv2d, x: Tensor, channels: Tensor) -> Tensor:
-        return self(x[None])[0].index_select(0, channels).float()
-
-    UpsampledConv2d.select = select
-
-
-def peak_memory(device: torch.device) -> str:
-    """Of the process, or on a GPU of the tensors."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1024**3:.2f} GiB on the GPU"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"
+    torch.manual_seed(0)
+    with all_keys_honored():
+        model = prepare(build_model(cfg))
+    if weights:
+        Checkpointer(model, allow_pickle=allow_pickle).load(weights)
+    return model
 
 
 def _num_classes(model: nn.Module) -> int:
@@ -100,70 +169,43 @@ def _num_classes(model: nn.Module) -> int:
     return getattr(model, "num_classes", None) or model.num_things
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--weights", default="", help="default: MODEL.WEIGHTS is not loaded")
-    parser.add_argument("--image", default="", help="instead of noise, for inference")
+def _read(path: str, size: Sequence[int], input_format: str) -> torch.Tensor:
+    """(3, H, W) float32."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from solo_d2.images import as_rgb
+
+    image = Image.fromarray(as_rgb(path)).resize((size[1], size[0]))
+    pixels = np.asarray(image)[:, :, :: -1 if input_format == "BGR" else 1]
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
+
+
+def _peak_memory(device: torch.device) -> str:
+    """Of the process, or on a GPU of the tensors."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1024**3:.2f} GiB on the GPU"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solo-d2 benchmark",
+        usage="%(prog)s --config-file YAML [options] [KEY VALUE ...]",
+        description="Profile a training step and an inference: the share of convolutions and "
+        "matrix products, of target assignment, and the slowest operators.",
+    )
+    add_model_arguments(parser, weights_help="default: random")
+    parser.add_argument("--image", default="", help="for inference, instead of noise")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--instances", type=int, default=50, help="in the training image")
     parser.add_argument("--only", choices=["training", "inference"], help="default: both")
-    parser.add_argument("--full", action="store_true", help="make SOLO's masks of all cells")
-    parser.add_argument("--rows", type=int, default=8, help="operators to list")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE")
-    args = parser.parse_args()
-
-    cfg = load_config(args.config_file, opts=args.opts)
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    if args.full:
-        evaluate_fully()
-    if args.weights:
-        Checkpointer(model).load(args.weights)
-    device = torch.device(cfg.MODEL.DEVICE)
-    inputs = random_input(*args.size, args.instances, _num_classes(model))
-
-    def step() -> dict[str, float]:
-        model.zero_grad()
-        with EventStorage():  # Detectron2's own models write to it
-            losses = model([inputs])
-        sum(losses.values()).backward()
-        return {name: loss.item() for name, loss in losses.items()}
-
-    test_inputs = dict(inputs)
-    if args.image:
-        test_inputs["image"] = _read(args.image, args.size, cfg.INPUT.FORMAT)
-
-    @torch.no_grad()
-    def infer() -> Instances:
-        return model([test_inputs])[0]["instances"]
-
-    print(f"{args.config_file}, {args.size[0]} x {args.size[1]}, {device}")
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    start = f"peak memory with the model built: {peak_memory(device)}"
-    if args.only != "inference":
-        model.train()
-        losses = ", ".join(f"{name} {value:.6f}" for name, value in step().items())
-        measure(f"training step, {args.instances} instances, {losses}", step, device, args.rows)
-        model.zero_grad()
-    if args.only != "training":
-        model.eval()
-        found = infer()
-        what = f"{len(found)} instances found, scores add up to {found.scores.sum():.6f}"
-        measure(f"inference, {what}", infer, device, args.rows)
-    print(f"\n{start}\npeak memory: {peak_memory(device)}")
-
-
-def _read(path: str, size: tuple[int, int], image_format: str) -> torch.Tensor:
-    from detectron2.data.detection_utils import read_image
-    from PIL import Image
-
-    image = Image.fromarray(read_image(path, "RGB")).resize((size[1], size[0]))
-    pixels = torch.as_tensor(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, 3)
-    if image_format == "BGR":
-        pixels = pixels.flip(-1)
-    return pixels.permute(2, 0, 1).float()
+    parser.add_argument("--rows", type=int, default=8, help="number of operators to list")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,21 @@
-"""Images without objects pass the mapper, also when they are cropped."""
+"""The mapper: images without objects, crowds, boxes without masks, what it refuses."""
+
+import copy
+import re
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import transforms as T
 from PIL import Image
+from torch.utils.data import Dataset
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.data.mapper import InstanceMapper
+from solo_d2.config import load_config
+from solo_d2.data import InstanceMapper
+from solo_d2.errors import UserError
 
 SQUARE = {"bbox": [4, 4, 8, 8], "bbox_mode": 1, "category_id": 0}
 SQUARE["segmentation"] = [[4.0, 4.0, 12.0, 4.0, 12.0, 12.0, 4.0, 12.0]]
@@ -18,6 +26,7 @@ def build(*, architecture="SOLO", **settings):
     add_solo_d2_config(cfg)
     cfg.MODEL.META_ARCHITECTURE = architecture
     cfg.MODEL.MASK_ON = True
+    cfg.MODEL.SOLO.NUM_CLASSES = 80
     cfg.INPUT.MASK_FORMAT = "bitmask"
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.RANDOM_FLIP = (32,), "none"
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE = True, "absolute"
@@ -73,3 +82,105 @@ def test_crowds_need_bitmasks():
 def test_crowds_are_not_given_to_models_that_would_take_them_for_objects():
     with pytest.raises(ValueError, match="GeneralizedRCNN would take crowds"):
         build(architecture="GeneralizedRCNN", KEEP_CROWD=True)
+
+
+def record_of(tmp_path, *annotations, name="a.png"):
+    Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(tmp_path / name)
+    return {
+        "file_name": str(tmp_path / name),
+        "height": 24,
+        "width": 24,
+        "image_id": 1,
+        "annotations": list(annotations),
+    }
+
+
+class Records(Dataset):
+    """What a user may register in place of a list."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_detectron2s_loader_takes_it_for_a_torch_data_set_too(tmp_path, request):
+    crowd = {**SQUARE, "iscrowd": 1}
+    data_set = Records([record_of(tmp_path, dict(SQUARE), crowd)])
+    DatasetCatalog.register("torch_data_set", lambda: data_set)
+    request.addfinalizer(lambda: DatasetCatalog.remove("torch_data_set"))
+    cfg = load_config(
+        opts=["MODEL.META_ARCHITECTURE", "SOLO", "MODEL.MASK_ON", True]
+        + ["INPUT.MASK_FORMAT", "bitmask", "INPUT.KEEP_CROWD", True]
+        + ["INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.RANDOM_FLIP", "none"]
+        + ["DATASETS.TRAIN", ("torch_data_set",), "DATALOADER.NUM_WORKERS", 0]
+        + ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.ASPECT_RATIO_GROUPING", False]
+    )
+    loader = build_detection_train_loader(cfg, mapper=InstanceMapper(cfg))
+    batch = next(iter(loader))
+    assert [tuple(x["image"].shape) for x in batch] == [(3, 48, 48)] * 2
+    assert batch[0]["instances"].gt_crowd.tolist() == [False, True]
+
+
+def test_boxes_are_enough_without_masks(tmp_path):
+    cfg = load_config(opts=["INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.RANDOM_FLIP", "none"])
+    box_only = {"bbox": [4, 4, 8, 8], "bbox_mode": 1, "category_id": 3}
+    instances = InstanceMapper(cfg)(record_of(tmp_path, box_only))["instances"]
+    assert instances.gt_boxes.tensor.tolist() == [[8, 8, 24, 24]]
+    assert not instances.has("gt_masks")
+
+
+def test_a_record_is_left_as_it_is(mapper, tmp_path):
+    record = record_of(tmp_path, dict(SQUARE))
+    before = copy.deepcopy(record)
+    mapper(record)
+    assert record == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": 80}, "has the class 80, but the model has 80 classes, 0 to 79"),
+        ({"category_id": -1}, "has the class -1, but the model has 80 classes"),
+        ({"segmentation": None}, "no mask (segmentation); see MODEL.MASK_ON"),
+    ],
+)
+def test_annotations_that_no_loss_may_see_are_refused_by_image(mapper, tmp_path, change, message):
+    annotation = {k: v for k, v in {**SQUARE, **change}.items() if v is not None}
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        mapper(record_of(tmp_path, annotation))
+    assert str(tmp_path / "a.png") in str(error.value)
+
+
+def test_images_that_cannot_be_read_are_named(mapper, tmp_path):
+    record = record_of(tmp_path)
+    (tmp_path / "a.png").write_text("hello")
+    with pytest.raises(UserError, match=f"image {tmp_path / 'a.png'}: not an image"):
+        mapper(record)
+    Image.new("RGB", (24, 25)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"got \(24, 25\), expect \(24, 24\)"):
+        mapper(record)
+
+
+def test_errors_of_a_users_augmentation_stay_what_they_are(mapper, tmp_path):
+    class Broken(T.Augmentation):
+        def get_transform(self, image):
+            raise ValueError("a bug")
+
+    mapper.augmentations = T.AugmentationList([Broken()])
+    with pytest.raises(ValueError, match="a bug"):
+        mapper(record_of(tmp_path))
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_deep_images_are_scaled_in_training_and_evaluation(tmp_path, is_train):
+    record = record_of(tmp_path)
+    Image.fromarray(np.full((24, 24), 257 * 99, np.uint16)).save(tmp_path / "a.png")
+    cfg = load_config(opts=["INPUT.MIN_SIZE_TRAIN", (24,), "INPUT.MIN_SIZE_TEST", 24])
+    image = InstanceMapper(cfg, is_train=is_train)(record)["image"]
+    assert image.shape == (3, 24, 24) and image.unique().tolist() == [99]

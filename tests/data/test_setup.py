@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 
 from solo_d2.config import add_solo_d2_config
-from solo_d2.data import SHAPES, setup_datasets
+from solo_d2.data import SHAPES, require_images, setup_datasets
 from solo_d2.modeling.num_classes import dataset_num_classes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -230,3 +232,110 @@ def test_overfitting_trains_and_evaluates_on_the_same_first_images(twelve_shapes
     cfg.DATASETS.TRAIN, cfg.DATASETS.OVERFIT_IMAGES = ("shapes_train",), 13
     with pytest.raises(ValueError, match="not 13"):
         setup_datasets(cfg)
+
+
+def test_named_subsets_are_those_of_their_set(data_dir, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data_dir))
+    assert len(MetadataCatalog.get("coco_mini_overfit8").thing_classes) == 80  # before it is loaded
+    records = DatasetCatalog.get("coco_mini_overfit8")
+    whole = [r for r in DatasetCatalog.get("coco_mini_train") if r["annotations"]]
+    assert [r["image_id"] for r in records] == [r["image_id"] for r in whole[:8]]
+    truth = COCO(MetadataCatalog.get("coco_mini_overfit8").json_file)
+    assert sorted(truth.getImgIds()) == sorted(r["image_id"] for r in records)
+    ids = [r["image_id"] for r in DatasetCatalog.get("nuclei_overfit4")]
+    assert ids == [7, 9, 10, 13]
+
+
+def test_a_file_with_other_classes_than_registered_is_refused(
+    document, write, tmp_path, monkeypatch
+):
+    json_file, folder = write(document)
+    (tmp_path / "nuclei" / "annotations").mkdir(parents=True)
+    json_file.rename(tmp_path / "nuclei" / "annotations" / "instances_val.json")
+    folder.rename(tmp_path / "nuclei" / "val")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(ValueError, match="'nuclei_val' has the classes .'nucleus'."):
+        DatasetCatalog.get("nuclei_val")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_missing_images_of_ones_own_sets_are_found_at_once(cfg, document, write, split):
+    sets = {"train": write(document, "train"), "val": write(document, "val")}
+    (sets[split][1] / "b.png").unlink()
+    set_custom(cfg, **sets)
+    with pytest.raises(FileNotFoundError, match="1 of 2 images are missing: .*b.png"):
+        setup_datasets(cfg)
+
+
+def test_missing_images_of_other_test_sets_are_found_on_demand(cfg, tmp_path):
+    records = [{"file_name": str(tmp_path / "gone.png"), "annotations": []}]
+    DatasetCatalog.register("theirs", lambda: records)
+    cfg.DATASETS.TEST = ("theirs",)
+    setup_datasets(cfg)
+    with pytest.raises(FileNotFoundError, match="theirs: 1 of 1 images are missing: .*gone.png"):
+        require_images(cfg)
+
+
+def test_a_training_set_of_crowds_says_so(cfg, document, write):
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = 1
+    set_custom(cfg, train=write(document))
+    with pytest.raises(ValueError, match="no object to train on: 3 crowd regions.*CROWD_IS_OBJEC"):
+        setup_datasets(cfg)
+    cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = True
+    setup_datasets(cfg)
+    assert sum(len(r["annotations"]) for r in DatasetCatalog.get("mine_train")) == 3
+
+
+def test_a_training_set_of_boxes_needs_a_box_detector(cfg, document, write):
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = []
+    set_custom(cfg, train=write(document))
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(ValueError, match="no object to train on: 3 annotations with no segm.*MASK"):
+        setup_datasets(cfg)
+    cfg.MODEL.MASK_ON = False
+    setup_datasets(cfg)
+    assert sum(len(r["annotations"]) for r in DatasetCatalog.get("mine_train")) == 3
+
+
+# --- what belongs to others stays
+
+IMPORT_AFTER_USER = """
+from detectron2.data import DatasetCatalog, MetadataCatalog
+theirs = {}
+for name in ("shapes_train", "coco_mini_val", "nuclei_train"):
+    theirs[name] = lambda name=name: [{"file_name": name}]
+    DatasetCatalog.register(name, theirs[name])
+    MetadataCatalog.get(name).thing_classes = ["mine"]
+before = {k: dict(v.as_dict()) for k, v in MetadataCatalog.data.items()}
+import solo_d2
+from solo_d2.config import load_config
+sets = {"TRAIN": "coco_2017_val_100", "TEST": "shapes_train"}
+cfg = load_config(opts=[x for k, v in sets.items() for x in (f"DATASETS.{k}", f"('{v}',)")])
+try:
+    solo_d2.data.setup_datasets(cfg)
+except ValueError as error:
+    assert "must have the same classes" in str(error)
+for name, load in theirs.items():
+    assert DatasetCatalog.data[name] is load
+for name, values in before.items():
+    assert MetadataCatalog.get(name).as_dict() == values, name
+print("unchanged")
+"""
+
+
+def test_importing_and_setting_up_change_nothing_of_others():
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_AFTER_USER], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("unchanged\n"), done.stderr
+
+
+def test_shapes_of_a_user_stay(cfg):
+    for name in ("shapes_train", "shapes_val"):
+        DatasetCatalog.pop(name)
+        DatasetCatalog.register(name, list)
+    cfg.DATASETS.TRAIN = ("shapes_train",)
+    setup_datasets(cfg)
+    assert DatasetCatalog.get("shapes_train") == []

@@ -12,11 +12,13 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from solo_d2.config import add_solo_d2_config
+from solo_d2.data import coco as coco_module
 from solo_d2.data import register_coco_json
 from solo_d2.tools import check as check_module
 from solo_d2.tools.check import (
     REFUSED,
     REMARK,
+    REPAIRED,
     SKIPPED,
     check,
     find_sources,
@@ -37,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not wri
 def catalogs(tmp_path, monkeypatch):
     """A cache of the test's own, and the catalogs as they were afterwards."""
     monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(coco_module, "_USUAL_CROWDS", 0.5)  # of three annotations one may be
     before = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
     yield
     DatasetCatalog.data, MetadataCatalog.data = before
@@ -111,7 +114,7 @@ def config(train=None, val=None, *, architecture="SOLOv2"):
 
 
 def findings(report):
-    return {(f.effect, f.what): f.offenders for f in report.findings}
+    return report.findings
 
 
 def check_one(files, **options):
@@ -236,11 +239,11 @@ def test_the_same_image_twice(document, write):
 
 
 @pytest.mark.parametrize("key", ["area", "iscrowd", "bbox"])
-def test_missing_keys_are_remarks(document, write, key):
+def test_missing_keys_are_repaired(document, write, key):
     del document["annotations"][1][key]
     effect, what, offenders = only_finding(check_one(write(document)))
-    assert (effect, offenders) == (REMARK, ["annotation 12 (a.png)"])
-    assert what == f'annotations without "{key}": completed'
+    assert (effect, offenders) == (REPAIRED, ["annotation 12 of image 1"])
+    assert "missing" in what
 
 
 @pytest.mark.parametrize(
@@ -249,7 +252,7 @@ def test_missing_keys_are_remarks(document, write, key):
         ({"category_id": 7}, REFUSED, "annotations of unknown categories"),
         ({"image_id": 7}, REFUSED, "annotations of unknown images"),
         ({"ignore": 1}, REFUSED, 'annotations with "ignore"'),
-        ({"bbox": [1, 2]}, REFUSED, "annotations of another format"),
+        ({"segmentation": "x"}, REFUSED, "annotations of another format"),
         (
             {"segmentation": rle(0, 0, 5, 5, (9, 9))},
             REFUSED,
@@ -278,12 +281,10 @@ def test_missing_keys_are_remarks(document, write, key):
         ({"segmentation": [[5, 5, 15, 5]]}, SKIPPED, "annotations with a degenerate polygon"),
         ({"segmentation": []}, SKIPPED, "annotations with no segmentation"),
         ({"segmentation": rle(0, 0, 0, 0)}, SKIPPED, "annotations with an empty mask"),
-        ({"bbox": [5, 5, 0, 9]}, SKIPPED, "annotations with a box without area"),
-        ({"bbox": [99, 5, 9, 9]}, SKIPPED, "annotations with a box outside of the image"),
         (
             {"segmentation": [[-30, 5, -20, 5, -20, 15]]},
             SKIPPED,
-            "annotations whose polygons cover no pixel",
+            "annotations with polygons that cover no pixel",
         ),
     ],
 )
@@ -297,30 +298,80 @@ def test_annotations_that_training_does_not_use(document, write, change, effect,
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "effect", "what"),
     [
         (
             {"segmentation": [[5, 5, 15, 5, 15, 15, 5, 15], [1, 1, 2, 2]]},
+            REPAIRED,
             "masks with a degenerate polygon: left out of them",
         ),
         (
             {"segmentation": [[-9, 5, 15, 5, 15, 15, -9, 15]], "bbox": [0, 5, 15, 10]},
+            REMARK,
             "polygons that leave the image",
         ),
         (
             {"bbox": [5, 5, 15, 15], "segmentation": rle(5, 5, 15, 15)},
-            "boxes unlike their mask's, which should be [x, y, width, height]",
+            REPAIRED,
+            "boxes unlike their masks (corners or fractions?): taken from the masks",
         ),
-        ({"id": 0}, "annotations whose id is no positive integer: numbered anew"),
+        (
+            {"id": 0},
+            REPAIRED,
+            "annotation ids missing, repeated or not positive: all are renumbered",
+        ),
     ],
 )
-def test_annotations_that_are_odd(document, write, change, what):
+def test_annotations_that_are_odd(document, write, change, effect, what):
     document["annotations"][0].update(change)
     report = check_one(write(document))
-    effect, found, offenders = only_finding(report)
-    assert (effect, found) == (REMARK, what)
+    *found, offenders = only_finding(report)
+    assert found == [effect, what]
     assert len(offenders) == 1
     assert report.objects == 3
+
+
+def test_brush_crowds_are_skipped_with_the_setting_that_helps(document, write, monkeypatch):
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = 1
+    report = check_one(write(document))
+    ((_, what), offenders), *_ = findings(report).items()
+    assert len(offenders) == 3 and "CROWD_IS_OBJECT" in what
+    assert (REFUSED, "training data without any object") in findings(report)
+    cfg = config(write(document))
+    cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = True
+    (report,) = check(cfg)
+    assert report.objects == 3 and {effect for effect, _ in findings(report)} == {REPAIRED}
+
+
+def test_boxes_are_enough_for_a_detector_without_masks(document, write):
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = []
+    cfg = config(write(document), architecture="GeneralizedRCNN")
+    cfg.MODEL.MASK_ON = False
+    (report,) = check(cfg)
+    assert findings(report) == {} and report.objects == 3
+    assert report.sizes["original"]["median"] == 10
+
+
+def test_images_of_more_than_8_bits(document, write):
+    files = write(document)
+    deep = np.full((HEIGHT, WIDTH), 500, np.uint16)
+    Image.fromarray(deep).save(files[1] / "a.png")
+    effect, what, offenders = only_finding(check_one(files))
+    assert (effect, offenders) == (REPAIRED, ["a.png"]) and "divided by 257" in what
+    Image.fromarray(deep.astype(np.float32)).save(files[1] / "a.png", format="TIFF")
+    effect, what, (offender,) = only_finding(check_one(files))
+    assert (effect, what) == (REFUSED, "unreadable images") and "500 to 500" in offender
+
+
+def test_file_names_that_leave_the_folder(document, write):
+    files = write(document)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(files[1].parent / "c.png")
+    document["images"][0]["file_name"] = "../c.png"
+    files[0].write_text(json.dumps(document))
+    expected = (REMARK, "file names that leave the image folder", ["../c.png"])
+    assert only_finding(check_one(files)) == expected
 
 
 def test_polygons_may_reach_a_little_out_of_the_image(document, write):
@@ -358,12 +409,12 @@ def test_other_files_than_coco(write, document, text):
     json_file, folder = write(document)
     json_file.write_text(text)
     report = check_one((json_file, folder))
-    effect, what, offenders = next((f.effect, f.what, f.offenders) for f in report.findings)
+    (effect, what), offenders = next(iter(report.findings.items()))
     assert (effect, what) == (REFUSED, "file that is no COCO json")
     assert str(json_file) in offenders[0]
 
 
-@pytest.mark.parametrize("section", ["images", "annotations", "categories"])
+@pytest.mark.parametrize("section", ["images", "categories"])
 def test_ids_used_twice(document, write, section):
     document[section].append(dict(document[section][-1]))
     report = check_one(write(document))
@@ -380,43 +431,35 @@ def test_entries_that_lack_something(document, write):
     document["categories"].append({"id": 3})
     found = findings(check_one(write(document)))
     assert found[REFUSED, "images without 'height'"] == ["images[2] has no 'height'"]
-    assert found[REFUSED, "annotations without 'image_id'"] == ["annotations[3] has no 'image_id'"]
-    assert found[REFUSED, "annotations without 'id'"] == ["annotations[4] has no 'id'"]
+    offenders = ["annotations[3] has no 'image_id'", "annotations[4] has no 'image_id'"]
+    assert found[REFUSED, "annotations without 'image_id'"] == offenders
     assert found[REFUSED, "categories without 'name'"] == ["categories[2] has no 'name'"]
-    assert len(found) == 4
+    assert len(found) == 3
 
 
 def test_ids_and_sizes_of_other_types(document, write):
     document["images"].append({"id": [3], "file_name": "c.png", "height": 9, "width": 9})
     document["images"].append({"id": 4, "file_name": "d.png", "height": 0, "width": 9})
-    document["images"].append({"id": 5, "file_name": "e.png", "height": "9", "width": 9})
+    document["images"].append({"id": 5, "file_name": "e.png", "height": str(HEIGHT), "width": 60.0})
     found = findings(check_one(write(document)))
-    assert found == {
-        (REFUSED, "images with an id that is no number or text"): [
-            "images[2] has an id that is no number or text"
-        ],
-        (REFUSED, "images whose file name or size is none"): [
-            "image 4: 'd.png', 0 high and 9 wide, is no file name and size",
-            "image 5: 'e.png', '9' high and 9 wide, is no file name and size",
-        ],
-    }
-
-
-def test_category_ids_without_order(document, write):
-    document["categories"].append({"id": "x", "name": "text"})
-    found = findings(check_one(write(document)))
-    assert (REFUSED, "category ids that have no order") in found
+    assert found[REFUSED, "images with an id that is no number or text"] == [
+        "images[2] has the id [3], no number or text"
+    ]
+    assert found[REFUSED, "images whose file name or size is invalid"] == [
+        "image 4: file_name 'd.png', height 0, width 9 are not a file name and a size in pixels",
+    ]
+    assert found[REPAIRED, "image sizes that are no integers: converted"] == ["e.png"]
 
 
 def test_all_problems_are_reported_at_once(document, write):
     """The registration of the same file stops at the first."""
     document["annotations"][0]["category_id"] = 5
     document["annotations"][1]["image_id"] = 70
-    document["annotations"][2]["bbox"] = [1, 1, 0, 0]
+    document["annotations"][2]["segmentation"] = []
     files = write(document)
     with pytest.raises(ValueError, match="category id 5"):
         register_coco_json("custom", *files)
-    effects = [f.effect for f in check_one(files).findings]
+    effects = [effect for effect, _ in check_one(files).findings]
     assert effects.count(REFUSED) == 3  # no object is left
     assert effects.count(SKIPPED) == 1
 
@@ -478,8 +521,8 @@ def test_the_ids_of_a_registered_set_are_its_own(document, write):
     write(document)
     cfg = config()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("mine",), ()
-    effect, what, _ = only_finding(check(cfg)[0])
-    assert (effect, what) == (REFUSED, "annotations of unknown categories")
+    (effect, what), _ = list(check(cfg)[0].findings.items())[0]
+    assert (effect, what) == (REFUSED, "file with other classes than registered")
 
 
 def test_the_embedded_set_is_drawn_and_clean():
@@ -488,7 +531,7 @@ def test_the_embedded_set_is_drawn_and_clean():
     reports = check(cfg, decode_images=True)
     assert [report.name for report in reports] == ["shapes_train", "shapes_val"]
     assert [report.images for report in reports] == [8, 8]
-    assert all(f.effect == REMARK for report in reports for f in report.findings)
+    assert all(effect == REMARK for report in reports for effect, _ in report.findings)
     assert all(report.cells.occupancy.objects == report.objects > 0 for report in reports)
 
 
@@ -569,15 +612,15 @@ def test_clean_data_exits_with_0(document, write, capsys):
     out = capsys.readouterr().out
     assert "custom_train (DATASETS.TRAIN)" in out
     assert "custom_val (DATASETS.TEST)" in out
-    assert "Nothing to remark." in out
+    assert "No problems." in out
     assert "shorter side 80, longer at most 1333" in out
-    assert out.endswith("2 data sets checked: nothing to remark\n")
+    assert out.endswith("2 data sets checked: no problems\n")
 
 
-def test_remarks_exit_with_0(document, write, capsys):
+def test_repairs_exit_with_0(document, write, capsys):
     del document["annotations"][0]["area"]
     assert run(document, write) == 0
-    assert "0 that it skips, 2 remarks" in capsys.readouterr().out
+    assert "0 refused, 0 skipped, 2 repaired, 0 remarks" in capsys.readouterr().out
 
 
 def test_problems_exit_with_1_and_the_first_are_named(document, write, capsys, monkeypatch):
@@ -586,8 +629,8 @@ def test_problems_exit_with_1_and_the_first_are_named(document, write, capsys, m
         annotation["segmentation"] = []
     assert run(document, write) == 1
     out = capsys.readouterr().out
-    assert "annotation 11 (a.png), annotation 12 (a.png), ... (1" in out
-    assert "6 that it skips" in out
+    assert "annotation 11 of image 1, annotation 12 of image 1, ..." in out
+    assert "6 skipped" in out
 
 
 def test_everything_is_in_the_json(document, write, tmp_path):
@@ -595,7 +638,7 @@ def test_everything_is_in_the_json(document, write, tmp_path):
     assert run(document, write, "--json", str(tmp_path / "out.json")) == 1
     content = json.loads((tmp_path / "out.json").read_text())
     train, val = content["data_sets"]
-    assert "2 things that training refuses" in content["summary"]
+    assert "2 refused" in content["summary"]
     assert (train["name"], val["name"]) == ("custom_train", "custom_val")
     (finding,) = [f for f in train["findings"] if f["effect"] == REFUSED]
     assert finding["offenders"] == [
@@ -662,7 +705,8 @@ def test_real_data_has_no_problems(data_dir, monkeypatch, name, config_file, ima
     cfg = get_cfg()
     add_solo_d2_config(cfg)
     cfg.merge_from_file(str(REPOSITORY / "configs" / config_file))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"{name}_train",), (f"{name}_val",)
     reports = check(cfg)
     assert [report.images for report in reports] == images
     assert [report.objects for report in reports] == objects
-    assert all(f.effect == REMARK for report in reports for f in report.findings)
+    assert all(effect == REMARK for report in reports for effect, _ in report.findings)

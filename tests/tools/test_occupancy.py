@@ -157,13 +157,3 @@ def test_a_mask_may_vanish_when_the_image_shrinks():
     small = NetworkInput(min_size=50, max_size=50)
     assert small.objects(record(mask)).areas.tolist() == [0]
     assert small.scaled(8).objects(record(mask)).areas.tolist() == [1]
-
-
-def test_a_square_input_has_one_size_for_all():
-    box = [10, 10, 30, 50]
-    polygon = [[10.0, 10.0, 30.0, 10.0, 30.0, 50.0, 10.0, 50.0]]
-    annotation = {"bbox": box, "bbox_mode": 0, "category_id": 0, "segmentation": polygon}
-    record = {"height": 100, "width": 50, "annotations": [annotation]}
-    seen = NetworkInput(min_size=800, max_size=1333, square_size=200).objects(record)
-    assert seen.extent == (200, 200)
-    assert seen.boxes.tolist() == [[40, 20, 120, 100]]

@@ -33,11 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see ``--help``)."""
     options = parse(_parser(), arguments)
     # --help does not need these, which are slow to import
+    from PIL import Image
+
     from solo_d2.images import UnreadableError
     from solo_d2.predictor import load
 
     from .inputs import find_sources
 
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit; --max-megapixels takes its place
     folder = Path(options.output)
     try:
         points, inputs = _split_points(options.points, options.inputs)
@@ -182,7 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog="KEY VALUE pairs override the config. Exit code: 0 all done, 1 some inputs were "
         "skipped, 2 nothing could be started, 130 interrupted.",
     )
-    add_model_arguments(parser, config_required=False)
+    add_model_arguments(
+        parser,
+        config_required=False,
+        weights_help="output folder of a training, or checkpoint; with --config-file by default "
+        "MODEL.WEIGHTS",
+    )
     parser.add_argument("--output", default="output/predictions", metavar="DIR")
     parser.add_argument(
         "--format",
