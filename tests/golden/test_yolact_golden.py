@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -102,7 +103,7 @@ def build(golden, weights):
 
 
 def network_input(image: torch.Tensor) -> torch.Tensor:
-    """uint8 (H, W, 3) BGR -> (3, H, W) RGB, which the configs ask for; the model resizes it."""
+    """(H, W, 3) BGR -> (3, H, W) RGB, which the configs ask for; the model resizes it."""
     return image.flip(-1).permute(2, 0, 1)
 
 
@@ -278,7 +279,7 @@ def test_whole_route_is_the_stages_in_turn(run):
 
 
 def training_inputs(golden) -> list[dict]:
-    """Images of their own size with annotations that already have the network's."""
+    """Images and annotations of the network's size."""
     inputs = []
     height, width = golden.meta["network_input"]
     for i, image in enumerate(golden["train_images"]):
@@ -289,7 +290,10 @@ def training_inputs(golden) -> list[dict]:
         # a crowd's class is that of its annotation; the original's is -1
         instances.gt_classes = rows[:, 4].long().clamp(min=0)
         instances.gt_masks = BitMasks(unpack(golden[f"train{i}_masks"], height, width))
-        inputs.append({"image": network_input(image), "instances": instances})
+        # by the original's own resize: batch statistics amplify the rounding of another one
+        resized = cv2.resize(image.float().numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
+        image = network_input(torch.from_numpy(resized))
+        inputs.append({"image": image, "instances": instances})
     return inputs
 
 
