@@ -296,6 +296,7 @@ def _yolact(shapes: Shapes) -> dict[str, Any]:
         "MODEL.YOLACT.ANCHORS_PER_OCTAVE": anchors // 3,
         # published for ++; the tensors of both kinds are alike
         "MODEL.YOLACT.SQUARE_ANCHORS": not plus,
+        "MODEL.YOLACT.CROP": "prototype",
         "MODEL.YOLACT.MASK_IOU.ENABLED": plus,
     }
 
