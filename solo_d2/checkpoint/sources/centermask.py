@@ -1,6 +1,7 @@
 """CenterMask2, and the VoVNetV2 of the same authors, both on Detectron2."""
 
 from .source import COUNTERS, Rule, Source, moved
+from .torchvision import OLD_MOBILENETV2
 
 # A layer's name has the names of its stage and module once more, and a slash.
 _PLACES = (
@@ -52,6 +53,7 @@ def _tower(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 _CENTERMASK: tuple[Rule, ...] = (
     *moved("backbone.bottom_up.", "backbone.bottom_up.", _VOVNET),
+    *moved("backbone.bottom_up.", "backbone.bottom_up.", OLD_MOBILENETV2),
     # Detectron2's ResNet, its pyramid and the top block
     (r"backbone\.(bottom_up\.(?:stem|res\d)\.[\w.]+)", r"backbone.\1"),
     (r"backbone\.((?:fpn_(?:lateral|output)\d|top_block\.p\d)\.\w+)", r"backbone.\1"),

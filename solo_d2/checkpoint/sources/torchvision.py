@@ -27,7 +27,7 @@ _MOBILENETV2_DROPPED = (r"features\.18\..*", r"classifier\..*", COUNTERS)
 
 # Before torchvision 0.3 the layers of a block were one flat list with the ReLUs in it. The first
 # block has no expansion.
-_OLD_MOBILENETV2: tuple[Rule, ...] = (
+OLD_MOBILENETV2: tuple[Rule, ...] = (
     (r"features\.(0|18)\.(\d)\.(\w+)", r"features.\1.\2.\3"),
     *(
         (rf"features\.1\.conv\.{old}\.(\w+)", rf"features.1.conv.{new}.\1")
@@ -57,7 +57,7 @@ SOURCES = (
     Source(
         name="torchvision_mobilenetv2_old",
         signature=r"features\.1\.conv\.0\.weight",
-        rules=_OLD_MOBILENETV2,
+        rules=OLD_MOBILENETV2,
         dropped=_MOBILENETV2_DROPPED,
     ),
 )
