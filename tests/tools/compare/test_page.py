@@ -42,6 +42,12 @@ class Browser:
                 time.sleep(0.1)
         self.root += f"/session/{session}"
 
+    def close(self):
+        request = urllib.request.Request(self.root, method="DELETE")
+        urllib.request.urlopen(request, timeout=60).close()  # ends the browser
+        self.process.terminate()
+        self.process.wait()
+
     def post(self, path, body):
         data = json.dumps(body).encode()
         request = urllib.request.Request(self.root + path, data, method="POST")
@@ -71,8 +77,7 @@ def browser():
         try:
             yield browser
         finally:
-            browser.process.kill()
-            browser.process.wait()
+            browser.close()
 
 
 ALL_DRAWN = "return document.querySelectorAll('[data-chart] svg, [data-chart] canvas').length === 5"
