@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from solo_d2.arguments import add_model_arguments, parse
-from solo_d2.errors import UserError, one_line
+from solo_d2.errors import is_user_error, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         height, width = options.size
         inputs = random_input(height, width, options.instances, _num_classes(model))
         image = _read(options.image, options.size, cfg.INPUT.FORMAT) if options.image else None
-    except (UserError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        if not is_user_error(error):
+            raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     print(f"{options.config_file}, {options.size[0]} x {options.size[1]}, {cfg.MODEL.DEVICE}")

@@ -77,13 +77,13 @@ def missing_requirement() -> str:
     return f"solo_d2 needs {titles}, which {verb} not installed. Run: {_command(missing)}"
 
 
-def report() -> tuple[list[str], list[str], str]:
+def report() -> tuple[list[str], list[str]]:
     """Look at everything that solo_d2 imports.
 
     Returns:
         lines: what was found, in "name  value" form.
-        problems: one line for each required thing that is missing, too old or broken.
-        command: installs all of that; "" if there is nothing to install.
+        problems: one line for each required thing that is missing, too old or broken, and at the
+            end the command that installs all of that.
     """
     rows = [("Python", f"{platform.python_version()} ({sys.executable})")]
     rows.append(("platform", platform.platform()))
@@ -102,17 +102,17 @@ def report() -> tuple[list[str], list[str], str]:
     rows.append(("detectron2._C", _compiled_part()))
     rows.append(("CUDA", _cuda()))
     width = max(len(name) for name, _ in rows) + 2
-    return [f"{name:<{width}}{value}" for name, value in rows], problems, _command(wanted)
+    if wanted:
+        problems.append(f"Run: {_command(wanted)}")
+    return [f"{name:<{width}}{value}" for name, value in rows], problems
 
 
 def main() -> int:
     """Print the report; return 1 if something required is missing, else 0."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other packages deprecate is no news here
-        lines, problems, command = report()
+        lines, problems = report()
     print("\n".join([*lines, *problems]))
-    if command:
-        print(f"Run: {command}")
     if not problems:
         print("Everything that solo_d2 needs is installed.")
     return 1 if problems else 0

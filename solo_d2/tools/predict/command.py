@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solo_d2.arguments import add_model_arguments, parse
-from solo_d2.errors import UserError, one_line
+from solo_d2.errors import UserError, is_user_error, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if points and not predictor.takes_points:
             raise UserError(f"--points needs AdaptIS, not {type(predictor.model).__name__}")
         folder.mkdir(parents=True, exist_ok=True)
-    except (UserError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        if not is_user_error(error):
+            raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE
 
