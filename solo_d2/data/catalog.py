@@ -17,6 +17,7 @@ from solo_d2.files import atomic_write
 
 from .cache import cache_folder
 from .coco import REPAIRED, SKIPPED, CocoFile, read_coco, to_records
+from .images import ImageError, read_size
 
 logger = logging.getLogger(__name__)
 
@@ -265,6 +266,25 @@ def check_images_exist(records: Sequence[dict[str, Any]], source: str) -> None:
             + ", ".join(missing[:3])
             + (", ..." if len(missing) > 3 else "")
         )
+
+
+def check_image_headers(records: Sequence[dict[str, Any]]) -> None:
+    """Compare the sizes of image files with the records, without decoding them.
+
+    Raises:
+        ValueError: one is no image or has another size; the message names it.
+    """
+    for record in records:
+        name, stated = record["file_name"], (record["width"], record["height"])
+        try:
+            size = read_size(name)
+        except ImageError as error:
+            raise ValueError(f"image {name}: {error}") from error
+        if size != stated:
+            raise ValueError(
+                f"image {name}: {size[0]} x {size[1]} pixels, but the json says "
+                f"{stated[0]} x {stated[1]}"
+            )
 
 
 def write_document(json_file: str | Path, document: dict[str, Any]) -> str:

@@ -280,7 +280,7 @@ def test_a_training_set_of_crowds_says_so(cfg, document, write):
     for annotation in document["annotations"]:
         annotation["iscrowd"] = 1
     set_custom(cfg, train=write(document))
-    with pytest.raises(ValueError, match="no object to train on: 3 crowd regions.*CROWD_IS_OBJEC"):
+    with pytest.raises(ValueError, match="no object .*: crowd regions.*CROWD_IS_OBJECT.*: 3"):
         setup_datasets(cfg)
     cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = True
     setup_datasets(cfg)
@@ -292,7 +292,7 @@ def test_a_training_set_of_boxes_needs_a_box_detector(cfg, document, write):
         annotation["segmentation"] = []
     set_custom(cfg, train=write(document))
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(ValueError, match="no object to train on: 3 annotations with no segm.*MASK"):
+    with pytest.raises(ValueError, match="no object .*: annotations with no segm.*: 3.*MASK"):
         setup_datasets(cfg)
     cfg.MODEL.MASK_ON = False
     setup_datasets(cfg)
