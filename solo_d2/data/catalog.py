@@ -57,7 +57,7 @@ class CocoLoader(Loader):
         super().__init__(name)
         self.source = source
         self.options = {"masks": masks, "crowd_is_object": crowd_is_object}
-        self._said: set[str] = set()
+        self._read: tuple[Any, CocoFile] | None = None  # of which file, its content
 
     def __call__(self) -> list[dict[str, Any]]:
         coco, image_root = self.read()
@@ -74,6 +74,10 @@ class CocoLoader(Loader):
                 other classes than the file has.
         """
         json_file, image_root = self.source()
+        stat = json_file.stat() if json_file.exists() else None
+        key = (json_file, image_root, stat and (stat.st_mtime_ns, stat.st_size))
+        if self._read and self._read[0] == key:
+            return self._read[1], image_root
         coco = read_coco(json_file, image_root, **self.options)
         expected = MetadataCatalog.get(self.name).get("thing_classes", coco.classes)
         if coco.classes != expected:
@@ -90,9 +94,9 @@ class CocoLoader(Loader):
         )
         parts = [f"{effect} {coco.counts(effect)}" for effect in (REPAIRED, SKIPPED)]
         remarks = "; ".join(part for part in parts if not part.endswith(" "))
-        if remarks and remarks not in self._said:
-            self._said.add(remarks)
+        if remarks:
             logger.warning(f"{json_file}: {remarks}. Training and evaluation read {copy}")
+        self._read = key, coco
         return coco, image_root
 
 
@@ -117,7 +121,7 @@ class SubsetLoader(Loader):
         """
         records = list(DatasetCatalog.get(self.parent))
         if isinstance(self.which, int):
-            records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
+            records = [r for r in records if _has_objects(r)]
             if len(records) < self.which:
                 raise ValueError(
                     f"data set {self.parent!r} has {len(records)} images with objects, "
@@ -141,6 +145,10 @@ class SubsetLoader(Loader):
         del metadata["name"]
         self.set_metadata(**metadata)
         return records
+
+
+def _has_objects(record: dict[str, Any]) -> bool:
+    return any(not a.get("iscrowd", 0) for a in record.get("annotations", ()))
 
 
 def enter(loader: Loader, **metadata: Any) -> None:

@@ -92,6 +92,13 @@ def _register_custom(cfg: CfgNode, data_set: CustomSet, *, is_train: bool) -> No
         reason = coco.counts(SKIPPED) or "there are no annotations"
         hint = " (without MODEL.MASK_ON, a box is enough)" if "no segmentation" in reason else ""
         raise ValueError(f"{data_set.json_file}: no object to train on: {reason}{hint}")
+    if is_train and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        for annotation in coco.document["annotations"]:
+            if isinstance(annotation["segmentation"], dict) and not annotation["iscrowd"]:
+                raise ValueError(
+                    f"{data_set.json_file}: the mask of annotation {annotation['id']} is an RLE; "
+                    'set INPUT.MASK_FORMAT to "bitmask"'
+                )
     records = DatasetCatalog.get(data_set.name)  # looks for the images
     if not is_train:  # an evaluation comes late
         check_image_headers(records)
