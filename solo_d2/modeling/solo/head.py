@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
@@ -109,7 +110,9 @@ class CategoryHead(nn.Module):
         return [self.category_pred(self.category_tower(x)) for x in cells]
 
 
-def head_options(cfg, input_shape: dict[str, ShapeSpec], num_classes: int) -> dict[str, Any]:
+def head_options(
+    cfg: CfgNode, input_shape: dict[str, ShapeSpec], num_classes: int
+) -> dict[str, Any]:
     """Keyword arguments of ``CategoryHead`` from a config and the backbone's output shapes."""
     solo = cfg.MODEL.SOLO
     return {
