@@ -145,19 +145,16 @@ def _adaptis(shapes: Shapes) -> dict[str, Any]:
     """The toy models, the only ones with published weights: U-Net, one class of stuff."""
     num_stuff = 1
     encoder = [n for n in shapes if re.match(r"backbone\.encoder\.\d+\.0\.weight", n)]
-    conv_dim, selection_in = shapes["selection_head.convs.0.weight"][:2]
-    feature = shapes["controller.layers.0.weight"][1]
+    conv_dim = shapes["selection_head.convs.0.weight"][0]
     settings = {
         "MODEL.BACKBONE.NAME": "build_adaptis_unet_backbone",
         "MODEL.UNET.WIDTH": shapes["backbone.encoder.0.0.weight"][0],
-        "MODEL.UNET.MAX_WIDTH": max((shapes[name][0] for name in encoder), default=0),
         "MODEL.UNET.LEVELS": len(encoder),
         "MODEL.ADAPTIS.STAGE": "instance",
         "MODEL.ADAPTIS.NUM_STUFF": num_stuff,
         "MODEL.ADAPTIS.NUM_THINGS": shapes["semantic_head.predictor.weight"][0] - num_stuff,
         "MODEL.ADAPTIS.CONV_DIM": conv_dim,
         "MODEL.ADAPTIS.SEMANTIC_DIM": shapes["semantic_head.convs.0.weight"][0],
-        "MODEL.ADAPTIS.APPEND_DIST": selection_in - feature == 3,
     }
     if any(name.startswith("proposal_head.") for name in shapes):
         settings["MODEL.ADAPTIS.STAGE"] = "proposals"

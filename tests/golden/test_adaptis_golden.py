@@ -1,6 +1,6 @@
 """The official toy model of AdaptIS, with stand-in weights: forward, training, automatic mode."""
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +13,31 @@ from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
 from solo_d2.config import load_config
 from solo_d2.layers.points import read_at_points
 from solo_d2.modeling.adaptis import AdaptIS
-from solo_d2.modeling.adaptis.inference import assemble, find_peaks, proposal_map, select_greedily
+from solo_d2.modeling.adaptis.automatic import ProposalSelection, proposal_map
+from solo_d2.modeling.adaptis.panoptic import PanopticAssembler
 
 pytestmark = pytest.mark.golden
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs/AdaptIS/Base-AdaptIS-UNet.yaml"
-# parameter of meta["auto_cases"] -> key under MODEL.ADAPTIS.TEST
+LOGITS = {"atol": 1e-3, "rtol": 1e-3}
+LOSSES = 1e-4  # relative
+GRADIENT_NORMS = 5e-3  # relative
+# Norm of the gradients that truly are 0: of a scale or shift right before instance normalization.
+DEAD_GRADIENTS = 1e-3
+# The first step of Adam is the sign of the gradient, so that tiny gradients may flip it.
+AFTER_ADAM = {"atol": 1e-3, "rtol": 1e-3}
+EQUAL_PIXELS = 0.995  # of id maps
+# parameter of meta["auto_cases"] -> option of ``ProposalSelection``
 PARAMETERS = {
-    name: f"MODEL.ADAPTIS.TEST.{name.upper()}"
-    for name in (
-        *("thresh1", "thresh2", "ithresh", "fl_prob", "fl_eps", "fl_step", "fl_blur"),
-        *("max_iters", "cut_radius"),
-    )
+    "thresh1": "mask_threshold",
+    "thresh2": "max_occupied",
+    "ithresh": "min_things_prob",
+    "fl_prob": "min_value",
+    "fl_eps": "eps",
+    "fl_step": "step",
+    "fl_blur": "blur",
+    "max_iters": "max_candidates",
+    "cut_radius": "cut_radius",
 }
 # what the file calls a case where the frozen parts are in eval mode, or not
 FROZEN = {"train2_frozenbn": True, "train2_train": False}
@@ -37,8 +50,7 @@ def golden(load_golden):
 
 @pytest.fixture(scope="module")
 def weights(golden, stand_in_weights):
-    table = re.search(r"keys/(\w+)\.keys\.tsv", golden.meta["weights_table"])[1]
-    return stand_in_weights(table, golden.meta["weights_seed"])
+    return stand_in_weights("adaptis_toy_unet", golden.meta["weights_seed"])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +68,7 @@ def build(weights):
         result = model.load_state_dict(state_dict, strict=False)
         assert not result.unexpected_keys
         missing = [k for k in result.missing_keys if "num_batches_tracked" not in k]
-        assert missing in ([], ["iou_threshold.value"])
+        assert missing in ([], ["proposal_criterion.iou_threshold.value"])
         return model.eval()
 
     return make
@@ -67,25 +79,8 @@ def model(build) -> AdaptIS:
     return build("proposals")
 
 
-def tolerance(golden) -> dict[str, float]:
-    text = golden.meta["tolerance"]
-    number = r"([\d.]+e-\d+)"
-    logits = re.search(rf"logits atol {number} rtol {number}", text)
-    return {
-        "atol": float(logits[1]),
-        "rtol": float(logits[2]),
-        "losses": float(re.search(rf"losses rtol {number}", text)[1]),
-        "gradients": float(re.search(rf"gradient norms rtol {number}", text)[1]),
-        "dead": float(re.search(r"\|g\| < ([\d.e-]+\d)", text)[1]),
-        "adam": float(re.search(rf"after_adam atol {number}", text)[1]),
-    }
-
-
-def check(golden, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    limits = tolerance(golden)
-    torch.testing.assert_close(
-        actual, expected.to(actual.dtype), atol=limits["atol"], rtol=limits["rtol"]
-    )
+def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected.to(actual.dtype), **LOGITS)
 
 
 def image_of(array: torch.Tensor) -> torch.Tensor:
@@ -114,55 +109,53 @@ def scenes(golden) -> list[str]:
     return names
 
 
+def embed(model: AdaptIS, inputs: list[dict]):
+    images = model.preprocess_image(inputs)
+    size = tuple(images.tensor.shape[-2:])
+    return model.embed(model.backbone(images.tensor), images.image_sizes, size)
+
+
 # ---- forward
 
 
 @pytest.fixture(scope="module")
-def encodings(golden, model):
-    """scene -> (encoding, points (1, N, 2))."""
-    with torch.no_grad():
-        return {
-            name: (
-                model.encode(
-                    model.preprocess_image([{"image": image_of(golden[f"{name}_image"])}])
-                ),
-                golden[f"{name}_points"][None],
-            )
-            for name in scenes(golden)
-        }
-
-
-def test_features_are_the_originals(golden, encodings):
-    for name, (encoding, _) in encodings.items():
-        feature = encoding.feature[0]
-        sub = golden[f"{name}_features_sub"]
-        step, start = (
-            int(n)
-            for n in re.search(r"\[:, (\d+)::(\d+)", golden.meta["arrays"]["scene*"]).groups()[::-1]
+def embeddings(golden, model):
+    """scene -> (embedding, points (1, P, 2))."""
+    return {
+        name: (
+            model.embed_image(image_of(golden[f"{name}_image"])).views[0],
+            golden[f"{name}_points"][None],
         )
-        check(golden, feature[:, start::step, start::step], sub)
-        check(golden, feature.flatten(1).mean(1), golden[f"{name}_features_mean"])
-        check(golden, feature.flatten(1).std(1), golden[f"{name}_features_std"])
+        for name in scenes(golden)
+    }
+
+
+def test_features_are_the_originals(golden, embeddings):
+    for name, (embedding, _) in embeddings.items():
+        feature = embedding.feature[0]
+        check(feature[:, 2::8, 2::8], golden[f"{name}_features_sub"])
+        check(feature.flatten(1).mean(1), golden[f"{name}_features_mean"])
+        check(feature.flatten(1).std(1), golden[f"{name}_features_std"])
 
 
 @torch.no_grad()
-def test_control_vectors_are_the_originals(golden, model, encodings):
-    for name, (encoding, points) in encodings.items():
-        vectors = model.controller(encoding.control, points, 1 / model.stride)
-        check(golden, vectors, golden[f"{name}_controller_w"])
+def test_control_vectors_are_the_originals(golden, model, embeddings):
+    for name, (embedding, points) in embeddings.items():
+        vectors = model.controller(embedding.control, points, 1 / model.stride)
+        check(vectors, golden[f"{name}_controller_w"])
 
 
 @torch.no_grad()
-def test_logits_are_the_originals(golden, model, encodings):
-    for name, (encoding, points) in encodings.items():
+def test_logits_are_the_originals(golden, model, embeddings):
+    for name, (embedding, points) in embeddings.items():
         expected = golden[f"{name}_instances"]
-        logits = model.select(encoding, points)[: len(expected), 0]
-        check(golden, logits, expected)
-        check(golden, model.semantic_head(encoding.feature)[0], golden[f"{name}_semantic"])
-        proposals = model.proposal_head(encoding.feature)
-        check(golden, proposals[0, 0], golden[f"{name}_proposals_map_logits"])
+        logits = model.decode(embedding, points)[: len(expected), 0]
+        check(logits, expected)
+        check(model.semantic_head(embedding.feature)[0], golden[f"{name}_semantic"])
+        proposals = model.proposal_head(embedding.feature)
+        check(proposals[0, 0], golden[f"{name}_proposals_map_logits"])
         at_points = read_at_points(proposals, points, 1 / model.stride)
-        check(golden, at_points, golden[f"{name}_proposals"])
+        check(at_points, golden[f"{name}_proposals"])
 
 
 @torch.no_grad()
@@ -175,17 +168,17 @@ def test_point_prompts_of_a_scene_are_its_logits(golden, model):
         }
         instances = model([inputs])[0]["instances"]
         assert len(instances) == len(inputs["points"])
-        check(golden, instances.mask_probabilities[: len(expected)], expected)
+        check(instances.mask_probabilities[: len(expected)], expected)
 
 
 @torch.no_grad()
 def test_a_batch_of_images_is_the_originals(golden, model):
     images = [{"image": image_of(image)} for image in golden["batch_images"]]
-    encoding = model.encode(model.preprocess_image(images))
+    embedding = embed(model, images)
     points = golden["batch_points"]
-    check(golden, model.select(encoding, points)[:, 0], golden["batch_instances"])
-    at_points = read_at_points(model.proposal_head(encoding.feature), points, 1 / model.stride)
-    check(golden, at_points, golden["batch_proposals"])
+    check(model.decode(embedding, points)[:, 0], golden["batch_instances"])
+    at_points = read_at_points(model.proposal_head(embedding.feature), points, 1 / model.stride)
+    check(at_points, golden["batch_proposals"])
 
 
 # ---- automatic mode
@@ -197,51 +190,38 @@ def automatic(golden, build):
     results = {}
     assert golden.meta["auto_cases"]
     image = {"image": image_of(golden["scene0_image"])}
+    model = build("proposals")
+    # the file was made with the original's mirrored points
+    model.flip_original = True
     for k, case in enumerate(golden.meta["auto_cases"]):
-        options = [x for name, value in case["params"].items() for x in (PARAMETERS[name], value)]
-        options += ["MODEL.ADAPTIS.TEST.FLIP", case["use_flip"]]
-        # the file was made with the original's mirrored points
-        options += ["MODEL.ADAPTIS.TEST.FLIP_ORIGINAL", True]
-        model = build("proposals", *options)
+        options = {PARAMETERS[name]: value for name, value in case["params"].items()}
+        model.proposal_selection = selection = ProposalSelection(**options)
+        model.flip = case["use_flip"]
+        embedded = model.embed_image(image["image"])
+        proposals, semantic = embedded.proposals, embedded.semantic
+        things = semantic[1:]
+        occupied = torch.zeros(proposals.shape, dtype=torch.bool)
+        values = proposal_map(
+            proposals,
+            things,
+            occupied,
+            min_things_prob=selection.min_things_prob,
+            blur=selection.blur,
+        )
+        # all of them, as recorded
+        candidates = replace(selection, max_candidates=10**6).candidates(values)
+        images = model.preprocess_image([image])
         with torch.no_grad():
-            views = model.views(image)
-            semantic, proposals = model.mean_of_views(views)
-            things = semantic[model.num_stuff :]
-            occupied = torch.zeros(proposals.shape, dtype=torch.bool)
-            search = dict(model.search)
-            values = proposal_map(
-                proposals,
-                things,
-                occupied,
-                min_things_prob=search.pop("min_things_prob"),
-                blur=search.pop("blur"),
-            )
-            candidates = find_peaks(values, **search)[0]
-            masks = list(
-                select_greedily(
-                    candidates,
-                    lambda points, model=model, views=views: model.mask_probabilities(
-                        views, points
-                    ),
-                    occupied,
-                    **model.greedy,
-                )
-            )
-            segmentation = assemble(
-                iter(masks),
-                semantic,
-                num_stuff=model.num_stuff,
-                mask_threshold=model.greedy["mask_threshold"],
-                **model.assembly,
-            )
+            (found,) = model.inference(images, model.backbone(images.tensor))
             output = model([image])[0]
-        results[k] = (case, values, candidates, masks, segmentation, output)
+        segmentation = PanopticAssembler().compete(found.pred_masks, semantic)
+        results[k] = (case, values, candidates, found.pred_masks, segmentation, output)
     return results
 
 
 def test_candidates_of_the_whole_pipeline_are_the_originals(golden, automatic):
     for k, (case, values, candidates, *_) in automatic.items():
-        check(golden, torch.from_numpy(values), golden[f"auto{k}_pmap_blurred"])
+        check(torch.from_numpy(values), golden[f"auto{k}_pmap_blurred"])
         if case["float64_candidates_equal"]:
             assert np.array_equal(candidates, golden[f"auto{k}_candidates"].numpy()), k
             assert len(candidates) == case["n_candidates"]
@@ -256,18 +236,14 @@ def test_masks_of_the_whole_pipeline_are_the_originals(golden, automatic):
         # a pixel at the threshold may fall on either side
         assert ((areas - expected).abs() <= (0.001 * expected).clamp(min=3)).all(), k
         sums = torch.stack([mask.sum() for mask in masks])
-        limits = tolerance(golden)
-        torch.testing.assert_close(
-            sums, golden[f"auto{k}_masks_sum"], rtol=limits["rtol"], atol=limits["atol"]
-        )
-        check(golden, segmentation.background, golden[f"auto{k}_background"])
+        check(sums, golden[f"auto{k}_masks_sum"])
+        check(segmentation.background, golden[f"auto{k}_background"])
         for ours, theirs in (
             (segmentation.ids, "instances_mask"),
             (segmentation.semantic, "semantic"),
         ):
             same = (ours == golden[f"auto{k}_{theirs}"]).float().mean()
-            text = golden.meta["arrays"]["auto*"]
-            assert same >= float(re.search(r"([\d.]+) % pixel", text)[1]) / 100, (k, theirs)
+            assert same >= EQUAL_PIXELS, (k, theirs)
 
 
 def test_outputs_are_those_of_the_pipeline(automatic):
@@ -301,15 +277,16 @@ def training_inputs(golden, stage: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def first_stage(golden, build):
     """(model after one step of Adam, losses, norms of the gradients)."""
-    model = build("instance").train()
-    step = re.search(r"ONE Adam step lr ([\d.e-]+)", golden.meta["arrays"]["train1_*"])
-    optimizer = torch.optim.Adam(model.parameters(), lr=float(step[1]))
+    # Channels-last batch norms on the CPU sum in another order: some gradients differ by per cents,
+    # since ReLU and pooling then pick other pixels.
+    model = build("instance").to(memory_format=torch.contiguous_format).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
     inputs = training_inputs(golden, "instance")
     images = model.preprocess_image(inputs)
     same_bits = as_published(images, inputs)
-    check(golden, images.tensor, same_bits.tensor)
+    check(images.tensor, same_bits.tensor)
     ground_truth = model.prepare_ground_truth(inputs, images)
-    losses = model.instance_losses(same_bits, ground_truth, inputs)
+    losses = model.losses(same_bits, model.backbone(same_bits.tensor), ground_truth)
     sum(losses.values()).backward()
     norms = {name: float(p.grad.double().norm()) for name, p in model.named_parameters()}
     optimizer.step()
@@ -325,7 +302,7 @@ def test_the_points_have_the_objects_under_them(golden, build):
     inputs = training_inputs(golden, "instance")
     images = model.preprocess_image(inputs)
     ground_truth = model.prepare_ground_truth(inputs, images)
-    _, masks = model.point_targets(ground_truth, inputs, from_one_object=False)
+    _, masks = model.point_targets(ground_truth)
     expected = torch.cat(
         [
             ids == objects.long()[:, None, None]
@@ -339,38 +316,35 @@ def test_the_points_have_the_objects_under_them(golden, build):
 def test_losses_of_the_first_stage_are_the_originals(golden, first_stage):
     _, losses, _ = first_stage
     losses = {name: float(loss.detach()) for name, loss in losses.items()}
-    rtol = tolerance(golden)["losses"]
     assert losses["loss_instance"] == pytest.approx(
-        float(golden["train1_instance_loss"].mean()), rel=rtol
+        float(golden["train1_instance_loss"].mean()), rel=LOSSES
     )
     assert losses["loss_semantic"] == pytest.approx(
-        0.75 * float(golden["train1_semantic_loss"].mean()), rel=rtol
+        0.75 * float(golden["train1_semantic_loss"].mean()), rel=LOSSES
     )
-    assert sum(losses.values()) == pytest.approx(float(golden["train1_total"]), rel=rtol)
+    assert sum(losses.values()) == pytest.approx(float(golden["train1_total"]), rel=LOSSES)
 
 
 def test_gradient_norms_of_the_first_stage_are_the_originals(golden, first_stage, weights):
     _, _, norms = first_stage
     dead = golden.meta["observed_float32_vs_float64"]["train1"]["dead_params"]
-    limits = tolerance(golden)
     names = golden.arrays["train1_grad_names"].tolist()
     assert {our_name(golden, weights, name) for name in names} == set(norms)
     for name, expected in zip(names, golden["train1_grad_norms"].tolist()):
         norm = norms[our_name(golden, weights, name)]
         if name in dead:
-            assert norm < limits["dead"], name
+            assert norm < DEAD_GRADIENTS, name
         else:
-            assert norm == pytest.approx(expected, rel=limits["gradients"]), name
+            assert norm == pytest.approx(expected, rel=GRADIENT_NORMS), name
 
 
 def test_parameters_and_statistics_after_a_step_are_the_originals(golden, first_stage, weights):
     state_dict = first_stage[0].state_dict()
-    limits = tolerance(golden)
     compared = 0
     for key in golden.arrays.files:
         if key.startswith(("train1_after_adam/", "train1_after_buffers/")):
             ours = state_dict[our_name(golden, weights, key.split("/", 1)[1])]
-            torch.testing.assert_close(ours, golden[key], atol=limits["adam"], rtol=limits["rtol"])
+            torch.testing.assert_close(ours, golden[key], **AFTER_ADAM)
             compared += 1
     assert compared
 
@@ -378,7 +352,9 @@ def test_parameters_and_statistics_after_a_step_are_the_originals(golden, first_
 @pytest.fixture(scope="module", params=FROZEN)
 def second_stage(request, golden, build):
     """(prefix, model after a backward pass, the loss)."""
-    model = build("proposals", "MODEL.ADAPTIS.FREEZE_BN", FROZEN[request.param]).train()
+    model = build("proposals")
+    model.freeze_bn = FROZEN[request.param]
+    model.train()
     loss = model(training_inputs(golden, "proposals"))["loss_proposal"]
     loss.backward()
     return request.param, model, loss
@@ -387,9 +363,9 @@ def second_stage(request, golden, build):
 def test_loss_of_the_second_stage_is_the_originals(golden, second_stage):
     prefix, model, loss = second_stage
     expected = float(golden[f"{prefix}_loss"].mean())
-    assert loss.item() == pytest.approx(expected, rel=tolerance(golden)["losses"])
+    assert loss.item() == pytest.approx(expected, rel=LOSSES)
     threshold = float(golden[f"{prefix}_iou_thresh"])
-    assert float(model.iou_threshold.value) == pytest.approx(threshold, abs=1e-9)
+    assert float(model.proposal_criterion.iou_threshold.value) == pytest.approx(threshold, abs=1e-9)
 
 
 def test_only_the_proposal_head_has_gradients_and_they_are_the_originals(
@@ -402,26 +378,28 @@ def test_only_the_proposal_head_has_gradients_and_they_are_the_originals(
     assert all(name.startswith("proposal_head.") for name in norms)
     for name, expected in zip(names, golden[f"{prefix}_grad_norms"].tolist()):
         norm = float(norms[our_name(golden, weights, name)])
-        assert norm == pytest.approx(expected, rel=tolerance(golden)["gradients"]), name
+        assert norm == pytest.approx(expected, rel=GRADIENT_NORMS), name
 
 
 def test_statistics_of_the_frozen_network_drift_or_not_as_the_originals(golden, second_stage):
     prefix, model, _ = second_stage
     mean = model.backbone.input_norm.running_mean
-    check(golden, mean, golden[f"{prefix}_image_bn_running_mean_after"])
+    check(mean, golden[f"{prefix}_image_bn_running_mean_after"])
 
 
 def test_labels_of_the_second_stage_are_the_originals(golden, build, second_stage):
     prefix, *_ = second_stage
-    model = build("proposals", "MODEL.ADAPTIS.FREEZE_BN", FROZEN[prefix]).train()
+    model = build("proposals")
+    model.freeze_bn = FROZEN[prefix]
+    model.train()
     inputs = training_inputs(golden, "proposals")
     images = model.preprocess_image(inputs)
     ground_truth = model.prepare_ground_truth(inputs, images)
     with torch.no_grad():
-        encoding = model.encode(images)
-        points, masks = model.point_targets(ground_truth, inputs, from_one_object=True)
-        logits = model.select(encoding, points)[:, 0]
-        targets, _ = model.proposal_targets_of(logits.sigmoid(), masks, points)
-        at_points = read_at_points(model.proposal_head(encoding.feature), points)
-    check(golden, targets, golden[f"{prefix}_labels"])
-    check(golden, at_points, golden[f"{prefix}_proposals"])
+        embedding = embed(model, inputs)
+        points, masks = model.point_targets(ground_truth)
+        logits = model.decode(embedding, points)[:, 0]
+        targets, _ = model.proposal_criterion.targets_of(logits.sigmoid(), masks, points)
+        at_points = read_at_points(model.proposal_head(embedding.feature), points)
+    check(targets, golden[f"{prefix}_labels"])
+    check(at_points, golden[f"{prefix}_proposals"])

@@ -23,7 +23,7 @@ MODEL:
   WEIGHTS: ""
   BACKBONE: {NAME: "build_adaptis_unet_backbone"}
   UNET: {WIDTH: 4, LEVELS: 3}
-  ADAPTIS: {CONV_DIM: 4, SEMANTIC_DIM: 4, RESCALE: [1.0, 0.0]}
+  ADAPTIS: {CONV_DIM: 4, SEMANTIC_DIM: 4}
   PIXEL_STD: [127.5, 127.5, 127.5]
 DATASETS:
   TRAIN: ()
@@ -84,7 +84,7 @@ def test_inputs_and_points_may_come_in_any_order(files, tmp_path, order):
 
 
 def test_overrides_may_follow_the_inputs(files, tmp_path):
-    arguments = ("--points", "5,7", files / "photo.png", "MODEL.ADAPTIS.TEST.THRESH1", "2.0")
+    arguments = ("--points", "5,7", files / "photo.png", "MODEL.ADAPTIS.TEST.MASK_THRESH", "2.0")
     assert run(files, tmp_path, "--json", *arguments) == 0
     (result,) = results_of(tmp_path)
     assert result["bbox"][2:] == [0, 0]  # no probability exceeds 2

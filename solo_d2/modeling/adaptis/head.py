@@ -1,6 +1,7 @@
-"""The heads of AdaptIS. ReLU comes before the norm in most of its layers."""
+"""The heads of AdaptIS. ReLU comes before the norm in most of their layers."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.layers import Conv2d, get_norm
@@ -11,30 +12,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
 
-STYLES = ("toy", "sep")
+# The two published sets of heads.
+VARIANTS = ("toy", "cityscapes")
 
 
 class ConvReLUNorm(nn.Conv2d):
-    """Convolution, ReLU, norm; its size is kept."""
+    """Convolution, ReLU, norm; the size of the map is kept."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, *, norm: str, bias=True
-    ):
-        super().__init__(
-            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias
-        )
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, norm: str):
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.norm = get_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activate(super().forward(x))
 
     def activate(self, x: Tensor) -> Tensor:
-        """What follows the convolution; ``x`` may be overwritten."""
+        """ReLU and norm; ``x`` may be overwritten."""
         x = F.relu_(x)
         norm = self.norm
-        if norm.training or torch.is_grad_enabled() or not isinstance(norm, _BatchNorm):
+        trained = torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad)
+        if norm.training or trained or not isinstance(norm, _BatchNorm):
             return norm(x)
-        # the same in place: new memory for each map takes longer than the arithmetic
+        # the same in place: allocating each map takes longer than the arithmetic
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
@@ -49,12 +48,12 @@ class LinearReLUNorm(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(super().forward(x))
-        if self.training and len(x) == 1:  # one vector has no variance
-            norm = self.norm
+        norm = self.norm
+        if norm.training and len(x) == 1:  # one vector has no variance
             return F.batch_norm(
                 x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
             )
-        return self.norm(x)
+        return norm(x)
 
 
 class SeparableConv(nn.Module):
@@ -80,7 +79,7 @@ class MapController(nn.Module):
         Args:
             in_channels: of the feature.
             dim: length of the control vector.
-            norm: sees all pixels while training, not the points alone.
+            norm: of the layers; while training it sees all cells, not only those of the points.
             num_layers: 1x1 convolutions.
         """
         super().__init__()
@@ -90,11 +89,11 @@ class MapController(nn.Module):
         )
 
     def prepare(self, feature: Tensor) -> Tensor:
-        """What is made once per image: (B, in_channels, h, w) -> (B, dim, h, w)."""
+        """The part that does not depend on points: (N, in_channels, h, w) -> (N, dim, h, w)."""
         return self.layers(feature)
 
     def forward(self, prepared: Tensor, points: Tensor, scale: float) -> Tensor:
-        """See ``read_at_points``: (B * N, dim)."""
+        """See ``read_at_points``: (N * P, dim)."""
         return read_at_points(prepared, points, scale)
 
 
@@ -113,20 +112,19 @@ class VectorController(nn.Module):
         self.layers = nn.Sequential(*(LinearReLUNorm(a, b) for a, b in zip(widths, widths[1:])))
 
     def prepare(self, feature: Tensor) -> Tensor:
-        """Nothing is made once per image."""
+        """Nothing can be computed before the points are known."""
         return feature
 
     def forward(self, prepared: Tensor, points: Tensor, scale: float) -> Tensor:
-        """See ``read_at_points``: (B * N, dim)."""
+        """See ``read_at_points``: (N * P, dim)."""
         return self.layers(read_at_points(prepared, points, scale))
 
 
 class SelectionHead(nn.Module):
     """The mask of the object under a point, from the feature map and the point's control vector.
 
-    The first convolution sees the coordinates relative to the point before the feature. It is
-    linear: the part of the feature is convolved once per image, that of the coordinates for each
-    point.
+    The first convolution takes the coordinates relative to the point, then the feature. It is
+    linear, so the feature is convolved once per image and the coordinates once per point.
     """
 
     def __init__(
@@ -134,7 +132,7 @@ class SelectionHead(nn.Module):
         in_channels: int,
         dim: int,
         *,
-        style: str = "toy",
+        variant: str = "toy",
         norm: str = "BN",
         norm_radius: float = 42.0,
         append_distance: bool = True,
@@ -147,7 +145,7 @@ class SelectionHead(nn.Module):
         Args:
             in_channels: of the feature.
             dim: width of the first layers, and length of the control vector.
-            style: "toy" (plain 3x3 convolutions) or "sep" (depthwise separable ones).
+            variant: "toy" (plain 3x3 convolutions) or "cityscapes" (depthwise separable ones).
             norm: of the layers.
             norm_radius: unit of the relative coordinates, in image pixels.
             append_distance: give the distance from the point as a third coordinate.
@@ -156,15 +154,19 @@ class SelectionHead(nn.Module):
             adain_eps, adain_bias_plus_one: see ``AdaIN``.
             rescale: factor and offset of the logits, so that training starts with low, flat
                 probabilities.
+
+        Raises:
+            ValueError: ``variant`` or ``adain_after`` has an unsupported value.
         """
         super().__init__()
+        check_choice("variant", variant, VARIANTS)
         self.num_coordinates = 3 if append_distance else 2
         self.norm_radius = norm_radius
         self.adain_after = list(adain_after)
         self.rescale = tuple(rescale)
         first = in_channels + self.num_coordinates
         layers: list[nn.Module]
-        if style == "toy":
+        if variant == "toy":
             widths = [first, dim, dim, dim, dim // 2]
             layers = [ConvReLUNorm(a, b, norm=norm) for a, b in zip(widths, widths[1:])]
         else:
@@ -174,8 +176,7 @@ class SelectionHead(nn.Module):
             layers[2] = Conv2d(dim, dim, 1, activation=nn.LeakyReLU(0.2))
         if not all(0 < i <= len(layers) for i in self.adain_after):
             raise ValueError(
-                f"MODEL.ADAPTIS.ADAIN_AFTER must be within 1 and {len(layers)}, "
-                f"not {self.adain_after}"
+                f"adain_after must be numbers within 1 and {len(layers)}, not {self.adain_after}"
             )
         self.convs = nn.ModuleList(layers)
         self.adain = nn.ModuleList(
@@ -185,15 +186,10 @@ class SelectionHead(nn.Module):
         self.predictor = nn.Conv2d(widths[-1], 1, 1)
 
     def prepare(self, feature: Tensor) -> Tensor:
-        """What is made once per image: (B, in_channels, h, w) -> (B, dim, h, w)."""
+        """The part that does not depend on points: (N, in_channels, h, w) -> (N, dim, h, w)."""
         first = self.convs[0]
         weight = first.weight[:, self.num_coordinates :]
-        prepared = F.conv2d(feature, weight, first.bias, padding=1)
-        exact = self.training and not torch.is_autocast_enabled("cpu")
-        if feature.device.type == "cpu" and not exact:
-            # convolutions take half the time so; batch norms that train in float32 are inexact
-            prepared = prepared.contiguous(memory_format=torch.channels_last)
-        return prepared
+        return F.conv2d(feature, weight, first.bias, padding=1)
 
     def forward(
         self,
@@ -206,13 +202,13 @@ class SelectionHead(nn.Module):
         """
         Args:
             prepared: of ``prepare``.
-            points: (B, N, 2) rows and columns in image pixels.
-            control: (B * N, dim), image by image.
+            points: (N, P, 2) rows and columns in image pixels.
+            control: (N * P, dim), image by image.
             scale: cells of the map per image pixel.
-            valid: (B, 1, h, w) bool, the cells that are not padding; None for all.
+            valid: (N, 1, h, w) bool, the cells that are not padding; None for all.
 
         Returns:
-            (B * N, 1, h, w) logits, image by image.
+            (N * P, 1, h, w) logits, image by image.
         """
         num_points = points.shape[1]
         coordinates = relative_coordinates(
@@ -250,7 +246,7 @@ class DenseHead(nn.Module):
         num_outputs: int,
         *,
         num_convs: int,
-        style: str = "toy",
+        separable: bool = False,
         norm: str = "BN",
         dropout: float = 0.0,
     ):
@@ -260,19 +256,19 @@ class DenseHead(nn.Module):
             dim: width of the layers.
             num_outputs: channels of the logits.
             num_convs: layers before the last.
-            style: "toy" (plain 3x3 convolutions) or "sep" (depthwise separable ones).
+            separable: depthwise separable layers instead of plain 3x3 convolutions.
             norm: of the layers.
             dropout: after the first layer.
         """
         super().__init__()
-        block = ConvReLUNorm if style == "toy" else SeparableConv
+        block = SeparableConv if separable else ConvReLUNorm
         widths = [in_channels] + num_convs * [dim]
         self.convs = nn.ModuleList(block(a, b, norm=norm) for a, b in zip(widths, widths[1:]))
         self.dropout = dropout
         self.predictor = nn.Conv2d(dim, num_outputs, 1)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """(B, in_channels, h, w) -> (B, num_outputs, h, w)."""
+        """(N, in_channels, h, w) -> (N, num_outputs, h, w)."""
         x = feature
         for i, conv in enumerate(self.convs):
             x = conv(x)
@@ -281,13 +277,87 @@ class DenseHead(nn.Module):
         return self.predictor(x)
 
 
+class Heads(NamedTuple):
+    """What AdaptIS has on top of its feature map."""
+
+    controller: MapController | VectorController
+    selection: SelectionHead
+    semantic: DenseHead
+    proposal: DenseHead | None
+
+
+def build_heads(
+    variant: str,
+    in_channels: int,
+    num_classes: int,
+    *,
+    conv_dim: int,
+    semantic_dim: int,
+    proposal_dim: int | None,
+    norm_radius: float,
+) -> Heads:
+    """Heads as published, with the published initialization.
+
+    The two variants differ in their layers, in where the control vector is computed, in the formula
+    of AdaIN and in how the logits are scaled.
+
+    Args:
+        variant: "toy" or "cityscapes".
+        in_channels: of the feature map.
+        num_classes: semantic classes, stuff and things.
+        conv_dim: width of the selection head, and length of the control vector.
+        semantic_dim: width of the semantic head.
+        proposal_dim: width of the proposal head; None for the first stage, which has none.
+        norm_radius: see ``SelectionHead``.
+
+    Raises:
+        ValueError: ``variant`` has an unsupported value.
+    """
+    check_choice("variant", variant, VARIANTS)
+    toy = variant == "toy"
+    heads = Heads(
+        MapController(in_channels, conv_dim, norm="BN")
+        if toy
+        else VectorController(in_channels, conv_dim),
+        SelectionHead(
+            in_channels,
+            conv_dim,
+            variant=variant,
+            norm_radius=norm_radius,
+            adain_bias_plus_one=toy,
+            rescale=(0.2, -1.7) if toy else (1.0, 0.0),
+        ),
+        DenseHead(
+            in_channels, semantic_dim, num_classes, num_convs=3 if toy else 2, separable=not toy
+        ),
+        None,
+    )
+    for head in heads[:3]:
+        init_weights(head, gain=1.0 if toy else 2.0**0.5)
+    if proposal_dim is None:
+        return heads
+    proposal = DenseHead(
+        in_channels,
+        proposal_dim,
+        1,
+        num_convs=2,
+        separable=not toy,
+        dropout=0.0 if toy else 0.5,
+    )
+    if not toy:  # the toy models' proposal head keeps PyTorch's own initialization
+        init_uniform(proposal)
+    return heads._replace(proposal=proposal)
+
+
 class FeatureFusion(nn.Module):
     """Several levels of a feature pyramid to one map, as in Semantic FPN (arXiv 1901.02446).
 
-    Every level is convolved and doubled until it has the finest stride; then they are summed.
+    Every level is convolved and upsampled by 2 until it has the finest stride; then all are summed.
     """
 
-    def __init__(self, in_channels: Sequence[int], strides: Sequence[int], dim: int, *, norm: str):
+    def __init__(
+        self, in_channels: Sequence[int], strides: Sequence[int], dim: int, *, norm: str = "BN"
+    ):
         """
         Args:
             in_channels, strides: of the levels, finest first.
@@ -317,7 +387,7 @@ class FeatureFusion(nn.Module):
             )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Maps of the levels, finest first -> (B, dim, h, w) at the finest stride."""
+        """Maps of the levels, finest first -> (N, dim, h, w) at the finest stride."""
         size = (features[0].shape[-2], features[0].shape[-1])
         fused = self.levels[0](features[0])
         for level, x in zip(self.levels[1:], features[1:]):
@@ -357,12 +427,21 @@ def init_uniform(module: nn.Module) -> None:
 
 
 def valid_cells(
-    image_sizes: Sequence[tuple[int, int]], map_size: tuple[int, int], scale: float, device
+    image_sizes: Sequence[tuple[int, int]],
+    map_size: tuple[int, int],
+    scale: float,
+    device: torch.device,
 ) -> Tensor:
-    """(B, 1, h, w) bool: cells whose position lies in the image, not in the padding."""
+    """(N, 1, h, w) bool: cells whose position lies in the image, not in the padding."""
     rows = torch.arange(map_size[0], device=device) / scale
     columns = torch.arange(map_size[1], device=device) / scale
-    # plain numbers, which they are not while a graph is traced
+    # sizes are tensors while a graph is traced
     sizes = torch.tensor([[int(x) for x in size] for size in image_sizes], device=device)
     inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
     return inside[:, None]
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a ValueError that names the argument and what it may be, if it is not a choice."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

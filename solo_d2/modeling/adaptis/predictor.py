@@ -1,20 +1,23 @@
 """Point prompts: one image, many questions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
+from torch import Tensor
 
-from solo_d2.data.augmentation import to_network_input
-
-from .adaptis import AdaptIS, View
+from .adaptis import AdaptIS
+from .embedded import EmbeddedImage
 
 
 class AdaptISPredictor:
     """Set an image once, then ask what lies under points, any number of times.
 
-    The backbone, the semantic head and all else that does not depend on points run in
+    The backbone, the semantic head and everything else that does not depend on points run in
     ``set_image`` only.
     """
 
@@ -22,20 +25,28 @@ class AdaptISPredictor:
         """
         Args:
             model: in eval mode.
-            resize: brings an image to the size that the model is for; a config's is
-                ``solo_d2.data.augmentation.test_resize(cfg)``.
+            resize: brings an image to the size that the model is for.
             input_format: "RGB" or "BGR", the channel order that the model takes.
 
         Raises:
-            ValueError: the model is not one that takes points.
+            ValueError: the model takes no points, or ``input_format`` has an unsupported value.
         """
         if not isinstance(model, AdaptIS):
             raise ValueError(f"points need an AdaptIS model, not {type(model).__name__}")
+        if input_format not in ("RGB", "BGR"):
+            raise ValueError(f"input_format must be one of RGB, BGR, not {input_format!r}")
         self.model = model
         self.resize = resize
         self.input_format = input_format
-        self._views: list[View] | None = None
+        self._image: EmbeddedImage | None = None
         self._size = (0, 0)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, model: AdaptIS) -> "AdaptISPredictor":
+        """Resizes as Detectron2's ``DefaultPredictor`` does for the same config."""
+        size = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST)
+        resize = T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)
+        return cls(model, resize=resize, input_format=cfg.INPUT.FORMAT)
 
     def set_image(self, image_rgb: np.ndarray) -> None:
         """Run everything that does not depend on points.
@@ -43,23 +54,98 @@ class AdaptISPredictor:
         Args:
             image_rgb: (H, W, 3) uint8.
         """
-        self._views = None  # a bad image does not leave the one before it
-        tensor = to_network_input(image_rgb, self.resize, self.input_format)
-        self._views = self.model.views({"image": tensor})
+        self._image = None  # if this image is bad, the one before it is not asked instead
+        image = image_rgb if self.input_format == "RGB" else image_rgb[:, :, ::-1]
+        resized = self.resize.get_transform(image).apply_image(image)
+        tensor = torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1))
+        self._image = self.model.embed_image(tensor)
         self._size = (image_rgb.shape[0], image_rgb.shape[1])
 
-    def predict(self, points: Any) -> Instances:
-        """
+    def predict(
+        self, points: Any, labels: Sequence[int] | None = None, *, exclude: Any = None
+    ) -> Instances:
+        """What lies under points.
+
         Args:
-            points: (N, 2), x and y in pixels of the image given to ``set_image``; an array, a
+            points: (M, 2), x and y in pixels of the image given to ``set_image``; an array, a
                 tensor or nested lists.
+            labels: None: each point asks for an object of its own. Else (M,), 1 for points on one
+                object and 0 for points that are not on it; see ``merge_masks``.
+            exclude: (H, W) bool, pixels of objects that are known already. No mask contains one of
+                them, and a point on them finds nothing.
 
         Returns:
-            On the CPU, one instance per point and in their order; see ``AdaptIS.prompt``.
+            On the CPU: an instance for each point, in their order, or a single one if there are
+            ``labels``; see ``AdaptIS.describe``.
 
         Raises:
-            ValueError: there is no image yet, no point, or a point that is not in the image.
+            ValueError: there is no image yet, no point, a point that is not in the image, a label
+                that is not 0 or 1, no point with label 1, or ``exclude`` has another size.
         """
-        if self._views is None:
+        if self._image is None:
             raise ValueError("no image; call set_image first")
-        return self.model.prompt(self._views, points, *self._size).to("cpu")
+        positive = None if labels is None else _checked_labels(labels, len(points))
+        if exclude is not None:
+            exclude = torch.as_tensor(exclude).bool().to(self.model.device)
+            if tuple(exclude.shape) != self._size:
+                raise ValueError(f"exclude must be {self._size}, not {tuple(exclude.shape)}")
+        probs = self._image.prompt(points, *self._size)
+        points = torch.as_tensor(points, dtype=torch.float32)
+        if exclude is not None:
+            columns, rows = points.long().to(exclude.device).unbind(1)
+            probs = probs * ~(exclude | exclude[rows, columns][:, None, None])
+        if positive is not None:
+            threshold = self.model.mask_threshold
+            probs = merge_masks(probs, points, positive, mask_threshold=threshold)[None]
+        return self.model.describe(self._image, probs).to("cpu")
+
+
+def _checked_labels(labels: Any, num_points: int) -> Tensor:
+    """Labels as (M,) bool."""
+    labels = torch.as_tensor(labels)
+    if labels.shape != (num_points,):
+        raise ValueError(f"labels must be ({num_points},), not {tuple(labels.shape)}")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError(f"labels must be 0 or 1, not {labels.tolist()}")
+    if not labels.any():
+        raise ValueError("labels must have a 1: a point on the object")
+    return labels.bool()
+
+
+def merge_masks(
+    probs: Tensor, points: Tensor, positive: Tensor, *, mask_threshold: float
+) -> Tensor:
+    """One object from the masks of several points on it (positive) and off it (negative).
+
+    The decoder takes one point, so that its masks are combined here:
+
+    1. The object is the union of the positive points' masks: the maximum of their probabilities.
+    2. A negative point whose own mask is another object, containing that point and no positive one,
+       takes away all of that mask.
+    3. Any other negative point (its mask is the same object, or misses the point) takes away the
+       pixels that are nearer to it than to every positive point.
+
+    Therefore no negative point is in the result, and one positive point alone has its own mask.
+
+    Args:
+        probs: (M, H, W) soft masks of the points.
+        points: (M, 2) x and y in pixels.
+        positive: (M,) bool; one is true at least.
+        mask_threshold: a pixel belongs to a mask where its probability exceeds this.
+
+    Returns:
+        (H, W) soft mask.
+    """
+    points, positive = points.to(probs.device), positive.to(probs.device)
+    columns, rows = points.long().unbind(1)
+    # which masks (first axis) contain which points (second)
+    contains = probs[:, rows, columns] > mask_threshold
+    is_other = contains.diagonal() & ~(contains & positive).any(dim=1) & ~positive
+    y = torch.arange(probs.shape[1], device=probs.device)[:, None]
+    x = torch.arange(probs.shape[2], device=probs.device)
+    distance = (x - columns[:, None, None]) ** 2 + (y - rows[:, None, None]) ** 2
+    merged = probs[positive].amax(dim=0)
+    nearest = distance[positive].amin(dim=0)
+    removed = (probs[is_other] > mask_threshold).any(dim=0)
+    removed |= (distance[~positive & ~is_other] < nearest).any(dim=0)
+    return merged.masked_fill(removed, 0)

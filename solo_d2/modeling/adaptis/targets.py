@@ -1,32 +1,74 @@
-"""Which points AdaptIS is trained on, and for what. Points are (row, column) in input pixels."""
+"""Points, and what AdaptIS is trained on under them.
 
-from typing import NamedTuple
+Points are (row, column) in pixels of the network's input; see the shape shorthand in ``adaptis``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import Tensor
 
-from .losses import IGNORE
+IGNORE = -1
 
-# Regions to ignore that are smaller are never drawn as such (Cityscapes).
+# Smaller regions to ignore are never drawn (as published for Cityscapes).
 _MIN_IGNORED_AREA = 10
 
 
 class PointTargets(NamedTuple):
-    """N points of one image and what lies under each."""
+    """P points of one image, and for each the mask of the object under it."""
 
-    points: Tensor  # (N, 2) float32
-    masks: Tensor  # (N, H, W) int8: 1 object, 0 rest, -1 ignored
+    points: Tensor  # (P, 2) float32
+    masks: Tensor  # (P, H, W) int8: 1 object, 0 rest, -1 ignored
+
+
+def to_input_frame(points: Any, original: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Check points that a user gave, and convert them for the network.
+
+    Args:
+        points: (P, 2), x and y in pixels of the original image; anything that a tensor is made of.
+        original: height and width of the original image.
+        size: height and width of the network's input without padding.
+
+    Returns:
+        (P, 2) float32 rows and columns in the network's input.
+
+    Raises:
+        ValueError: there is no point, or one is not two numbers or lies outside the image.
+    """
+    points = torch.as_tensor(points, dtype=torch.float32)
+    if points.numel() == 0:
+        raise ValueError("no points; give one (x, y) or more")
+    if points.dim() != 2 or points.shape[1] != 2:
+        raise ValueError(f"points must be (P, 2), x and y of each, not {tuple(points.shape)}")
+    height, width = original
+    for number, (x, y) in enumerate(points.tolist()):
+        if not (0 <= x < width and 0 <= y < height):  # NaN fails both comparisons
+            what = "is not a number" if x != x or y != y else "is outside the image"
+            raise ValueError(
+                f"point {number} (x={x:g}, y={y:g}) {what}; the image has {width} x {height} pixels"
+            )
+    scale = points.new_tensor([size[0] / height, size[1] / width])
+    return points.flip(1) * scale
+
+
+def set_padding(maps: Tensor, image_sizes: Sequence[tuple[int, int]], value: int) -> None:
+    """Fill (N, ..., H, W) outside the images, in place."""
+    for image, (h, w) in zip(maps, image_sizes):
+        image[..., h:, :] = value
+        image[..., w:] = value
 
 
 def topmost(masks: Tensor) -> Tensor:
-    """Which mask is seen at each pixel, where smaller ones lie on top of larger ones.
+    """Index of the mask seen at each pixel when smaller masks lie on top of larger ones.
 
     Args:
         masks: (M, H, W) bool.
 
     Returns:
-        (H, W) int64: an index, or -1 where there is none. The last of equally large ones is seen.
+        (H, W) int64: an index, or -1 where there is no mask. Of equally large masks, the last one
+        is on top.
     """
     if len(masks) == 0:
         return torch.full(masks.shape[1:], -1, dtype=torch.long, device=masks.device)
@@ -37,72 +79,111 @@ def topmost(masks: Tensor) -> Tensor:
     return torch.where(covered > 0, order[first], -1)
 
 
-def draw_points(
-    masks: Tensor,
-    crowds: Tensor,
-    num_points: int,
-    *,
-    from_one_object: bool = False,
-    min_area: int = 0,
-    ignored_prob: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> PointTargets:
-    """Draw an object for each point, uniformly, then a pixel uniformly among its visible ones.
+@dataclass(frozen=True)
+class PointSampler:
+    """Draw an object for each point, uniformly, then one of its visible pixels, uniformly.
 
-    Objects are drawn with replacement. Without any visible object all points are (0, 0) and all
-    targets ignored.
+    Objects are drawn with replacement. If no object is visible, all points are (0, 0) and all
+    targets are ignored. Nothing here waits for the device.
+    """
+
+    # P, points per image.
+    num_points: int = 12
+    # Draw one object for all points of an image.
+    from_one_object: bool = False
+    # Objects with fewer visible pixels are not drawn; they are regions to ignore, as crowds are.
+    min_area: int = 0
+    # How often a region to ignore is drawn in place of an object. Its pixels have target -1, all
+    # others 0. (Published for Cityscapes: 0.025.)
+    ignored_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_points < 1:
+            raise ValueError(f"num_points must be at least 1, not {self.num_points}")
+        if not 0 <= self.ignored_prob <= 1:
+            raise ValueError(f"ignored_prob must be within 0 and 1, not {self.ignored_prob}")
+
+    def __call__(
+        self, masks: Tensor, crowds: Tensor, *, generator: torch.Generator | None = None
+    ) -> PointTargets:
+        """
+        Args:
+            masks: (M, H, W) bool, of the objects.
+            crowds: (number of crowds, H, W) bool: neither object nor background.
+            generator: on the CPU; default: PyTorch's own.
+        """
+        # drawn on the CPU, so that a seed means the same points on every device
+        shape = (self.num_points, 3)
+        random = torch.rand(shape, generator=generator, dtype=torch.float64).to(masks.device)
+        which, pixel, swap = random.unbind(1)
+        if self.from_one_object:
+            which = which[:1].expand(self.num_points)
+        owner = topmost(masks)
+        area = _visible_area(owner, len(masks))
+        points, chosen, found = _draw(owner, area, area >= max(1, self.min_area), which, pixel)
+        targets = torch.where(found, _rows(masks, chosen).to(torch.int8), IGNORE)
+        if self.ignored_prob > 0:
+            small = owner == torch.arange(len(masks), device=masks.device)[:, None, None]
+            small &= (area < self.min_area)[:, None, None]
+            regions = torch.cat([crowds, small])
+            regions &= (regions.flatten(1).sum(dim=1) >= _MIN_IGNORED_AREA)[:, None, None]
+            owner = topmost(regions)
+            area = _visible_area(owner, len(regions))
+            in_regions, chosen, any_region = _draw(owner, area, area > 0, which, pixel)
+            swapped = (swap < self.ignored_prob) & found & any_region
+            points = torch.where(swapped[:, None], in_regions, points)
+            ignored = -_rows(regions, chosen).to(torch.int8)
+            targets = torch.where(swapped[:, None, None], ignored, targets)
+        return PointTargets(points, targets)
+
+
+def _visible_area(owner: Tensor, num_masks: int) -> Tensor:
+    """(M,) int64: pixels at which each mask is seen in a result of ``topmost``."""
+    area = owner.new_zeros(num_masks + 1)
+    area.scatter_add_(0, owner.flatten() + 1, owner.new_ones(owner.numel()))
+    return area[1:]
+
+
+def _draw(
+    owner: Tensor, area: Tensor, eligible: Tensor, which: Tensor, pixel: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn uniform random numbers into masks and pixels of theirs.
 
     Args:
-        masks: (M, H, W) bool, of the objects.
-        crowds: (K, H, W) bool, of regions that are neither object nor background.
-        num_points: N.
-        from_one_object: draw one object for all points.
-        min_area: objects of which fewer pixels are visible are ignored, as crowds are.
-        ignored_prob: of drawing an ignored region in place of an object: its pixels have target -1,
-            all others 0.
-        generator: on the CPU; default: PyTorch's own.
+        owner: (H, W) of ``topmost``.
+        area: (M,) of ``_visible_area``.
+        eligible: (M,) bool, masks that may be drawn; each has a visible pixel.
+        which, pixel: (P,) in [0, 1).
+
+    Returns:
+        (P, 2) float32 points, (P,) int64 indices of their masks, and () bool, whether any mask is
+        eligible. If not, points are (0, 0) and indices mean nothing.
     """
-    device = masks.device
-    # drawn on the CPU, so that a seed means the same points on every device
-    random = torch.rand((num_points, 3), generator=generator, dtype=torch.float64).to(device)
-    which = random[:1, 0].expand(num_points) if from_one_object else random[:, 0]
-    owner = topmost(masks)
-    visible = owner[owner >= 0].bincount(minlength=len(masks))
-    candidates = (visible >= max(1, min_area)).nonzero()[:, 0]
-    if len(candidates) == 0:
-        points = torch.zeros((num_points, 2), device=device)
-        nothing = torch.full((1, *masks.shape[1:]), IGNORE, dtype=torch.int8, device=device)
-        return PointTargets(points, nothing.repeat(num_points, 1, 1))
-    chosen = candidates[(which * len(candidates)).long()]
-    points = _draw_pixels(owner, chosen, random[:, 1])
-    targets = masks[chosen].to(torch.int8)
-    if ignored_prob > 0:
-        small = ((visible > 0) & (visible < min_area)).nonzero()[:, 0]
-        regions = torch.cat([crowds, owner == small[:, None, None]])
-        regions = regions[regions.flatten(1).sum(dim=1) >= _MIN_IGNORED_AREA]
-        owner = topmost(regions)
-        candidates = owner[owner >= 0].unique()
-        swapped = (random[:, 2] < ignored_prob) & (len(candidates) > 0)
-        chosen = candidates[(which[swapped] * len(candidates)).long()]
-        points[swapped] = _draw_pixels(owner, chosen, random[swapped, 1])
-        targets[swapped] = -regions[chosen].to(torch.int8)
-    return PointTargets(points, targets)
+    count = eligible.sum()
+    chosen = torch.searchsorted(eligible.cumsum(0), (which * count).long(), right=True)
+    # the pixels of each mask in a row, in raster order; those without a mask come first
+    pixels = owner.flatten().short().sort(stable=True).indices
+    # 0 behind the last mask, for an index that means nothing
+    area = torch.cat([area, area.new_zeros(1)])
+    first = owner.numel() - area.sum() + area.cumsum(0) - area
+    place = first[chosen] + (pixel * area[chosen]).long()
+    index = pixels[place.clamp(max=owner.numel() - 1)]
+    points = torch.stack([index // owner.shape[1], index % owner.shape[1]], dim=1)
+    return torch.where(count > 0, points, 0).float(), chosen, count > 0
 
 
-def _draw_pixels(owner: Tensor, wanted: Tensor, random: Tensor) -> Tensor:
-    """For each wanted index of a map (H, W) one of its pixels; ``random`` is in [0, 1)."""
-    pixels = (owner >= 0).nonzero()
-    owners, order = owner[owner >= 0].sort(stable=True)
-    counts = owners.bincount()
-    first = counts.cumsum(0) - counts
-    return pixels[order[first[wanted] + (random * counts[wanted]).long()]].float()
+def _rows(masks: Tensor, index: Tensor) -> Tensor:
+    """``masks[index]``, or zeros if there are no masks."""
+    if len(masks) == 0:
+        return masks.new_zeros((len(index), *masks.shape[1:]))
+    return masks[index.clamp(max=len(masks) - 1)]
 
 
 def targets_of_points(points: Tensor, masks: Tensor) -> PointTargets:
-    """The topmost object under each given point; nothing there: all ignored.
+    """The topmost object under each given point; where there is none, all pixels are ignored.
 
     Args:
-        points: (N, 2) rows and columns.
+        points: (P, 2) rows and columns.
         masks: (M, H, W) bool.
     """
     owner = topmost(masks)
@@ -113,12 +194,12 @@ def targets_of_points(points: Tensor, masks: Tensor) -> PointTargets:
 
 
 def paint_semantic(masks: Tensor, classes: Tensor, crowds: Tensor, *, num_stuff: int) -> Tensor:
-    """Semantic labels of an image that has none: stuff 0 is the background.
+    """Semantic labels made from instances: class 0, stuff, is the background.
 
     Args:
         masks: (M, H, W) bool, of the objects.
         classes: (M,) in [0, number of thing classes).
-        crowds: (K, H, W) bool; ignored where no object is seen.
+        crowds: (number of crowds, H, W) bool; ignored where no object is visible.
         num_stuff: label of the first thing class.
 
     Returns:
@@ -129,84 +210,15 @@ def paint_semantic(masks: Tensor, classes: Tensor, crowds: Tensor, *, num_stuff:
     return labels.masked_fill((owner < 0) & crowds.any(dim=0), IGNORE)
 
 
-class AdaptiveThreshold(nn.Module):
-    """A mask threshold that follows the best mean IoU by small steps. It is state: a buffer."""
-
-    value: Tensor
-
-    def __init__(self, initial: float, *, step: float = 0.025, momentum: float = 0.99):
-        """
-        Args:
-            initial: threshold before the first update.
-            step: distance of the two rivals that the threshold is compared with.
-            momentum: the share of the old value in the new one.
-        """
-        super().__init__()
-        self.register_buffer("value", torch.tensor(initial, dtype=torch.float64))
-        self.step = step
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def update(self, probs: Tensor, targets: Tensor) -> Tensor:
-        """Move towards the best of three thresholds for a batch, that of all processes together.
-
-        Args:
-            probs: (n, H, W) soft masks.
-            targets: (n, H, W): 1 object, 0 rest, -1 ignored.
-
-        Returns:
-            The mean IoU at the best threshold; 0 if no sample has a pixel of an object, and then
-            the threshold stays.
-        """
-        rivals = self.value + self.step * self.value.new_tensor([0, -1, 1])
-        iou = torch.stack([mask_iou(probs, targets, rival) for rival in rivals])
-        known = iou >= 0
-        sums = torch.stack([(iou * known).sum(dim=1), known.sum(dim=1).double()])
-        sums = torch.cat([sums.flatten(), (targets > 0).any().double()[None]])
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(sums)
-        total, count = sums[:-1].view(2, 3)
-        mean = total / count.clamp(min=1)
-        best = mean.argmax()  # the first of equal ones
-        moved = self.momentum * self.value + (1 - self.momentum) * rivals[best]
-        self.value.copy_(torch.where(sums[-1] > 0, moved, self.value))
-        return torch.where(sums[-1] > 0, mean[best], 0.0)
-
-
-def mask_iou(probs: Tensor, targets: Tensor, threshold: Tensor | float) -> Tensor:
-    """IoU of thresholded masks without the ignored pixels, float64; -1 for an empty union.
-
-    Args:
-        probs: (n, H, W).
-        targets: (n, H, W): 1 object, 0 rest, -1 ignored.
-        threshold: a pixel is set where its probability exceeds this.
-    """
-    predicted = ((probs > threshold) & (targets != IGNORE)).flatten(1)
-    true = (targets > 0).flatten(1)
-    union = (predicted | true).sum(dim=1)
-    iou = (predicted & true).sum(dim=1).double() / union.clamp(min=1)
-    return torch.where(union > 0, iou, -1.0)
-
-
-def mask_quality(probs: Tensor, targets: Tensor) -> Tensor:
-    """(n,) float64: the mean probability inside each object; 0 for an empty one.
-
-    Targets are taken as numbers, as published: an ignored pixel, -1, counts against the mask.
-    """
-    weight = targets.flatten(1).double()
-    inside = (probs.flatten(1).double() * weight).sum(dim=1)
-    return inside / weight.sum(dim=1).clamp(min=1)
-
-
 def score_targets(iou: Tensor, quality: Tensor) -> Tensor:
-    """The published rule: graded targets for all points but the worst of an object.
+    """The published code's rule: graded targets for all points but the worst of an object.
 
     Args:
-        iou, quality: (B, N), of N points on one object of each of B images.
+        iou, quality: (N, P), of P points on one object of each of N images.
 
     Returns:
-        (B, N): 0 for bad points, up to 1 for good ones; -1 for a whole image where the masks tell
-        nothing about its points.
+        (N, P): 0 for bad points, up to 1 for good ones; -1 for all points of an image whose masks
+        say nothing about them.
     """
     score = iou * quality
     lowest, highest = iou.aminmax(dim=1, keepdim=True)
@@ -224,19 +236,19 @@ def score_targets(iou: Tensor, quality: Tensor) -> Tensor:
 
 
 def top20_targets(iou: Tensor, quality: Tensor | None = None) -> Tensor:
-    """The paper's rule: the best fifth of the points by IoU is 1, the rest 0; else as above."""
+    """The paper's rule: 1 for the best fifth of the points by IoU, 0 for the rest."""
     rank = iou.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
     num_positive = max(1, -(-iou.shape[1] // 5))
     return _skip_unknown((rank < num_positive).to(iou.dtype), iou)
 
 
 def dual_targets(iou: Tensor, quality: Tensor | None = None) -> Tensor:
-    """As ``top20_targets``, but only the worst half is 0 and what lies between is -1."""
+    """As ``top20_targets``, but only the worst half is 0; what lies between is -1."""
     rank = iou.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
-    n = iou.shape[1]
-    num_positive = max(1, -(-n // 5))
+    p = iou.shape[1]
+    num_positive = max(1, -(-p // 5))
     targets = torch.full_like(iou, IGNORE)
-    targets[rank >= max(num_positive, n - n // 2)] = 0
+    targets[rank >= max(num_positive, p - p // 2)] = 0
     targets[rank < num_positive] = 1
     return _skip_unknown(targets, iou)
 
@@ -249,36 +261,23 @@ def _skip_unknown(targets: Tensor, iou: Tensor) -> Tensor:
     return targets.masked_fill(unknown[:, None], IGNORE)
 
 
-def dense_targets(
-    points: Tensor,
-    targets: Tensor,
-    sampled: Tensor,
-    objects: Tensor,
-    *,
-    mask_unsampled: bool = True,
-    background: bool = False,
-) -> Tensor:
-    """Paint the targets of points into maps, with zeros elsewhere.
+def dense_targets(points: Tensor, targets: Tensor, sampled: Tensor) -> Tensor:
+    """Paint the targets of points into maps that are 0 elsewhere on the points' objects.
+
+    All other pixels are ignored: an object without points is no negative example.
 
     Args:
-        points: (B, N, 2) rows and columns.
-        targets: (B, N) in [0, 1] or -1.
-        sampled: (B, H, W) bool, the objects that have points.
-        objects: (B, H, W) bool, all objects.
-        mask_unsampled: ignore all that is not a sampled object, so that an object without points
-            is no negative.
-        background: with ``mask_unsampled``, let the pixels outside all objects count as well.
+        points: (N, P, 2) rows and columns.
+        targets: (N, P) in [0, 1] or -1.
+        sampled: (N, H, W) bool, the objects that have points.
 
     Returns:
-        (B, H, W): targets, -1 where ignored.
+        (N, H, W): targets, -1 where ignored.
     """
     maps = torch.zeros(sampled.shape, dtype=targets.dtype, device=targets.device)
     rows, columns = points.long().unbind(-1)
     image = torch.arange(len(points), device=points.device)[:, None]
     maps[image, rows, columns] = targets
-    if mask_unsampled:
-        counted = sampled | ~objects if background else sampled
-        maps = maps.masked_fill(~counted, IGNORE)
-    # an image whose masks tell nothing about its points has no dense targets either
+    # an image whose masks say nothing about its points has no dense targets either
     unknown = (targets == IGNORE).all(dim=1)
-    return maps.masked_fill(unknown[:, None, None], IGNORE)
+    return maps.masked_fill(~sampled | unknown[:, None, None], IGNORE)

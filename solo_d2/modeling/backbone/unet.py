@@ -117,6 +117,5 @@ def build_adaptis_unet_backbone(cfg, input_shape: ShapeSpec) -> AdaptISUNet:
     return AdaptISUNet(
         in_channels=input_shape.channels,
         width=options.WIDTH,
-        max_width=options.MAX_WIDTH,
         num_levels=options.LEVELS,
     )

@@ -1,11 +1,11 @@
 """AdaptIS on tiny inputs: its two stages, its three uses, bad input, options."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -14,9 +14,9 @@ from torch import nn
 from solo_d2.config import load_config
 from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.points import relative_coordinates
-from solo_d2.modeling import SOLOv2
-from solo_d2.modeling.adaptis import AdaptIS, AdaptISPredictor
-from solo_d2.modeling.adaptis.adaptis import to_input_frame
+from solo_d2.modeling.adaptis import AdaptIS
+from solo_d2.modeling.adaptis.head import SelectionHead
+from solo_d2.modeling.adaptis.targets import to_input_frame
 
 SIZE = (40, 56)
 
@@ -34,9 +34,7 @@ FPN = {
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ADAPTIS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
     "MODEL.ADAPTIS.FUSE_DIM": 16,
-    "MODEL.ADAPTIS.HEAD": "sep",
-    "MODEL.ADAPTIS.CONTROLLER": "fc",
-    "MODEL.ADAPTIS.RESCALE": (1.0, 0.0),
+    "MODEL.ADAPTIS.HEAD": "cityscapes",
 }
 BACKBONES = {"unet": UNET, "fpn": FPN}
 PROPOSALS = {"MODEL.ADAPTIS.STAGE": "proposals"}
@@ -74,10 +72,15 @@ def finds_all(model: AdaptIS) -> AdaptIS:
     with torch.no_grad():
         model.semantic_head.predictor.bias[1] += 1.0
     model.selection_head.rescale = (3.0, 1.0)
-    model.search |= {"min_things_prob": 0.1, "min_value": 0.01}
-    model.greedy |= {"mask_threshold": 0.5, "max_occupied": 0.99}
-    model.random |= {"min_things_prob": 0.1, "min_free": 0.05}
-    model.assembly |= {"stuff_prob_mult": 0.5}
+    model.proposal_selection = replace(
+        model.proposal_selection,
+        mask_threshold=0.5,
+        max_occupied=0.99,
+        min_things_prob=0.1,
+        min_value=0.01,
+    )
+    model.random_selection = replace(model.random_selection, min_things_prob=0.1, min_free=0.05)
+    model.assembler = replace(model.assembler, stuff_prob_mult=0.5)
     return model
 
 
@@ -196,12 +199,20 @@ def test_given_points_take_the_place_of_drawn_ones():
         x["points"] = torch.tensor([[8.0, 6.0], [8.0, 6.0]])
     images = model.preprocess_image(inputs)
     ground_truth = model.prepare_ground_truth(inputs, images)
-    points, masks = model.point_targets(ground_truth, inputs, from_one_object=False)
+    points, masks = model.point_targets(ground_truth)
     assert points.shape == (2, 2, 2) and points[0, 0].tolist() == [6, 8]
-    assert torch.equal(masks[0] == 1, ground_truth[0].masks[0])
+    assert torch.equal(masks[0] == 1, ground_truth[0].objects.masks[0])
     inputs[0]["points"] = torch.tensor([[8.0, 6.0]])
     with pytest.raises(ValueError, match="same number of points, not 1, 2"):
         model(inputs)
+
+
+def test_images_too_small_for_batch_norm_are_named_with_their_size():
+    model = tiny_model({**UNET, "MODEL.UNET.LEVELS": 5, "MODEL.UNET.WIDTH": 4}).train()
+    tiny = annotations((14, 12))
+    with pytest.raises(ValueError, match="too small to train: of a batch with 12 x 14 pixels"):
+        model([{"image": image((14, 12)), "instances": tiny}])
+    check_step(model, batch((14, 12), (14, 12)))
 
 
 def test_padding_counts_in_no_loss():
@@ -225,12 +236,16 @@ def test_padding_counts_in_no_loss():
 def test_semantic_labels_are_taken_if_there_are_any_and_painted_otherwise():
     model = tiny_model(UNET)
     inputs = batch()[0]
-    gt = model.prepare_ground_truth([inputs], model.preprocess_image([inputs]))[0]
-    painted = model.semantic_target(gt, inputs)
+
+    def labels_of(inputs):
+        images = model.preprocess_image([inputs])
+        return model.prepare_ground_truth([inputs], images)[0].semantic
+
+    painted = labels_of(inputs)
     assert painted[5, 7] == 1 and painted[0, 0] == 0 and painted.max() == 3
     sem_seg = torch.full(SIZE, 2)
     sem_seg[0, :3] = torch.tensor([255, -1, 4])
-    labels = model.semantic_target(gt, inputs | {"sem_seg": sem_seg})
+    labels = labels_of(inputs | {"sem_seg": sem_seg})
     assert labels[0, :4].tolist() == [-1, -1, -1, 2]
 
 
@@ -238,7 +253,7 @@ def test_several_stuff_classes_need_semantic_labels():
     model = tiny_model(UNET, {"MODEL.ADAPTIS.NUM_STUFF": 2}).train()
     inputs = batch()
     inputs[0]["file_name"] = "a.png"
-    with pytest.raises(ValueError, match="NUM_STUFF is 2, but image a.png has no 'sem_seg'"):
+    with pytest.raises(ValueError, match="num_stuff is 2, but image a.png has no 'sem_seg'"):
         model(inputs)
     for x in inputs:
         x["sem_seg"] = torch.zeros(SIZE, dtype=torch.long)
@@ -251,7 +266,9 @@ def test_several_stuff_classes_need_semantic_labels():
 @every_backbone
 @pytest.mark.parametrize("freeze_bn", [True, False])
 def test_the_second_stage_trains_the_proposal_head_alone(backbone, freeze_bn):
-    model = tiny_model(backbone, PROPOSALS, {"MODEL.ADAPTIS.FREEZE_BN": freeze_bn}).train()
+    model = tiny_model(backbone, PROPOSALS)
+    model.freeze_bn = freeze_bn
+    model.train()
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"proposal_head"}
     before = copy.deepcopy(model.state_dict())
@@ -262,9 +279,10 @@ def test_the_second_stage_trains_the_proposal_head_alone(backbone, freeze_bn):
     drifted = {name for name in changed if not name.startswith("proposal_head.")}
     assert changed > drifted
     statistics = ("running_mean", "running_var", "num_batches_tracked")
-    assert all(name.endswith(statistics) for name in drifted - {"iou_threshold.value"})
+    assert all(
+        name.endswith(statistics) for name in drifted - {"proposal_criterion.iou_threshold.value"}
+    )
     assert any(name.endswith("running_mean") for name in drifted) != freeze_bn
-    assert model.backbone.training != freeze_bn
 
 
 def test_a_checkpoint_of_the_first_stage_has_all_but_the_proposal_head():
@@ -272,14 +290,15 @@ def test_a_checkpoint_of_the_first_stage_has_all_but_the_proposal_head():
     result = second.load_state_dict(first.state_dict(), strict=False)
     assert not result.unexpected_keys
     lacking = {name.split(".")[0] for name in result.missing_keys}
-    assert lacking == {"proposal_head", "iou_threshold"}
+    assert lacking == {"proposal_head", "proposal_criterion"}
 
 
 @pytest.mark.parametrize("target", ["score", "top20", "dual"])
-@pytest.mark.parametrize("dense", [{}, {"MODEL.ADAPTIS.PROPOSAL.DENSE": True}])
+@pytest.mark.parametrize("dense", [False, True])
 def test_every_rule_trains_the_proposal_head(target, dense):
-    rule = {"MODEL.ADAPTIS.PROPOSAL.TARGET": target, "MODEL.ADAPTIS.NUM_POINTS": 10}
-    model = tiny_model(UNET, PROPOSALS, rule, dense).train()
+    rule = {"MODEL.ADAPTIS.PROPOSAL_TARGETS": target, "MODEL.ADAPTIS.NUM_POINTS": 10}
+    model = tiny_model(UNET, PROPOSALS, rule).train()
+    model.proposal_criterion.dense = dense
     with torch.no_grad():
         model.selection_head.predictor.bias += 8.0  # masks that fit a little
     loss = check_step(model, batch())["loss_proposal"]
@@ -287,8 +306,8 @@ def test_every_rule_trains_the_proposal_head(target, dense):
 
 
 def test_objects_without_points_are_no_negatives_of_the_dense_loss():
-    dense = {"MODEL.ADAPTIS.PROPOSAL.DENSE": True}
-    model = tiny_model(UNET, PROPOSALS, dense).train()
+    model = tiny_model(UNET, PROPOSALS).train()
+    model.proposal_criterion.dense = True
     with torch.no_grad():
         model.selection_head.predictor.bias += 8.0
     seen = {}
@@ -339,8 +358,8 @@ def test_points_are_x_and_y_in_pixels_of_the_original_image():
     [
         ([], "no points"),
         (np.zeros((0, 2)), "no points"),
-        ([[1.0, 2.0, 3.0]], r"must be \(N, 2\)"),
-        ([1.0, 2.0], r"must be \(N, 2\)"),
+        ([[1.0, 2.0, 3.0]], r"must be \(P, 2\)"),
+        ([1.0, 2.0], r"must be \(P, 2\)"),
         ([[1.0, 2.0], [56.0, 2.0]], r"point 1 \(x=56, y=2\) is outside .* 56 x 40 pixels"),
         ([[1.0, -0.5]], r"point 0 \(x=1, y=-0.5\) is outside"),
         ([[2.0, 40.0]], r"point 0 \(x=2, y=40\) is outside"),
@@ -356,58 +375,15 @@ def test_bad_points_are_one_clear_line(points, message):
 
 def test_many_points_are_made_in_chunks_that_change_nothing(monkeypatch, largest_float):
     model = finds_all(tiny_model(UNET))
-    views = model.views({"image": image()})
+    embedded = model.embed_image(image())
     points = torch.rand(40, 2) * torch.tensor([39.0, 55.0])
-    at_once = model.mask_probabilities(views, points)
+    at_once = embedded.soft_masks(points)
     head_map = 8 * SIZE[0] * SIZE[1] * 4
     monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * head_map)
     with largest_float() as largest:
-        chunked = model.mask_probabilities(views, points)
+        chunked = embedded.soft_masks(points)
     torch.testing.assert_close(chunked, at_once, atol=1e-5, rtol=0)
     assert largest.bytes <= max(3 * head_map, chunked.numel() * 4)
-
-
-def test_the_predictor_runs_the_backbone_once_per_image():
-    model = finds_all(tiny_model(UNET))
-    runs = []
-    model.backbone.register_forward_hook(lambda *_: runs.append("backbone"))
-    model.semantic_head.register_forward_hook(lambda *_: runs.append("semantic"))
-    predictor = AdaptISPredictor(model, resize=T.ResizeShortestEdge(0, 0), input_format="BGR")
-    rgb = image().permute(1, 2, 0).numpy().astype(np.uint8)
-    predictor.set_image(rgb)
-    first = predictor.predict([[3, 4]])
-    second = predictor.predict(torch.tensor([[30.0, 20.0], [3.0, 4.0]]))
-    assert runs == ["backbone", "semantic"]
-    assert len(first) == 1 and len(second) == 2
-    torch.testing.assert_close(first.mask_probabilities[0], second.mask_probabilities[1])
-    # the same as the model's own way, channels in its order
-    inputs = {"image": image().flip(0), "points": [[3, 4]]}
-    direct = model([inputs])[0]["instances"]
-    torch.testing.assert_close(direct.mask_probabilities, first.mask_probabilities)
-    predictor.set_image(rgb[::-1])
-    assert not torch.equal(predictor.predict([[3, 4]]).mask_probabilities, first.mask_probabilities)
-
-
-def test_the_predictor_resizes_and_answers_in_the_original_frame():
-    model = finds_all(tiny_model(UNET))
-    predictor = AdaptISPredictor(model, resize=T.ResizeShortestEdge(20, 100), input_format="RGB")
-    predictor.set_image(np.zeros((60, 90, 3), dtype=np.uint8))
-    instances = predictor.predict([[89.5, 59.5]])
-    assert instances.image_size == (60, 90) and instances.pred_masks.shape == (1, 60, 90)
-    with pytest.raises(ValueError, match="outside the image; the image has 90 x 60 pixels"):
-        predictor.predict([[89.5, 60.5]])
-    # an error leaves the image as it is
-    assert len(predictor.predict([[1, 1]])) == 1
-
-
-def test_the_predictor_needs_an_image_and_a_model_that_takes_points():
-    model = tiny_model(UNET).eval()
-    predictor = AdaptISPredictor(model, resize=T.ResizeShortestEdge(0, 0), input_format="RGB")
-    with pytest.raises(ValueError, match="call set_image first"):
-        predictor.predict([[1, 1]])
-    other = object.__new__(SOLOv2)
-    with pytest.raises(ValueError, match="points need an AdaptIS model, not SOLOv2"):
-        AdaptISPredictor(other, resize=T.ResizeShortestEdge(0, 0), input_format="RGB")
 
 
 # ---- automatic
@@ -417,7 +393,7 @@ def test_the_predictor_needs_an_image_and_a_model_that_takes_points():
 @pytest.mark.parametrize("stage", [{}, PROPOSALS], ids=["random", "proposals"])
 def test_the_automatic_mode_has_instances_panoptic_and_semantic_outputs(backbone, stage):
     model = finds_all(tiny_model(backbone, stage))
-    assert model.test_mode == ("proposals" if stage else "random")
+    assert model.use_proposals == bool(stage)
     output = model([{"image": image(), "height": 60, "width": 84}])[0]
     instances, (ids, segments) = output["instances"], output["panoptic_seg"]
     assert len(instances) > 0 and instances.image_size == (60, 84)
@@ -431,6 +407,7 @@ def test_the_automatic_mode_has_instances_panoptic_and_semantic_outputs(backbone
     assert {*ids.unique().tolist()} - {0} == {s["id"] for s in segments}
     assert output["sem_seg"].shape == (4, 60, 84)
     torch.testing.assert_close(output["sem_seg"].sum(dim=0), torch.ones(60, 84))
+    assert (instances.scores.diff() <= 0).all()
     again = model([{"image": image(), "height": 60, "width": 84}])[0]
     assert torch.equal(again["panoptic_seg"][0], ids)
 
@@ -447,7 +424,7 @@ def test_the_random_mode_is_an_option_of_a_model_with_proposals():
 def test_raw_masks_may_overlap_and_have_the_same_scores():
     model = finds_all(tiny_model(UNET, PROPOSALS))
     disjoint = model([{"image": image()}])[0]["instances"]
-    model.disjoint_masks = False
+    model.assembler = replace(model.assembler, disjoint_masks=False)
     raw = model([{"image": image()}])[0]["instances"]
     assert len(raw) >= len(disjoint)
     for score, mask in zip(disjoint.scores, disjoint.pred_masks):
@@ -490,12 +467,13 @@ def test_padding_does_not_enter_the_statistics_of_masks():
     images = model.preprocess_image([{"image": image((40, 56))}, {"image": image((24, 32), 1)}])
     points = torch.tensor([[[3.0, 4.0]], [[9.0, 20.0]]])
     with torch.no_grad():
-        encoding = model.encode(images)
-        assert encoding.valid.flatten(1).sum(1).tolist() == [40 * 56, 24 * 32]
+        features = model.backbone(images.tensor)
+        embedding = model.embed(features, images.image_sizes, (40, 56))
+        assert embedding.valid.flatten(1).sum(1).tolist() == [40 * 56, 24 * 32]
         x = torch.rand(2, 8, 40, 56)
-        control = model.controller(encoding.control, points, 1.0)
+        control = model.controller(embedding.control, points, 1.0)
         layer = model.selection_head.adain[0]
-        masked = layer(x, control, encoding.valid)[1, :, :24, :32]
+        masked = layer(x, control, embedding.valid)[1, :, :24, :32]
         torch.testing.assert_close(
             masked, layer(x[1:, :, :24, :32], control[1:])[0], atol=1e-5, rtol=1e-4
         )
@@ -506,28 +484,43 @@ def test_the_mirror_image_gives_the_mirrored_result(backbone):
     # no padding: that is always at the right
     size = (64, 96)
     model = finds_all(tiny_model(backbone, PROPOSALS, {"MODEL.ADAPTIS.TEST.FLIP": True}))
-    plain, mirrored = (model.views({"image": x}) for x in (image(size), image(size).flip(-1)))
+    plain, mirrored = (model.embed_image(x) for x in (image(size), image(size).flip(-1)))
     points = torch.tensor([[10.0, 20.0], [60.0, 3.0]])
     flipped = torch.stack([points[:, 0], 95 - points[:, 1]], dim=1)
     torch.testing.assert_close(
-        model.mask_probabilities(mirrored, flipped).flip(-1),
-        model.mask_probabilities(plain, points),
-        atol=1e-4,
-        rtol=0,
+        mirrored.soft_masks(flipped).flip(-1), plain.soft_masks(points), atol=1e-4, rtol=0
     )
-    for a, b in zip(model.mean_of_views(plain), model.mean_of_views(mirrored)):
+    for a, b in ((plain.semantic, mirrored.semantic), (plain.proposals, mirrored.proposals)):
         torch.testing.assert_close(b.flip(-1), a, atol=1e-5, rtol=0)
 
 
+def test_the_mirror_image_is_averaged_in_where_it_is():
+    """A padded image whose left and right are alike gives masks that are alike."""
+    model = finds_all(tiny_model(FPN, {"MODEL.ADAPTIS.TEST.FLIP": True}))
+    half = image((40, 28))
+    symmetric = torch.cat([half, half.flip(-1)], dim=2)
+    embedded = model.embed_image(symmetric)
+    assert embedded.size == (40, 56) and embedded.padded_size == (64, 64)
+    left, right = embedded.enlarge(embedded.soft_masks(torch.tensor([[20.0, 10.0], [20.0, 45.0]])))
+    alone = tiny_model(FPN)
+    alone.load_state_dict(model.state_dict())
+    alone.eval().selection_head.rescale = model.selection_head.rescale
+    points = torch.tensor([[20.0, 10.0], [20.0, 45.0]])
+    plain = alone.embed_image(symmetric)
+    one_sided = plain.enlarge(plain.soft_masks(points))
+
+    def asymmetry(a, b):
+        return float((a - b.flip(-1)).abs().mean())
+
+    assert asymmetry(left, right) < asymmetry(*one_sided)
+
+
 def test_the_published_mirror_point_is_one_pixel_off():
-    right = finds_all(tiny_model(UNET, {"MODEL.ADAPTIS.TEST.FLIP": True}))
-    published = copy.deepcopy(right)
-    published.flip_original = True
-    views = right.views({"image": image()})
+    model = finds_all(tiny_model(UNET, {"MODEL.ADAPTIS.TEST.FLIP": True}))
     points = torch.tensor([[10.0, 20.0]])
-    assert not torch.allclose(
-        right.mask_probabilities(views, points), published.mask_probabilities(views, points)
-    )
+    right = model.embed_image(image()).soft_masks(points)
+    model.flip_original = True
+    assert not torch.allclose(model.embed_image(image()).soft_masks(points), right)
 
 
 def test_extreme_images_are_survived():
@@ -546,22 +539,34 @@ def test_extreme_images_are_survived():
 @pytest.mark.parametrize(
     "options",
     [
-        {"MODEL.ADAPTIS.APPEND_DIST": False},
-        {"MODEL.ADAPTIS.ADAIN_AFTER": [1, 2, 4]},
-        {"MODEL.ADAPTIS.ADAIN_BIAS_ONE": False, "MODEL.ADAPTIS.ADAIN_EPS": 0.0},
-        {"MODEL.ADAPTIS.CONTROLLER": "fc"},
-        {"MODEL.ADAPTIS.POINTS_FROM_ONE_OBJECT": True},
-        {"MODEL.ADAPTIS.MIN_OBJECT_AREA": 100, "MODEL.ADAPTIS.IGNORED_POINT_PROB": 0.5},
-        {"MODEL.ADAPTIS.HEAD": "sep"},
-        {"MODEL.UNET.LEVELS": 5, "MODEL.UNET.MAX_WIDTH": 16},
+        {"append_distance": False},
+        {"adain_after": [1, 2, 4]},
+        {"adain_bias_plus_one": False, "adain_eps": 0.0},
+        {"variant": "cityscapes", "adain_after": [6]},
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options_train_and_predict(options):
+def test_options_of_the_selection_head_train_and_predict(options):
+    model = tiny_model(UNET)
+    model.selection_head = SelectionHead(8, 8, norm_radius=20.0, **options)
+    check_step(model.train(), batch(SIZE, (35, 51)))
+    instances = model.eval()([{"image": image(), "points": [[3.0, 4.0]]}])[0]["instances"]
+    assert instances.mask_probabilities.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"MODEL.ADAPTIS.HEAD": "cityscapes"},
+        {"MODEL.UNET.LEVELS": 5, "MODEL.UNET.WIDTH": 4},
+        {"MODEL.ADAPTIS.MIN_OBJECT_AREA": 100},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_config_train_and_predict(options):
     model = tiny_model(UNET, options).train()
     check_step(model, batch(SIZE, (35, 51)))
-    model.eval()
-    instances = model([{"image": image(), "points": [[3.0, 4.0]]}])[0]["instances"]
+    instances = model.eval()([{"image": image(), "points": [[3.0, 4.0]]}])[0]["instances"]
     assert instances.mask_probabilities.isfinite().all()
 
 
@@ -569,21 +574,30 @@ def test_options_train_and_predict(options):
     "key, value, message",
     [
         ("STAGE", "both", "STAGE must be one of instance, proposals, not 'both'"),
-        ("HEAD", "city", "HEAD must be one of toy, sep"),
-        ("CONTROLLER", "mlp", "CONTROLLER must be one of map, fc"),
-        ("PROPOSAL.TARGET", "best", "PROPOSAL.TARGET must be one of score, top20, dual"),
-        ("TEST.MODE", "grid", "TEST.MODE must be one of proposals, random"),
-        ("TEST.CLASS_VOTE", "max", "TEST.CLASS_VOTE must be one of mean, majority"),
-        ("TEST.MASKS", "soft", "TEST.MASKS must be one of disjoint, raw"),
-        ("IN_FEATURES", ["p2"], r"IN_FEATURES is \['p2'\], but the backbone has \['unet'\]"),
-        ("IN_FEATURES", [], r"IN_FEATURES is \[\]"),
-        ("NUM_STUFF", 0, "NUM_STUFF must be 1 or more, not 0"),
-        ("ADAIN_AFTER", [0], r"ADAIN_AFTER must be within 1 and 4, not \[0\]"),
+        ("HEAD", "city", "variant must be one of toy, cityscapes, not 'city'"),
+        ("TEST.MODE", "grid", "test_mode must be one of auto, proposals, random, not 'grid'"),
+        ("TEST.MODE", "proposals", "test_mode 'proposals' needs a proposal head"),
+        ("IN_FEATURES", ["p2"], r"in_features is \['p2'\], but the backbone has \['unet'\]"),
+        ("IN_FEATURES", [], r"in_features is \[\]"),
+        ("NUM_STUFF", 0, "num_stuff must be at least 1, not 0"),
+        ("NUM_POINTS", 0, "num_points must be at least 1, not 0"),
+        ("TEST.PROPOSAL_THRESH", 2.0, "min_value must be within 0 and 1, not 2"),
     ],
 )
-def test_an_unknown_choice_is_one_clear_line(key, value, message):
-    with pytest.raises(ValueError, match=f"MODEL.ADAPTIS.{message}"):
+def test_a_wrong_option_fails_when_the_model_is_built(key, value, message):
+    with pytest.raises(ValueError, match=message):
         tiny_model(UNET, {f"MODEL.ADAPTIS.{key}": value})
+
+
+def test_a_wrong_rule_fails_when_the_model_is_built():
+    with pytest.raises(ValueError, match="targets must be one of score, top20, dual, not 'best'"):
+        tiny_model(UNET, PROPOSALS, {"MODEL.ADAPTIS.PROPOSAL_TARGETS": "best"})
+
+
+@pytest.mark.parametrize("numbers", [[0], [5]])
+def test_adain_follows_a_layer_that_exists(numbers):
+    with pytest.raises(ValueError, match="adain_after must be numbers within 1 and 4"):
+        SelectionHead(8, 8, adain_after=numbers)
 
 
 def test_the_first_selection_layer_is_that_of_the_concatenated_map():

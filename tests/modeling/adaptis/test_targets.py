@@ -1,4 +1,4 @@
-"""What AdaptIS is trained on: points, painted labels, targets of proposals, losses."""
+"""What AdaptIS is trained on: points, painted labels, targets of proposals."""
 
 import numpy as np
 import pytest
@@ -6,17 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solo_d2.modeling.adaptis.losses import (
-    normalized_focal_loss,
-    normalized_focal_loss_softmax,
-    proposal_loss,
-)
 from solo_d2.modeling.adaptis.targets import (
-    AdaptiveThreshold,
+    PointSampler,
     dense_targets,
-    draw_points,
     dual_targets,
-    mask_iou,
     paint_semantic,
     score_targets,
     targets_of_points,
@@ -73,9 +66,8 @@ def test_semantic_labels_are_painted_from_instances_and_crowds_are_ignored():
 @given(st.integers(0, 10**6), st.booleans(), st.integers(1, 9))
 def test_points_lie_on_visible_pixels_of_their_targets(seed, from_one_object, num_points):
     masks = boxes(LARGE, SMALL, APART)
-    points, targets = draw_points(
-        masks, NOTHING, num_points, from_one_object=from_one_object, generator=seeded(seed)
-    )
+    sampler = PointSampler(num_points, from_one_object=from_one_object)
+    points, targets = sampler(masks, NOTHING, generator=seeded(seed))
     assert points.shape == (num_points, 2) and targets.shape == (num_points, 12, 16)
     owner = topmost(masks)
     for (row, column), target in zip(points.long().tolist(), targets):
@@ -86,7 +78,7 @@ def test_points_lie_on_visible_pixels_of_their_targets(seed, from_one_object, nu
 
 def test_objects_are_drawn_uniformly_and_so_are_their_pixels():
     masks = boxes(LARGE, SMALL, APART)
-    points, targets = draw_points(masks, NOTHING, 3000, generator=seeded(0))
+    points, targets = PointSampler(3000)(masks, NOTHING, generator=seeded(0))
     small = (targets == masks[1].to(torch.int8)).flatten(1).all(dim=1)
     assert float(small.float().mean()) == pytest.approx(1 / 3, abs=0.04)
     counts = (points[small, 0] * 16 + points[small, 1]).long().bincount()
@@ -95,37 +87,36 @@ def test_objects_are_drawn_uniformly_and_so_are_their_pixels():
 
 
 def test_a_seed_tells_the_points():
-    a, b = (draw_points(boxes(LARGE, APART), NOTHING, 5, generator=seeded(3)) for _ in range(2))
+    a, b = (PointSampler(5)(boxes(LARGE, APART), NOTHING, generator=seeded(3)) for _ in range(2))
     assert torch.equal(a.points, b.points)
 
 
 def test_without_a_visible_object_all_is_ignored():
     hidden = torch.zeros((2, 12, 16), dtype=torch.bool)
     for masks in (NOTHING, hidden):
-        points, targets = draw_points(masks, NOTHING, 4)
+        points, targets = PointSampler(4, ignored_prob=0.5)(masks, NOTHING)
         assert not points.any() and (targets == -1).all()
 
 
 def test_a_hidden_object_is_never_drawn():
     masks = boxes((2, 2, 5, 5), (2, 2, 3, 5), (3, 2, 5, 5))  # two halves cover the first
-    _, targets = draw_points(masks, NOTHING, 50, generator=seeded(0))
+    _, targets = PointSampler(50)(masks, NOTHING, generator=seeded(0))
     assert not (targets == masks[0].to(torch.int8)).flatten(1).all(dim=1).any()
 
 
 def test_small_objects_and_crowds_are_drawn_only_to_be_ignored():
     masks, crowd = boxes(LARGE, SMALL), boxes(APART)
-    _, targets = draw_points(masks, crowd, 50, min_area=10, generator=seeded(0))
+    _, targets = PointSampler(50, min_area=10)(masks, crowd, generator=seeded(0))
     assert (targets == masks[0].to(torch.int8)).all()
-    points, targets = draw_points(
-        masks, crowd, 50, min_area=10, ignored_prob=0.5, generator=seeded(0)
-    )
+    sampler = PointSampler(50, min_area=10, ignored_prob=0.5)
+    points, targets = sampler(masks, crowd, generator=seeded(0))
     ignoring = (targets == -1).flatten(1).any(dim=1)
     assert 10 < ignoring.sum() < 40
     # the small one has fewer than ten pixels: too few to be drawn even so
     assert (targets[ignoring] == -crowd[0].to(torch.int8)).all()
     rows, columns = points[ignoring].long().unbind(1)
     assert crowd[0, rows, columns].all()
-    _, targets = draw_points(masks, NOTHING, 50, ignored_prob=1.0, generator=seeded(0))
+    _, targets = PointSampler(50, ignored_prob=1.0)(masks, NOTHING, generator=seeded(0))
     assert (targets >= 0).all()
 
 
@@ -189,77 +180,22 @@ def test_an_object_whose_masks_tell_nothing_has_no_targets(rule):
     assert (targets[:2] == -1).all() and (targets[2] >= 0).any()
 
 
-def test_the_threshold_climbs_where_a_higher_one_fits_better():
-    probs = torch.full((1, 4, 4), 0.36)
-    probs[0, :2] = 0.9
-    target = torch.zeros(1, 4, 4)
-    target[0, :2] = 1
-    threshold = AdaptiveThreshold(0.35)
-    assert float(threshold.update(probs, target)) == 1
-    assert float(threshold.value) == pytest.approx(0.99 * 0.35 + 0.01 * 0.375)
-    before = threshold.value.clone()
-    assert float(threshold.update(probs, torch.zeros(1, 4, 4))) == 0
-    assert float(threshold.update(probs, -torch.ones(1, 4, 4))) == 0
-    assert threshold.value == before
-
-
-def test_iou_leaves_ignored_pixels_out():
-    probs = torch.ones(2, 2, 2)
-    targets = torch.tensor([[[1, 0], [-1, -1]], [[-1, -1], [-1, -1]]])
-    assert mask_iou(probs, targets, 0.5).tolist() == [0.5, -1]
-
-
-def test_dense_targets_leave_out_objects_without_points():
-    sampled, other = boxes(LARGE), boxes(APART)
+def test_dense_targets_leave_out_all_but_the_objects_with_points():
     points = torch.tensor([[[1.0, 1.0], [2.0, 2.0]]])
     targets = torch.tensor([[0.9, 0.0]])
-    options = {"sampled": sampled, "objects": sampled | other}
-    maps = dense_targets(points, targets, **options)[0]
+    maps = dense_targets(points, targets, boxes(LARGE))[0]
     assert maps[1, 1] == pytest.approx(0.9) and maps[0, 0] == 0
     assert maps[9, 12] == -1 and maps[11, 0] == -1
-    maps = dense_targets(points, targets, background=True, **options)[0]
-    assert maps[9, 12] == -1 and maps[11, 0] == 0
-    maps = dense_targets(points, targets, mask_unsampled=False, **options)[0]
-    assert maps[9, 12] == 0
-    unknown = torch.full((1, 2), -1.0)
-    assert (dense_targets(points, unknown, mask_unsampled=False, **options) == -1).all()
+    assert (dense_targets(points, torch.full((1, 2), -1.0), boxes(LARGE)) == -1).all()
 
 
-# ---- losses
-
-
-def test_all_ignored_costs_nothing_and_is_connected():
-    logits = torch.randn(2, 1, 4, 4, requires_grad=True)
-    loss = normalized_focal_loss(logits, -torch.ones(2, 1, 4, 4)).sum()
-    semantic = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss = loss + normalized_focal_loss_softmax(semantic, -torch.ones(1, 4, 4).long()).sum()
-    proposals = torch.randn(5, requires_grad=True)
-    loss = loss + proposal_loss(proposals, -torch.ones(5)).sum()
-    loss.backward()
-    assert loss == 0
-    for x in (logits, semantic, proposals):
-        assert x.grad is not None and not x.grad.any()
-
-
-def test_losses_are_finite_for_huge_logits_in_half_precision():
-    for sign in (1, -1):
-        logits = torch.full((1, 1, 4, 4), sign * 3e4).half().requires_grad_()
-        for label in (0, 1):
-            loss = normalized_focal_loss(logits, torch.full((1, 1, 4, 4), label))
-            assert loss.dtype == torch.float32 and loss.isfinite().all()
-            loss.sum().backward()
-            assert logits.grad.isfinite().all()
-        maps = torch.cat([logits.detach(), -logits.detach()], dim=1)
-        loss = normalized_focal_loss_softmax(maps, torch.zeros(1, 4, 4).long())
-        assert loss.dtype == torch.float32 and loss.isfinite().all()
-
-
-def test_the_loss_of_a_padded_image_is_that_of_the_image():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(1, 1, 5, 6), torch.randint(0, 2, (1, 1, 5, 6))
-    padded_logits, padded_labels = torch.randn(1, 1, 8, 8), torch.full((1, 1, 8, 8), -1)
-    padded_logits[..., :5, :6], padded_labels[..., :5, :6] = logits, labels
-    torch.testing.assert_close(
-        normalized_focal_loss(padded_logits, padded_labels, num_pixels=torch.tensor([30.0])),
-        normalized_focal_loss(logits, labels),
-    )
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_points": 0}, "num_points must be at least 1, not 0"),
+        ({"ignored_prob": 1.5}, "ignored_prob must be within 0 and 1, not 1.5"),
+    ],
+)
+def test_a_wrong_option_of_the_sampler_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        PointSampler(**options)

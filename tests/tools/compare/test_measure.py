@@ -224,7 +224,7 @@ def test_flops_of_a_padded_image_are_counted(tiny_configs, tmp_path):
     file.write_text(
         f"_BASE_: {tiny_configs['solo']}\n"
         "MODEL:\n  META_ARCHITECTURE: AdaptIS\n"
-        "  ADAPTIS: {IN_FEATURES: [p2, p3], CONTROLLER: fc, HEAD: sep, FUSE_DIM: 16}\n"
+        "  ADAPTIS: {IN_FEATURES: [p2, p3], HEAD: cityscapes, FUSE_DIM: 16}\n"
     )
     cfg = load_config(str(file))
     setup_datasets(cfg)

@@ -1,0 +1,329 @@
+"""Finding the objects of an image without a user: which points to decode, which masks to keep.
+
+Points are (row, column) in pixels of the network's input without padding, which has size (H, W).
+Soft masks (M, h, w) have the size of the feature map, which covers the padding too; ``Decoder``
+enlarges them to (M, H, W).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from solo_d2.layers.masks import chunk_length
+
+# A smaller mask is not accepted.
+_MIN_MASK_AREA = 10
+# Pixels that count for the score of a mask that was made at a random point.
+_FOREGROUND = 0.2
+
+
+class Decoder(Protocol):
+    """The network for one image, as ``EmbeddedImage`` is."""
+
+    @property
+    def stride(self) -> int:
+        """Of the map."""
+
+    def soft_masks(self, points: Tensor) -> Tensor:
+        """Points (M, 2) float32 -> (M, h, w)."""
+
+    def enlarge(self, masks: Tensor) -> Tensor:
+        """(M, h, w) -> (M, H, W)."""
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be within 0 and 1, not {value}")
+
+
+@dataclass(frozen=True)
+class ProposalSelection:
+    """Objects at the peaks of the proposal map, best first; defaults are the published code's."""
+
+    # A pixel belongs to a mask where its probability exceeds this.
+    mask_threshold: float = 0.4
+    # A mask is dropped if this share of it or more is occupied by earlier masks.
+    max_occupied: float = 0.4
+    # Half the side, in pixels, of a window around the point, outside of which a mask is 0; 0: off.
+    cut_radius: int = 0
+    # Candidates that are looked at.
+    max_candidates: int = 500
+    # Lowest probability of a thing class, and lowest proposal value, at a candidate.
+    min_things_prob: float = 0.6
+    min_value: float = 0.35
+    # Side of the box blur of the proposal map; up to 1: none.
+    blur: int = 5
+    # See ``find_peaks``.
+    eps: float = 0.003
+    step: float = 0.025
+    flood: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_occupied", "min_things_prob", "min_value"):
+            _check_share(name, getattr(self, name))
+        for name in ("cut_radius", "max_candidates", "blur"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.step <= 0:
+            raise ValueError(f"step must be positive, not {self.step}")
+
+    def candidates(self, values: np.ndarray) -> np.ndarray:
+        """(K, 2) rows and columns, best first, in a map (H, W) of ``proposal_map``."""
+        return find_peaks(
+            values,
+            min_value=self.min_value,
+            eps=self.eps,
+            step=self.step,
+            flood=self.flood,
+            max_peaks=self.max_candidates,
+        )[0]
+
+    def __call__(self, proposals: Tensor, things: Tensor, decoder: Decoder) -> Tensor:
+        """
+        Args:
+            proposals: (H, W) squared probabilities of the proposal head.
+            things: (T, H, W) probabilities of the thing classes.
+            decoder: of the image.
+
+        Returns:
+            (M, h, w) soft masks, in the order in which they were accepted.
+        """
+        occupied = torch.zeros_like(proposals, dtype=torch.bool)
+        values = proposal_map(
+            proposals, things, occupied, min_things_prob=self.min_things_prob, blur=self.blur
+        )
+        return select_greedily(
+            self.candidates(values),
+            decoder,
+            occupied,
+            mask_threshold=self.mask_threshold,
+            max_occupied=self.max_occupied,
+            cut_radius=self.cut_radius,
+        )
+
+
+@dataclass(frozen=True)
+class RandomSelection:
+    """Objects at random points where nothing is yet; needs no proposal head."""
+
+    # A pixel belongs to a mask where its probability exceeds this.
+    mask_threshold: float = 0.5
+    # A mask is dropped if a smaller share of it is free.
+    min_free: float = 0.6
+    # Where no thing class reaches this, there is background.
+    min_things_prob: float = 0.5
+    # Each round accepts one mask at most: the most certain of those at so many points.
+    num_rounds: int = 40
+    num_candidates: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("min_free", "min_things_prob"):
+            _check_share(name, getattr(self, name))
+        for name in ("num_rounds", "num_candidates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def __call__(
+        self, things: Tensor, decoder: Decoder, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """
+        Args:
+            things: (T, H, W) probabilities of the thing classes.
+            decoder: of the image.
+            generator: on the CPU.
+
+        Returns:
+            (M, H, W) soft masks: 0 up to the threshold, and where earlier ones or background are.
+        """
+        free = things.amax(dim=0) >= self.min_things_prob
+        accepted = [things.new_zeros((0, *free.shape))]
+        for _ in range(self.num_rounds):
+            pixels = free.nonzero()
+            if len(pixels) == 0:
+                break
+            chosen = torch.randperm(len(pixels), generator=generator)[: self.num_candidates]
+            points = pixels[chosen.to(pixels.device)].float()
+            masks = decoder.enlarge(decoder.soft_masks(points))
+            mask = masks[_certainty(masks).argmax()]
+            binary = mask > self.mask_threshold
+            area, unknown = torch.stack([binary.sum(), (binary & free).sum()]).tolist()
+            # the published code divides by the area even if it is 0
+            if area == 0 or unknown / area < self.min_free:
+                continue
+            accepted.append((mask * (binary & free))[None])
+            free = free & ~binary
+        return torch.cat(accepted)
+
+
+def proposal_map(
+    proposals: Tensor,
+    things: Tensor,
+    occupied: Tensor,
+    *,
+    min_things_prob: float = 0.6,
+    blur: int = 5,
+) -> np.ndarray:
+    """The map in which candidates are searched.
+
+    Args:
+        proposals: (H, W) squared probabilities of the proposal head.
+        things: (T, H, W) probabilities of the thing classes.
+        occupied: (H, W) bool, pixels to leave out.
+        min_things_prob: lowest probability of a thing class at a candidate.
+        blur: side of a box blur; up to 1: none.
+
+    Returns:
+        (H, W) float32.
+    """
+    likely = (things * ~occupied).amax(dim=0) >= min_things_prob
+    values = torch.where(likely, proposals, 0).float().cpu().numpy()
+    return cv2.blur(values, (blur, blur)) if blur > 1 else values
+
+
+def find_peaks(
+    values: np.ndarray,
+    *,
+    min_value: float,
+    eps: float = 0.003,
+    step: float = 0.025,
+    flood: bool = True,
+    max_peaks: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Local maxima, best first, without those on the slope of a better one.
+
+    Level by level from the top, and in raster order within a level, each pixel that no neighbor
+    exceeds becomes a peak and floods its surroundings: from a pixel to each neighbor that is not
+    higher by ``eps`` or more. A flooded pixel cannot become a peak. A pixel has eight neighbors.
+
+    Args:
+        values: (H, W) float32 in [0, 1].
+        min_value: of a peak and of each of its neighbors.
+        eps: how far a flood climbs in one step.
+        step: distance between levels.
+        flood: False keeps every local maximum, faster.
+        max_peaks: stop after this many.
+
+    Returns:
+        (K, 2) int64 rows and columns, and (H, W) int64 the index of the peak that flooded each
+        pixel, -1 where none did (without ``flood``, everywhere except at the peaks).
+    """
+    h, w = values.shape
+    # a border that never is higher, never too low and never flooded
+    padded = np.full((h + 2, w + 2), -np.inf, dtype=np.float32)
+    padded[1:-1, 1:-1] = values
+    low = np.where(np.isneginf(padded), np.inf, padded)
+    shifts = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]
+    is_peak = np.ones((h, w), dtype=bool)
+    for y, x in shifts:
+        is_peak &= padded[y : y + h, x : x + w] <= values
+        is_peak &= low[y : y + h, x : x + w] >= np.float32(min_value)
+    rows, columns = is_peak.nonzero()
+    heights = values[rows, columns]
+    # the first level that is not above each peak; levels are sums in single precision
+    levels = []
+    level = np.float32(0.99)
+    while level > np.float32(min_value):
+        level -= np.float32(step)
+        levels.append(level)
+    reached = np.searchsorted(-np.array(levels, dtype=np.float32), -heights)
+    order = np.argsort(reached, kind="stable")
+    order = order[reached[order] < len(levels)]
+
+    labels = np.full((h + 2, w + 2), -2, dtype=np.int64)
+    labels[1:-1, 1:-1] = -1
+    flat_labels, flat_values = labels.reshape(-1), padded.reshape(-1)
+    offsets = np.array([(y - 1) * (w + 2) + x - 1 for y, x in shifts])
+    visited = np.empty(flat_labels.shape, dtype=np.int64)
+    peaks: list[tuple[int, int]] = []
+    for row, column in zip(rows[order].tolist(), columns[order].tolist()):
+        if labels[row + 1, column + 1] != -1:
+            continue
+        if max_peaks is not None and len(peaks) >= max_peaks:
+            break
+        labels[row + 1, column + 1] = len(peaks)
+        if flood:
+            front = np.array([(row + 1) * (w + 2) + column + 1])
+            while len(front):
+                around = front[:, None] + offsets
+                climb = flat_values[front, None] + np.float32(eps) > flat_values[around]
+                front = around[climb & (flat_labels[around] == -1)]
+                flat_labels[front] = len(peaks)
+                # each pixel once: the last of equal writes stays
+                index = np.arange(len(front))
+                visited[front] = index
+                front = front[visited[front] == index]
+        peaks.append((row, column))
+    found = np.array(peaks, dtype=np.int64).reshape(-1, 2)
+    return found, labels[1:-1, 1:-1].copy()
+
+
+def select_greedily(
+    candidates: np.ndarray,
+    decoder: Decoder,
+    occupied: Tensor,
+    *,
+    mask_threshold: float = 0.4,
+    max_occupied: float = 0.4,
+    cut_radius: int = 0,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Masks of candidates, in their order, that do not lie on earlier ones.
+
+    A candidate whose pixel is occupied by then is skipped. Masks are decoded in batches, ahead of
+    the decisions; the result is that of deciding about each candidate before decoding the next.
+
+    Args:
+        candidates: (K, 2) rows and columns.
+        decoder: of the image.
+        occupied: (H, W) bool, pixels that are taken from the start.
+        mask_threshold: a pixel belongs to a mask where its probability exceeds this.
+        max_occupied: a mask is dropped if this share of it or more is taken.
+        cut_radius: half the side of a window around the point outside of which a mask is 0; 0: off.
+        batch_size: candidates that are decoded at once; default: as many as CHUNK_BYTES holds.
+
+    Returns:
+        (M, h, w) soft masks.
+    """
+    batch_size = batch_size or chunk_length(occupied.numel())
+    # decisions are made on the CPU: the device is waited for once per batch
+    taken = occupied.cpu().numpy().copy()
+    free = candidates
+    accepted: list[Tensor] = []
+    while True:
+        free = free[~taken[free[:, 0], free[:, 1]]]
+        batch, free = free[:batch_size], free[batch_size:]
+        if len(batch) == 0 and accepted:
+            return torch.cat(accepted)
+        points = torch.from_numpy(batch).float()
+        masks = decoder.soft_masks(points)
+        if cut_radius > 0:
+            masks = _cut(masks, points, cut_radius, decoder.stride)
+        binary = (decoder.enlarge(masks) > mask_threshold).cpu().numpy()
+        areas = np.count_nonzero(binary, axis=(1, 2))
+        kept = []
+        for number, ((row, column), mask, area) in enumerate(zip(batch.tolist(), binary, areas)):
+            if taken[row, column] or area < _MIN_MASK_AREA:
+                continue
+            if np.count_nonzero(mask & taken) / area < max_occupied:
+                taken |= mask
+                kept.append(number)
+        accepted.append(masks[kept])
+
+
+def _cut(masks: Tensor, points: Tensor, radius: int, stride: int) -> Tensor:
+    """Set (M, h, w) masks to 0 outside of a square around their points."""
+    inside = []
+    for length, center in zip(masks.shape[1:], points.to(masks.device).unbind(1)):
+        offset = torch.arange(length, device=masks.device) * stride - center[:, None]
+        inside.append((-radius <= offset) & (offset < radius))
+    return masks * (inside[0][:, :, None] & inside[1][:, None, :])
+
+
+def _certainty(masks: Tensor) -> Tensor:
+    """(M,) mean probability over the likely pixels of each mask."""
+    inside = masks > _FOREGROUND
+    return (masks * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)).clamp(min=1)

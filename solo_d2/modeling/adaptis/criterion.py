@@ -1,0 +1,278 @@
+"""The losses of AdaptIS, and the adaptive threshold of its second stage.
+
+In a normalized focal loss (the paper's section 3.3) the modulating weights of a sample are rescaled
+to sum to its number of pixels, so that the loss does not fade as the network improves. The factor
+is a constant for the gradient. Everything is computed in float32, since 1e-12 vanishes in half
+precision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from solo_d2.layers.distributed import normalizer
+from solo_d2.layers.points import read_at_points
+
+from .head import check_choice, resize_corners
+from .targets import IGNORE, PROPOSAL_TARGETS, dense_targets, set_padding
+
+
+@dataclass(frozen=True)
+class InstanceCriterion:
+    """The losses of the first stage: masks of points, and semantic labels."""
+
+    # Weight of an object's pixels in the loss of its mask; the others have 1 - alpha. Cityscapes:
+    # 0.25.
+    alpha: float = 0.5
+    # Focusing parameters of the two focal losses, and the weight of the second.
+    gamma: float = 2.0
+    semantic_gamma: float = 1.0
+    semantic_weight: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+
+    def __call__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        semantic: Tensor,
+        labels: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            logits: (N * P, 1, H, W) of masks, image by image.
+            targets: (N * P, H, W): 1 object, 0 rest, -1 ignored (as is all padding).
+            semantic: (N, C, H, W) logits.
+            labels: (N, H, W) int64, -1 ignored.
+            image_sizes: heights and widths without padding.
+        """
+        pixels = torch.tensor([h * w for h, w in image_sizes], dtype=torch.float32)
+        pixels = pixels.repeat_interleave(len(logits) // len(pixels))
+        masks_loss = normalized_focal_loss(
+            logits,
+            targets[:, None],
+            alpha=self.alpha,
+            gamma=self.gamma,
+            num_pixels=pixels.to(logits.device, non_blocking=True),
+        )
+        semantic_loss = normalized_focal_loss_softmax(semantic, labels, gamma=self.semantic_gamma)
+        return {
+            "loss_instance": masks_loss.mean(),
+            "loss_semantic": self.semantic_weight * semantic_loss.mean(),
+        }
+
+
+class ProposalCriterion(nn.Module):
+    """The loss of the second stage: how good a mask does each point on an object give?"""
+
+    def __init__(
+        self, *, targets: str = "score", dense: bool = False, initial_threshold: float = 0.35
+    ):
+        """
+        Args:
+            targets: name of the rule: one of ``targets.PROPOSAL_TARGETS``.
+            dense: train on all pixels of the objects that have points, instead of at the points.
+            initial_threshold: of masks; it adapts in training.
+
+        Raises:
+            ValueError: ``targets`` has an unsupported value.
+        """
+        super().__init__()
+        check_choice("targets", targets, tuple(PROPOSAL_TARGETS))
+        self.rule = PROPOSAL_TARGETS[targets]
+        self.dense = dense
+        self.iou_threshold = AdaptiveThreshold(initial_threshold)
+
+    def forward(
+        self,
+        logits: Tensor,
+        points: Tensor,
+        targets: Tensor,
+        masks: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        scale: float,
+    ) -> Tensor:
+        """
+        Args:
+            logits: (N, 1, h, w) of the proposal head.
+            points: (N, P, 2).
+            targets: (N, P), of ``targets_of``.
+            masks: (N * P, H, W), the objects under the points, as for ``targets_of``.
+            image_sizes: heights and widths without padding.
+            scale: cells of the map per image pixel.
+        """
+        if not self.dense:
+            at_points = read_at_points(logits, points, scale)
+            return proposal_loss(at_points[:, 0], targets.flatten()).mean()
+        sampled = (masks > 0).unflatten(0, points.shape[:2])[:, 0]
+        maps = dense_targets(points, targets, sampled)
+        set_padding(maps, image_sizes, IGNORE)
+        enlarged = resize_corners(logits, (maps.shape[-2], maps.shape[-1]))[:, 0]
+        return proposal_loss(enlarged, maps).sum() / normalizer((maps != IGNORE).sum())
+
+    def targets_of(self, probs: Tensor, masks: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the adaptive threshold, then judge the points by it.
+
+        Args:
+            probs: (N * P, H, W) soft masks, 0 in the padding.
+            masks: (N * P, H, W): 1 object, 0 rest, -1 ignored.
+            points: (N, P, 2).
+
+        Returns:
+            (N, P) targets of the points, and the mean IoU.
+        """
+        mean_iou = self.iou_threshold.update(probs, masks)
+        shape = points.shape[:2]
+        targets = self.rule(
+            mask_iou(probs, masks, self.iou_threshold.value).view(shape),
+            mask_quality(probs, masks).view(shape),
+        )
+        return targets, mean_iou
+
+
+def normalized_focal_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 0.5,
+    gamma: float = 2.0,
+    num_pixels: Tensor | None = None,
+) -> Tensor:
+    """For masks: sigmoid.
+
+    Args:
+        logits: (M, 1, H, W).
+        labels: (M, 1, H, W): 1 object, 0 rest, -1 ignored.
+        alpha: weight of the object's pixels; the others have 1 - alpha.
+        gamma: the higher, the less well-classified pixels count.
+        num_pixels: (M,) to which the modulating weights are rescaled; default H * W, ignored
+            pixels included. In a padded batch: the pixels of each sample's own image.
+
+    Returns:
+        (M,): the mean over the pixels that are not ignored; 0 if all are.
+    """
+    logits = logits.flatten(1).float()
+    labels = labels.flatten(1)
+    counted = labels != IGNORE
+    positive = labels > 0
+    probs = logits.sigmoid()
+    truth = torch.where(positive, probs, 1 - probs).masked_fill(~counted, 1.0)
+    beta = (1 - truth) ** gamma
+    if num_pixels is None:
+        num_pixels = torch.full_like(logits[:, 0], logits.shape[1])
+    factor = num_pixels / (beta.detach().sum(dim=1) + 1e-12)
+    weight = torch.where(positive, alpha, 1 - alpha) * counted * factor[:, None]
+    total = -(weight * beta * (truth + 1e-12).clamp(max=1).log()).sum(dim=1)
+    return total / (counted.sum(dim=1) + 1e-12)
+
+
+def normalized_focal_loss_softmax(logits: Tensor, labels: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """For semantic maps: softmax. Here the normalizer counts only pixels that are not ignored.
+
+    Args:
+        logits: (N, C, H, W).
+        labels: (N, H, W) int64 in [0, C), -1 ignored.
+        gamma: the higher, the less well-classified pixels count.
+
+    Returns:
+        (N,): the mean over the pixels that are not ignored; 0 if all are.
+    """
+    counted = labels != IGNORE
+    probs = logits.float().softmax(dim=1)
+    truth = probs.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(~counted, 1.0)
+    truth, counted = truth.flatten(1), counted.flatten(1)
+    beta = (1 - truth) ** gamma
+    count = counted.sum(dim=1)
+    factor = count / (beta.detach().sum(dim=1) + 1e-10)
+    total = -(factor[:, None] * beta * (truth + 1e-10).clamp(max=1).log() * counted).sum(dim=1)
+    return total / (count + 1e-10)
+
+
+def proposal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy with soft targets, not reduced.
+
+    A target of -1 gives 0. The official code still counts it when it takes the mean.
+
+    Args:
+        logits, targets: of the same shape; targets in [0, 1] or -1.
+    """
+    loss = F.binary_cross_entropy_with_logits(
+        logits.float(), targets.clamp(min=0).float(), reduction="none"
+    )
+    return loss * (targets != IGNORE)
+
+
+class AdaptiveThreshold(nn.Module):
+    """A mask threshold that follows the best mean IoU in small steps. It is state: a buffer."""
+
+    value: Tensor
+
+    def __init__(self, initial: float, *, step: float = 0.025, momentum: float = 0.99):
+        """
+        Args:
+            initial: threshold before the first update.
+            step: distance of the two other thresholds that it is compared with.
+            momentum: share of the old value in the new one.
+        """
+        super().__init__()
+        self.register_buffer("value", torch.tensor(initial, dtype=torch.float64))
+        self.step = step
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def update(self, probs: Tensor, targets: Tensor) -> Tensor:
+        """Move towards the best of three thresholds for a batch, that of all processes together.
+
+        Args:
+            probs: (M, H, W) soft masks.
+            targets: (M, H, W): 1 object, 0 rest, -1 ignored.
+
+        Returns:
+            The mean IoU at the best threshold. If no sample has a pixel of an object, it is 0 and
+            the threshold stays.
+        """
+        rivals = torch.stack([self.value, self.value - self.step, self.value + self.step])
+        iou = torch.stack([mask_iou(probs, targets, rival) for rival in rivals])
+        known = iou >= 0
+        sums = torch.stack([(iou * known).sum(dim=1), known.sum(dim=1).float()])
+        sums = torch.cat([sums.flatten(), (targets > 0).any().float()[None]])
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        total, count = sums[:-1].view(2, 3)
+        mean = total / count.clamp(min=1)
+        best = rivals.gather(0, mean.argmax()[None])[0]  # the first of equal ones
+        moved = self.momentum * self.value + (1 - self.momentum) * best
+        self.value.copy_(torch.where(sums[-1] > 0, moved, self.value))
+        return torch.where(sums[-1] > 0, mean.amax(), 0.0)
+
+
+def mask_iou(probs: Tensor, targets: Tensor, threshold: Tensor | float) -> Tensor:
+    """(M,) float32: IoU of thresholded masks without the ignored pixels; -1 for an empty union.
+
+    Args:
+        probs: (M, H, W).
+        targets: (M, H, W): 1 object, 0 rest, -1 ignored.
+        threshold: a pixel is set where its probability exceeds this.
+    """
+    predicted = ((probs > threshold) & (targets != IGNORE)).flatten(1)
+    true = (targets > 0).flatten(1)
+    union = (predicted | true).sum(dim=1)
+    iou = (predicted & true).sum(dim=1) / union.clamp(min=1)
+    return torch.where(union > 0, iou, -1.0)
+
+
+def mask_quality(probs: Tensor, targets: Tensor) -> Tensor:
+    """(M,) float32: the mean probability inside each object; 0 for an empty one.
+
+    As published, targets are taken as numbers: an ignored pixel, -1, counts against the mask.
+    """
+    weight = targets.flatten(1).float()
+    inside = (probs.flatten(1) * weight).sum(dim=1)
+    return inside / weight.sum(dim=1).clamp(min=1)
