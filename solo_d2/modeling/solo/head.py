@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.resample import ALIGNMENTS, align_to_grid
 
-
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise ValueError if an argument does not have one of the allowed values."""
-    if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+from ..options import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
