@@ -126,8 +126,8 @@ class InstanceSegmentor(nn.Module, ABC):
         padded_size = tuple(images.tensor.shape[-2:])
         processed = []
         for instances, inputs in zip(results, batched_inputs):
-            height = inputs.get("height", instances.image_size[0])
-            width = inputs.get("width", instances.image_size[1])
+            height = inputs.get("height", inputs["image"].shape[-2])
+            width = inputs.get("width", inputs["image"].shape[-1])
             with record_function("solo_d2.output"):
                 result = self.postprocess(instances, height, width, padded_size)
             processed.append({"instances": result})
