@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from solo_d2.layers.distributed import normalizer
 
 from ..num_classes import resolve_num_classes
+from ..prepare import prepare
 from .fcos import features_by_name
 from .mask_iou import MaskIoUHead, crop_masks, mask_iou_targets, visible_share
 from .pooler import AdaptiveROIPooler
@@ -78,6 +79,7 @@ class CenterMaskROIHeads(ROIHeads):
         self.mask_head = mask_head
         self.mask_iou_head = mask_iou_head
         self.mask_iou_loss_weight = mask_iou_loss_weight
+        prepare(self)
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
