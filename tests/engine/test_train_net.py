@@ -194,6 +194,14 @@ def test_wrong_input_in_a_file_is_named_with_it(run, tmp_path):
     assert "odd.yaml" in errors[-1] and "NO_SUCH_KEY" in errors[-1]
 
 
+def test_a_packaged_config_is_found_by_its_name(run, tmp_path):
+    toy = ("MODEL.META_ARCHITECTURE", "ToySegmentor", "DATASETS.SHAPES.IMAGE_SIZE", (48, 64))
+    few = ("DATASETS.SHAPES.TRAIN_IMAGES", 12, "DATASETS.SHAPES.VAL_IMAGES", 3)
+    code, _ = run(*toy, *few, *SHORT, "OUTPUT_DIR", tmp_path, config="quick/solo_shapes.yaml")
+    assert code == 0
+    assert "quick/solo_shapes.yaml" in (tmp_path / "log.txt").read_text()
+
+
 def test_an_error_in_a_plug_in_keeps_its_traceback(run, tmp_path, toy_model):
     for error in (KeyError("p5"), ValueError("wrong"), TypeError("wrong")):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
