@@ -20,7 +20,9 @@ def config(model):
     cfg = load_config(f"quick/{name}.yaml", opts=["MODEL.DEVICE", "cpu", "DATASETS.TRAIN", ()])
     cfg.DATASETS.TEST = ()
     cfg.SOLVER.BASE_LR = 0.001
-    cfg.MODEL.SOLO.CONV_DIM = 32  # smaller, for speed
+    # smaller, for speed
+    cfg.MODEL.SOLO.CONV_DIM = 32
+    cfg.MODEL.SOLO.NUM_GRIDS = [max(2, number // 4) for number in cfg.MODEL.SOLO.NUM_GRIDS]
     cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 64
     for key in num_classes_keys(cfg):
         cfg.merge_from_list([key, 3])
