@@ -45,7 +45,8 @@ def match_configs(
         settings: config keys and values. Configs with other values are returned only if no config
             with these values fits.
     """
-    same, other = [], []
+    same: list[str] = []
+    other: list[str] = []
     for name, cfg in _configs(architecture).items():
         (other if differing_settings(cfg, settings or {}) else same).append(name)
     for group in (same, same + other):

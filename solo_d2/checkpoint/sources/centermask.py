@@ -3,7 +3,7 @@
 from .source import COUNTERS, Rule, Source, moved
 from .torchvision import OLD_MOBILENETV2
 
-# A layer's name has the names of its stage and module once more, and a slash.
+# A layer's name repeats the names of its stage and module, and contains a slash.
 _PLACES = (
     (r"stem\.stem_(?P<i>\d)", r"stem.conv\g<i>"),
     *(
@@ -88,8 +88,8 @@ SOURCES = (
             "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
         },
     ),
-    # ImageNet weights. Detectors other than CenterMask name their backbone like this too, and the
-    # rest as Detectron2 does.
+    # ImageNet weights. Other detectors of the same authors use these names for the backbone and
+    # Detectron2's names for the rest.
     Source(
         name="vovnet",
         signature=r"(backbone\.bottom_up\.)?stem\.stem_1/",
