@@ -107,7 +107,7 @@ class Trainer(DefaultTrainer):
             self._sampler.seek(self._seed, self.start_iter * batch_size)
         super().before_train()
         period = self.cfg.TEST.EVAL_PERIOD
-        if period and 0 < self.start_iter < self.max_iter and self.start_iter % period == 0:
+        if period > 0 and 0 < self.start_iter < self.max_iter and self.start_iter % period == 0:
             # The process may have been killed between the checkpoint and its evaluation.
             self.iter = self.storage.iter = self.start_iter - 1
             for hook in self._hooks:
