@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
@@ -293,6 +293,8 @@ class Training:
     def __init__(self, golden, model, cfg, channels_last: bool = True):
         self.model = model.train()
         if not channels_last:
+            preprocess = model.preprocess_image
+            model.preprocess_image = lambda inputs: in_rows(preprocess(inputs))
             model.to(memory_format=torch.contiguous_format)
         predict, model.predict = model.predict, self.record
         model.semantic_pred.register_forward_hook(self.record_semantic)
@@ -308,6 +310,12 @@ class Training:
 
     def record_semantic(self, module, inputs, output):
         self.semantic_logits = output.detach()
+
+
+def in_rows(images: ImageList) -> ImageList:
+    """The same in the usual layout."""
+    images.tensor = images.tensor.contiguous(memory_format=torch.contiguous_format)
+    return images
 
 
 def assert_training(golden, training, tolerance, weights, kind: str) -> None:
