@@ -1,4 +1,4 @@
-"""What one click into each object finds of it: ``python -m solo_d2 click --help``."""
+"""How much of each object one click finds: ``python -m solo_d2 click --help``."""
 
 import argparse
 import sys
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.modeling import build_model
@@ -16,22 +15,21 @@ from detectron2.modeling import build_model
 from solo_d2.checkpoint import build_checkpointer
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
-from solo_d2.data.augmentation import test_resize
 from solo_d2.errors import UserError, one_line
 from solo_d2.modeling import AdaptISPredictor
 from solo_d2.tools.predict import read_image
 
 
 class Clicks(NamedTuple):
-    """Of one image."""
+    """The result for one image."""
 
     ious: np.ndarray  # (N,) per object
-    image_seconds: float  # for what does not depend on the points
+    image_seconds: float  # for everything that does not depend on the points
     click_seconds: float  # for all N points
 
 
 def most_interior_pixel(mask: np.ndarray) -> tuple[int, int]:
-    """x and y of the pixel of a mask (H, W), not empty, that is farthest from what is not mask."""
+    """x and y of the pixel of a mask (H, W), not empty, that is farthest from the mask's border."""
     padded = np.pad(mask.astype(np.uint8), 1)
     distance = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     y, x = np.unravel_index(distance.argmax(), distance.shape)
@@ -66,7 +64,7 @@ def click(predictor: AdaptISPredictor, record: dict[str, Any]) -> Clicks | None:
 
 
 def summary(clicks: Iterable[Clicks]) -> str:
-    """A few lines about all images."""
+    """Two lines about all images."""
     clicks = list(clicks)
     ious = np.concatenate([x.ious for x in clicks])
     per_image = 1000 * np.mean([x.image_seconds for x in clicks])
@@ -78,31 +76,18 @@ def summary(clicks: Iterable[Clicks]) -> str:
     )
 
 
-def load_model(cfg: CfgNode, weights: str) -> AdaptISPredictor:
-    """The model of ``cfg`` with weights, ready for images.
-
-    Raises:
-        ValueError, OSError: the model takes no points, or the weights cannot be used.
-    """
-    model = build_model(cfg).eval()
-    build_checkpointer(cfg, model).load(weights)
-    return AdaptISPredictor(
-        model,
-        resize=test_resize(cfg),
-        input_format=cfg.INPUT.FORMAT,
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 2 after an error of one line."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         cfg = load_config(options.config_file, opts=options.opts)
         setup_datasets(cfg)
         weights = options.weights or cfg.MODEL.WEIGHTS
         if not weights:
             raise UserError("no weights: give --weights, or MODEL.WEIGHTS in the config")
-        predictor = load_model(cfg, weights)
+        model = build_model(cfg).eval()
+        build_checkpointer(cfg, model).load(weights)
+        predictor = AdaptISPredictor.from_config(cfg, model)
         records = [r for name in cfg.DATASETS.TEST for r in DatasetCatalog.get(name)]
         clicks = list(filter(None, (click(predictor, record) for record in records)))
         if not clicks:
@@ -117,8 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m solo_d2 click",
-        description="Click once into the middle of each object of DATASETS.TEST, and compare what "
-        "a model that takes points (AdaptIS) finds there with the object.",
+        description="Click once into the middle of each object of DATASETS.TEST, and compare the "
+        "object with what a model that takes points (AdaptIS) finds there.",
     )
     parser.add_argument("--config-file", required=True, metavar="YAML")
     parser.add_argument("--weights", metavar="PTH", help="default: MODEL.WEIGHTS of the config")

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solo_d2.layers.masks import chunk_length
+from solo_d2.layers.masks import CHUNK_BYTES
 
 # A smaller mask is not accepted.
 _MIN_MASK_AREA = 10
 # Pixels that count for the score of a mask that was made at a random point.
 _FOREGROUND = 0.2
+# Masks that are decoded at once on the CPU; measured.
+_CPU_BATCH_BYTES = 512 * 1024
 
 
 class Decoder(Protocol):
@@ -283,12 +285,16 @@ def select_greedily(
         mask_threshold: a pixel belongs to a mask where its probability exceeds this.
         max_occupied: a mask is dropped if this share of it or more is taken.
         cut_radius: half the side of a window around the point outside of which a mask is 0; 0: off.
-        batch_size: candidates that are decoded at once; default: as many as CHUNK_BYTES holds.
+        batch_size: candidates that are decoded at once; default: by the bytes of their masks.
 
     Returns:
         (M, h, w) soft masks.
     """
-    batch_size = batch_size or chunk_length(occupied.numel())
+    if batch_size is None:
+        # A larger batch decodes more masks that an earlier one covers. On the CPU, decoding is what
+        # costs; a GPU is waited for once per batch.
+        budget = _CPU_BATCH_BYTES if occupied.device.type == "cpu" else CHUNK_BYTES
+        batch_size = max(1, budget // (4 * occupied.numel()))
     # decisions are made on the CPU: the device is waited for once per batch
     taken = occupied.cpu().numpy().copy()
     free = candidates

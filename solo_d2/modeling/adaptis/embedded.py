@@ -13,6 +13,9 @@ from solo_d2.layers.resample import resize
 from .head import resize_corners
 from .targets import to_input_frame
 
+# One map of so many points stays in a processor's cache: half the time of large chunks.
+_CPU_CHUNK_BYTES = 4 * 1024**2
+
 
 class ImageEmbedding(NamedTuple):
     """What is computed once for a batch of images, whatever the points."""
@@ -49,8 +52,11 @@ class EmbeddedImage:
         prepared = self.views[0].selection[0]
         if len(points) == 0:
             return prepared.new_zeros((0, *prepared.shape[-2:]), dtype=torch.float32)
+        length = chunk_length(prepared.numel())
+        if prepared.device.type == "cpu":
+            length = min(length, max(1, _CPU_CHUNK_BYTES // (4 * prepared.numel())))
         chunks = []
-        for chunk in points.to(prepared.device).split(chunk_length(prepared.numel())):
+        for chunk in points.to(prepared.device).split(length):
             probs = self.decode(self.views[0], chunk[None])[:, 0].float().sigmoid()
             if len(self.views) > 1:
                 columns = self.padded_size[1] - self.mirror_offset - chunk[:, 1]
