@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
-from .annotations import DataError, box_of, flag, identity, mask_of, number, show, to_rle, whole
+from .annotations import (
+    DataError,
+    box_of,
+    box_of_mask,
+    flag,
+    identity,
+    mask_of,
+    number,
+    show,
+    to_rle,
+    whole,
+)
 
 # What the reader makes of an offender: it raises, leaves it out, or corrects it.
 REFUSED, SKIPPED, REPAIRED = "refused", "skipped", "repaired"
@@ -312,7 +323,7 @@ class _Reader:
             tidy.pop("segmentation", None)
         else:
             rle = to_rle(segmentation, height, width)
-            mask_box, area = mask_util.toBbox(rle).tolist(), float(mask_util.area(rle))
+            mask_box, area = box_of_mask(segmentation, rle), float(mask_util.area(rle))
             tidy["segmentation"] = segmentation
         box = box_of(entry.get("bbox"), mask_box, height, width, repairs)
         if box is None:
