@@ -22,9 +22,9 @@ from solo_d2.config import load_config
 from solo_d2.data import InstanceMapper, register_coco_json, setup_datasets
 from solo_d2.data.annotations import to_rle
 from solo_d2.data.catalog import check_image_headers
-from solo_d2.data.coco import read_coco
+from solo_d2.data.coco import REFUSED, REPAIRED, SKIPPED, read_coco
 from solo_d2.errors import UserError
-from solo_d2.tools.check import REFUSED, REPAIRED, SKIPPED, check
+from solo_d2.tools.check import check
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = Path(os.environ.get("SOLO_D2_CASES") or REPOSITORY / "../shared/cases").resolve()
