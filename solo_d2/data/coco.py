@@ -254,7 +254,7 @@ class _Reader:
 
     def _categories(self) -> dict[Any, dict]:
         categories: dict[Any, dict] = {}
-        names: Counter[str] = Counter()
+        names: set[str] = set()
         for key, entry in self._known("categories", "name"):
             name = entry["name"]
             if type(name) in (int, float):
@@ -264,14 +264,12 @@ class _Reader:
                 what = "categories whose name is no text"
                 self._refuse(what, f"category {show(key)} has the name {show(name)}, no text")
                 continue
+            if name in names:
+                what = "categories with the name of another one, told apart by their ids"
+                self._add(REPAIRED, what, f"{name} ({key})")
+                name = f"{name} ({key})"
+            names.add(name)
             categories[key] = entry | {"name": name}
-            names[name] += 1
-        for name, count in names.items():
-            if count > 1:
-                self._refuse(
-                    "categories with the name of another one",
-                    f"{count} categories have the name {name!r}",
-                )
         return self._numbered("categories", categories)
 
     # --- annotations
