@@ -24,8 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 after an error of one line."""
     options = parse(_parser(), arguments)
     # --help does not need these, which are slow to import
-    from solo_d2.config import load_config
-    from solo_d2.predictor import use_available_device
+    from solo_d2.config import load_config, use_available_device
 
     try:
         cfg = load_config(options.config_file, opts=options.opts)
