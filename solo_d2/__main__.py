@@ -25,7 +25,8 @@ def main() -> int:
         print(usage)
         return 0
     if verb not in VERBS:
-        print(f"{usage}\n\nerror: there is no verb {verb!r}", file=sys.stderr)
+        problem = f"there is no verb {verb!r}" if verb else "name a verb"
+        print(f"{usage}\n\nerror: {problem}", file=sys.stderr)
         return 2
     if verb != "env" and (problem := missing_requirement()):
         print(f"error: {problem}", file=sys.stderr)

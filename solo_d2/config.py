@@ -1,7 +1,9 @@
 """Configuration keys that solo_d2 adds to Detectron2's defaults."""
 
+import logging
 from collections.abc import Sequence
 
+import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
@@ -62,6 +64,13 @@ def _read_yaml(path: str) -> dict:
     if not isinstance(content, dict):
         raise ValueError("it does not map keys to values")
     return content
+
+
+def use_available_device(cfg: CN) -> None:
+    """Change MODEL.DEVICE to the CPU, and say so, where it is CUDA and there is none."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.getLogger(__name__).warning("CUDA is not available: running on the CPU")
+        cfg.MODEL.DEVICE = "cpu"
 
 
 def add_point_rend_config(cfg: CN) -> None:

@@ -1,6 +1,5 @@
 """Prediction in three lines: ``load`` a model, ``predict`` an image, ``save`` the picture."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.load import load_weights_file
-from .config import load_config
+from .config import load_config, use_available_device
 from .drawing import draw_instances, draw_points
 from .errors import UserError
 from .files import atomic_write
@@ -264,13 +263,6 @@ def load(
         names=names or [str(i) for i in range(get_value(cfg, num_classes_keys(cfg)[0]))],
         category_ids=ids,
     )
-
-
-def use_available_device(cfg: CfgNode) -> None:
-    """Change MODEL.DEVICE to the CPU, and say so, where it is CUDA and there is none."""
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.getLogger(__name__).warning("CUDA is not available: running on the CPU")
-        cfg.MODEL.DEVICE = "cpu"
 
 
 def _find(source: str | Path | CfgNode, weights: str, opts: Sequence[str]) -> tuple[CfgNode, str]:

@@ -15,10 +15,11 @@ from PIL import Image
 
 import solo_d2
 from solo_d2.checkpoint.checkpointer import Checkpointer
-from solo_d2.config import load_config
+from solo_d2.config import load_config, use_available_device
 from solo_d2.errors import UserError
 from solo_d2.images import UnreadableError
-from solo_d2.predictor import Predictor, load, use_available_device
+from solo_d2.modeling.num_classes import num_classes_keys
+from solo_d2.predictor import Predictor, load
 
 RESNET18 = """
   DEVICE: "cpu"
@@ -190,6 +191,27 @@ def test_every_architecture_predicts_detectron2_instances(runs, photo, tmp_path,
     assert len(results) == len(result.instances)
     assert all(x["image_id"] == 5 and x["category_id"] in (1, 2) for x in results)
     assert Visualizer(result.image).draw_instance_predictions(result.instances).get_image().size
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adaptis_shapes_stage2", "centermask_shapes", "decoupled_solo_shapes", "fcos_shapes"]
+    + ["mask_rcnn_vovnet_shapes", "pointrend_shapes", "solo_shapes", "yolact_shapes"],
+)
+def test_packaged_configs_with_weights_predict_and_draw(tmp_path, photo, name):
+    names = ["a", "b", "c"]
+    cfg = load_config(f"quick/{name}.yaml", opts=["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"])
+    for key in num_classes_keys(cfg):
+        cfg.merge_from_list([key, len(names)])
+    model = build_model(cfg)
+    Checkpointer(model, str(tmp_path), thing_classes=names).save("model")
+    predictor = load(f"quick/{name}.yaml", weights=tmp_path / "model.pth")
+    result = predictor.predict(photo)
+    assert predictor.names == result.names == names
+    assert result.instances.image_size == (40, 60)
+    assert {"scores", "pred_classes", "pred_boxes"} <= set(result.instances.get_fields())
+    result.save(tmp_path / "drawn.png", score_threshold=0.0)
+    assert len(result.to_coco()) == len(result.instances)
 
 
 def test_instances_are_those_of_default_predictor(runs, photo):

@@ -1,21 +1,29 @@
 """Where the time goes: ``python -m solo_d2 benchmark --help``."""
 
-from __future__ import annotations
-
 import argparse
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
+from detectron2.utils.events import EventStorage
+from PIL import Image
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from solo_d2.arguments import add_model_arguments, parse
+from solo_d2.checkpoint.checkpointer import Checkpointer
+from solo_d2.config import load_config, use_available_device
 from solo_d2.errors import is_user_error, one_line
-
-if TYPE_CHECKING:
-    import torch
-    from detectron2.config import CfgNode
-    from torch import nn
+from solo_d2.images import as_rgb
+from solo_d2.modeling.own_keys import all_keys_honored
+from solo_d2.modeling.prepare import prepare
 
 _PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "gemm")
 
@@ -23,10 +31,6 @@ _PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 after an error of one line."""
     options = parse(_parser(), arguments)
-    # --help does not need these, which are slow to import
-    from solo_d2.config import load_config
-    from solo_d2.predictor import use_available_device
-
     try:
         cfg = load_config(options.config_file, opts=options.opts)
         use_available_device(cfg)
@@ -61,9 +65,6 @@ def benchmark(
         only: "training" or "inference"; None: both.
         rows: number of operators to list.
     """
-    import torch
-    from detectron2.utils.events import EventStorage
-
     device = next(model.parameters()).device
     test_inputs = inputs if image is None else {**inputs, "image": image}
 
@@ -96,9 +97,6 @@ def benchmark(
 
 def random_input(height: int, width: int, instances: int, num_classes: int) -> dict[str, Any]:
     """A noise image with square instances of sizes from 16 pixels to half of the short side."""
-    import torch
-    from detectron2.structures import BitMasks, Instances
-
     generator = torch.Generator().manual_seed(0)
     low, high = torch.tensor([16.0, max(17.0, min(height, width) / 2)]).log().tolist()
     sizes = (low + (high - low) * torch.rand(instances, generator=generator)).exp().long()
@@ -117,9 +115,6 @@ def random_input(height: int, width: int, instances: int, num_classes: int) -> d
 
 def _profile(name: str, run: Callable[[], object], device: torch.device, rows: int) -> None:
     """Run once to warm up, once by the clock, once under the profiler; print what it found."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     cuda = device.type == "cuda"
 
     def timed() -> float:
@@ -151,13 +146,6 @@ def _profile(name: str, run: Callable[[], object], device: torch.device, rows: i
 
 
 def _build(cfg: CfgNode, weights: str, allow_pickle: bool) -> nn.Module:
-    import torch
-    from detectron2.modeling import build_model
-
-    from solo_d2.checkpoint.checkpointer import Checkpointer
-    from solo_d2.modeling.own_keys import all_keys_honored
-    from solo_d2.modeling.prepare import prepare
-
     torch.manual_seed(0)
     with all_keys_honored():
         model = prepare(build_model(cfg))
@@ -173,12 +161,6 @@ def _num_classes(model: nn.Module) -> int:
 
 def _read(path: str, size: Sequence[int], input_format: str) -> torch.Tensor:
     """(3, H, W) float32."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from solo_d2.images import as_rgb
-
     image = Image.fromarray(as_rgb(path)).resize((size[1], size[0]))
     pixels = np.asarray(image)[:, :, :: -1 if input_format == "BGR" else 1]
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
@@ -186,8 +168,6 @@ def _read(path: str, size: Sequence[int], input_format: str) -> torch.Tensor:
 
 def _peak_memory(device: torch.device) -> str:
     """Of the process, or on a GPU of the tensors."""
-    import torch
-
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1024**3:.2f} GiB on the GPU"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"
@@ -207,7 +187,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=["training", "inference"], help="default: both")
     parser.add_argument("--rows", type=int, default=8, help="number of operators to list")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,5 @@
 """The command."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -10,20 +8,21 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from solo_d2.arguments import add_model_arguments, parse
 from solo_d2.errors import UserError, is_user_error, one_line
+from solo_d2.images import UnreadableError
+from solo_d2.predictor import Result, load
 
-if TYPE_CHECKING:
-    import numpy as np
+from . import outputs as formats
+from .inputs import Source, Video, find_sources, output_names
 
-    from solo_d2.predictor import Result
-
-    from .inputs import Source
-    from .outputs import Output
-
-    Predict = Callable[[str | np.ndarray], Result]
+Predict = Callable[[str | np.ndarray], Result]
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 FORMATS = ("pictures", "coco", "coco-results", "masks")
@@ -32,14 +31,6 @@ FORMATS = ("pictures", "coco", "coco-results", "masks")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code (see ``--help``)."""
     options = parse(_parser(), arguments)
-    # --help does not need these, which are slow to import
-    from PIL import Image
-
-    from solo_d2.images import UnreadableError
-    from solo_d2.predictor import load
-
-    from .inputs import find_sources
-
     Image.MAX_IMAGE_PIXELS = None  # Pillow's limit; --max-megapixels takes its place
     folder = Path(options.output)
     try:
@@ -90,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def predict_sources(
-    predict: Predict, sources: Sequence[Source], outputs: Sequence[Output]
+    predict: Predict, sources: Sequence[Source], outputs: Sequence[formats.Output]
 ) -> list[str]:
     """Give the results of each source to each output.
 
@@ -104,12 +95,6 @@ def predict_sources(
     Returns:
         One line for each source that was skipped.
     """
-    from tqdm import tqdm
-
-    from solo_d2.images import UnreadableError
-
-    from .inputs import output_names
-
     skipped = []
     # disable=None: no bar where nobody looks at a terminal.
     progress = tqdm(list(zip(sources, output_names(sources))), unit="file", disable=None)
@@ -132,14 +117,8 @@ def predict_sources(
 
 
 def _predict_video(
-    predict: Predict, source: Source, target: Path, outputs: Sequence[Output]
+    predict: Predict, source: Source, target: Path, outputs: Sequence[formats.Output]
 ) -> None:
-    from tqdm import tqdm
-
-    from solo_d2.images import UnreadableError
-
-    from .inputs import Video
-
     video = Video(source)
     number = -1
     try:
@@ -157,26 +136,25 @@ def _predict_video(
         raise UnreadableError("not a video, or one without frames")
 
 
-def _outputs(options: argparse.Namespace, folder: Path, sources: Sequence[Source]) -> list[Output]:
-    from . import outputs
-
+def _outputs(
+    options: argparse.Namespace, folder: Path, sources: Sequence[Source]
+) -> list[formats.Output]:
     score = options.score
     videos = [source for source in sources if source.is_video]
-    formats = dict.fromkeys(options.format or ["pictures"])
-    if videos and "pictures" in formats:
-        outputs.check_video_writer()
-    if videos and "coco" in formats:
+    chosen = dict.fromkeys(options.format or ["pictures"])
+    if videos and "pictures" in chosen:
+        formats.check_video_writer()
+    if videos and "coco" in chosen:
         raise UserError(f"--format coco takes images only, not {videos[0].location}")
     folders = [os.path.dirname(os.path.realpath(source.location)) for source in sources]
-    make: dict[str, Callable[[], Output]] = {
-        "pictures": lambda: outputs.Pictures(
-            folder, score, color_by=options.color_by, labels=not options.no_labels
-        ),
-        "coco": lambda: outputs.CocoDataset(folder, score, Path(os.path.commonpath(folders))),
-        "coco-results": lambda: outputs.CocoResults(folder, score),
-        "masks": lambda: outputs.IdMasks(folder, score),
+    style = {"color_by": options.color_by, "labels": not options.no_labels}
+    make: dict[str, Callable[[], formats.Output]] = {
+        "pictures": lambda: formats.Pictures(folder, score, **style),
+        "coco": lambda: formats.CocoDataset(folder, score, Path(os.path.commonpath(folders))),
+        "coco-results": lambda: formats.CocoResults(folder, score),
+        "masks": lambda: formats.IdMasks(folder, score),
     }
-    return [make[name]() for name in formats]
+    return [make[name]() for name in chosen]
 
 
 def _parser() -> argparse.ArgumentParser:

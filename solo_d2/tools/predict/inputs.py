@@ -40,7 +40,8 @@ class Video:
         where = source.location
         self._capture = cv2.VideoCapture(int(where) if where.isdecimal() else where)
         if not self._capture.isOpened():
-            raise UnreadableError("not a video, or it cannot be opened")
+            kind = "webcam or video that can be opened" if source.is_live else "video"
+            raise UnreadableError(f"not a {kind}")
         self.rate = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
         self.length = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))) or None
 

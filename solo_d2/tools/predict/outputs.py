@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
 from PIL import Image
 
 from solo_d2.errors import UserError
@@ -173,8 +174,6 @@ class CocoDataset(CocoResults):
             left, top, width, height = found["bbox"]
             area = width * height
             if "segmentation" in found:
-                from pycocotools import mask as mask_util
-
                 area = int(mask_util.area(found["segmentation"]))
                 left, top, width, height = mask_util.toBbox(found["segmentation"]).tolist()
             if area == 0:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from solo_d2.errors import UserError
-from solo_d2.tools.predict.inputs import Source, find_sources, output_names
+from solo_d2.images import UnreadableError
+from solo_d2.tools.predict.inputs import Source, Video, find_sources, output_names
 
 
 def test_glob_patterns_match_and_repeats_count_once(tmp_path, save_image):
@@ -49,3 +50,17 @@ def test_same_names_do_not_overwrite_each_other(tmp_path, save_image):
     assert len(names) == 5
     assert len({str(n).lower() for n in names}) == 5
     assert Path("a.tiff.png") in names
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("text.mp4", "^not a video$"),
+        ("http://127.0.0.1:1/x.mp4", "^not a webcam or video that can"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused(tmp_path, monkeypatch, location, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.mp4").write_text("hello")
+    with pytest.raises(UnreadableError, match=message):
+        Video(Source(location, Path("x.mp4")))
