@@ -101,7 +101,9 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     context = _context(report) | {
         "charts": {name: chart.to_dict() for name, chart in charts.items()},
         "gallery": gallery,
-        "javascript": vl_convert.javascript_bundle() if charts else "",
+        "javascript": vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+        if charts
+        else "",
         "figures": _write_figures(charts, gallery, folder / "figures"),
     }
     for name in ("report.html", "report.md"):
@@ -323,7 +325,11 @@ def _table(models: Sequence[Model], columns: Sequence[Column]) -> dict[str, Any]
         for column, top in zip(columns, best):
             cell = column.read(model)
             spread = None if cell.spread is None else number(cell.spread, column.digits)
-            shown = {"text": column.text(cell.value), "spread": spread, "best": i in top}
+            shown: dict[str, Any] = {
+                "text": column.text(cell.value),
+                "spread": spread,
+                "best": i in top,
+            }
             cells.append(
                 shown | {"value": "" if cell.value is None else cell.value, "tip": cell.tip}
             )
@@ -381,11 +387,10 @@ def _confusion(report: Report, model: Model) -> dict[str, Any]:
 
 def _gallery(report: Report) -> list[dict[str, Any]]:
     """Pictures of the ground truth and of each model's detections, as many as fit into the page."""
-    figures, size = [], 0
+    figures: list[dict[str, Any]] = []
+    size = 0
     for entry in report.get("gallery") or []:
-        panels = [
-            {"name": n, "model": m, "note": t, "image": i} for n, m, t, i in _panels(report, entry)
-        ]
+        panels = _panels(report, entry)
         size += sum(len(p["image"]) for p in panels)
         if figures and size > _GALLERY_BUDGET:
             break
@@ -395,8 +400,8 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
     return figures
 
 
-def _panels(report: Report, entry: Mapping[str, Any]) -> list[tuple[str, int | None, str, str]]:
-    """(name, model, note, data URL); the same object has the same color in every panel."""
+def _panels(report: Report, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """ "name", "model", "note", "image" (data URL) of each; the same object has the same color in every panel."""
     truth = entry["ground_truth"]
     size = truth[0]["rle"]["size"] if truth else (240, 320)
     try:
@@ -405,7 +410,11 @@ def _panels(report: Report, entry: Mapping[str, Any]) -> list[tuple[str, int | N
         image = np.full((*size, 3), 128, np.uint8)
     colors = [_CROWD if x["iscrowd"] else instance_color(i) for i, x in enumerate(truth)]
     labels = [x["class"] + " (crowd)" * x["iscrowd"] for x in truth]
-    panels = [("ground truth", None, _plural(len(truth)), _picture(image, truth, colors, labels))]
+    picture = _picture(image, truth, colors, labels)
+    note = _counted(len(truth), "object")
+    panels: list[dict[str, Any]] = [
+        {"name": "ground truth", "model": None, "note": note, "image": picture}
+    ]
     for index, model in enumerate(report["models"]):
         found = (entry.get("predictions") or {}).get(model["name"])
         if found is None:
@@ -415,7 +424,8 @@ def _panels(report: Report, entry: Mapping[str, Any]) -> list[tuple[str, int | N
         labels = [f"{x['class']} {x['score']:.0%}" for x in found]
         iou = (entry.get("ious") or {}).get(model["name"])
         note = "" if iou is None else f"mean IoU {iou:.2f}"
-        panels.append((model["name"], index, note, _picture(image, found, colors_found, labels)))
+        picture = _picture(image, found, colors_found, labels)
+        panels.append({"name": model["name"], "model": index, "note": note, "image": picture})
     return panels
 
 
@@ -475,10 +485,6 @@ def _markdown(value: object) -> str:
 
 def _counted(count: int, word: str) -> str:
     return f"{count:,} {word}{'s' * (count != 1)}"
-
-
-def _plural(count: int) -> str:
-    return _counted(count, "object")
 
 
 def _with_values(columns: list[Column], models: Sequence[Model]) -> list[Column]:

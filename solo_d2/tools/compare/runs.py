@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ class Run:
         for cfg in self.cfgs:
             if not _results_file(cfg).exists():
                 log = Path(cfg.OUTPUT_DIR) / "printed.txt"
-                in_process(work, cfg, num_gpus, log=log, progress=lambda cfg=cfg: progress(cfg))
+                in_process(work, cfg, num_gpus, log=log, progress=partial(progress, cfg))
 
 
 def read_models(
