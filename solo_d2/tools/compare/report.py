@@ -401,7 +401,7 @@ def _gallery(report: Report) -> list[dict[str, Any]]:
 
 
 def _panels(report: Report, entry: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """ "name", "model", "note", "image" (data URL) of each; the same object has the same color in every panel."""
+    """The ground truth and each model; the same object has the same color in every panel."""
     truth = entry["ground_truth"]
     size = truth[0]["rle"]["size"] if truth else (240, 320)
     try:

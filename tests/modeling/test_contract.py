@@ -1,0 +1,444 @@
+"""What every architecture promises, whatever its method: one contract, on tiny models."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from solo_d2.config import load_config
+from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.masks import tight_boxes
+from solo_d2.modeling.num_classes import num_classes_keys
+
+SIZE = (64, 96)
+NUM_CLASSES = 3
+
+
+class Architecture(NamedTuple):
+    """A tiny model, what it trains, and how to make it find something everywhere."""
+
+    settings: dict[str, object]
+    losses: set[str]
+    excite: Callable[[nn.Module], None]
+    has_masks: bool = True
+    ranks_masks: bool = False  # has mask_scores beside scores
+    tight_boxes: bool = True  # boxes are those of the masks
+
+
+RESNET = {
+    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 32,
+}
+SOLO = {
+    **RESNET,
+    "MODEL.SOLO.NUM_GRIDS": [12, 10, 8, 6, 4],
+    "MODEL.SOLO.CONV_DIM": 64,
+    "MODEL.SOLO.NUM_CONVS": 1,
+    "MODEL.SOLOV2.MASK_DIM": 64,
+    "MODEL.SOLOV2.MASK_CONV_DIM": 64,
+    "MODEL.SOLO.SCORE_THRESH_TEST": 0.005,
+    "MODEL.SOLO.UPDATE_THRESH_TEST": 0.0,
+}
+YOLACT = {
+    "MODEL.META_ARCHITECTURE": "YOLACT",
+    "MODEL.BACKBONE.NAME": "build_mobilenetv2_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
+    "MODEL.MOBILENETV2.NORM": "BN",
+    "MODEL.MOBILENETV2.OUT_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.YOLACT.INPUT_SIZE": 0,
+    "MODEL.YOLACT.CONV_DIM": 32,
+    "MODEL.YOLACT.NUM_PROTOTYPES": 8,
+    "MODEL.YOLACT.ANCHOR_SIZES": [12, 24, 48, 96, 192],
+    "MODEL.YOLACT.SCORE_THRESH_TEST": 0.01,
+}
+YOLACT_PLUS = {
+    **YOLACT,
+    "MODEL.YOLACT.MASK_IOU.ENABLED": True,
+    "MODEL.YOLACT.ANCHORS_PER_OCTAVE": 3,
+    "MODEL.YOLACT.SQUARE_ANCHORS": False,
+}
+FCOS = {
+    **RESNET,
+    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
+    "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
+    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
+    "MODEL.PROPOSAL_GENERATOR.NAME": "FCOSProposalGenerator",
+    "MODEL.FCOS.NUM_CLS_CONVS": 1,
+    "MODEL.FCOS.NUM_BOX_CONVS": 1,
+    "MODEL.ROI_HEADS.NAME": "CenterMaskROIHeads",
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"],
+    "MODEL.MASK_ON": False,
+}
+CENTERMASK = {
+    **FCOS,
+    "MODEL.MASK_ON": True,
+    "MODEL.ROI_MASK_HEAD.NAME": "SpatialAttentionMaskHead",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+    "MODEL.CENTERMASK.MASK_IOU_NUM_CONV": 2,
+    "MODEL.CENTERMASK.MASK_IOU_CONV_DIM": 16,
+    "MODEL.CENTERMASK.MASK_IOU_FC_DIM": 16,
+}
+ADAPTIS = {
+    "MODEL.META_ARCHITECTURE": "AdaptIS",
+    "MODEL.BACKBONE.NAME": "build_mobilenetv2_fpn_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
+    "MODEL.MOBILENETV2.NORM": "BN",
+    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ADAPTIS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.ADAPTIS.FUSE_DIM": 16,
+    "MODEL.ADAPTIS.HEAD": "sep",
+    "MODEL.ADAPTIS.CONTROLLER": "fc",
+    "MODEL.ADAPTIS.NUM_POINTS": 4,
+    "MODEL.ADAPTIS.CONV_DIM": 8,
+    "MODEL.ADAPTIS.SEMANTIC_DIM": 8,
+    "MODEL.ADAPTIS.PROPOSAL_DIM": 8,
+}
+
+
+def excite_solo(model):
+    for name, parameter in model.head.named_parameters():
+        if re.search(r"(kernel|mask|x|y)_pred\.", name):
+            nn.init.normal_(parameter, std=0.3)
+
+
+def excite_yolact(model):
+    nn.init.normal_(model.head.class_logits.weight, std=0.3)
+    nn.init.normal_(model.head.coefficient_pred.weight, std=0.3)
+    if model.mask_iou_head is not None:
+        nn.init.constant_(model.mask_iou_head.predictor.bias, 0.3)
+
+
+def excite_fcos(model):
+    nn.init.constant_(model.proposal_generator.head.class_logits.bias, 0.0)
+    nn.init.constant_(model.proposal_generator.head.box_pred.bias, 1.5)
+
+
+def excite_adaptis(model):
+    """A part of the image is taken for things, and every mask for good."""
+    with torch.no_grad():
+        model.semantic_head.predictor.bias[1:] += 1.0
+        model.selection_head.predictor.bias += 2.0
+
+
+SOLO_LOSSES = {"loss_category", "loss_mask"}
+YOLACT_LOSSES = {"loss_class", "loss_box", "loss_mask", "loss_semantic"}
+FCOS_LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
+ARCHITECTURES = {
+    "SOLOv2": Architecture({**SOLO, "MODEL.META_ARCHITECTURE": "SOLOv2"}, SOLO_LOSSES, excite_solo),
+    "SOLO": Architecture({**SOLO, "MODEL.META_ARCHITECTURE": "SOLO"}, SOLO_LOSSES, excite_solo),
+    "DecoupledSOLO": Architecture(
+        {**SOLO, "MODEL.META_ARCHITECTURE": "DecoupledSOLO"}, SOLO_LOSSES, excite_solo
+    ),
+    "DecoupledSOLO Light": Architecture(
+        {
+            **SOLO,
+            "MODEL.META_ARCHITECTURE": "DecoupledSOLO",
+            "MODEL.DECOUPLED_SOLO.SHARED_TOWER": True,
+        },
+        SOLO_LOSSES,
+        excite_solo,
+    ),
+    "YOLACT": Architecture(YOLACT, YOLACT_LOSSES, excite_yolact, tight_boxes=False),
+    "YOLACT++": Architecture(
+        YOLACT_PLUS,
+        YOLACT_LOSSES | {"loss_mask_iou"},
+        excite_yolact,
+        ranks_masks=True,
+        tight_boxes=False,
+    ),
+    "FCOS": Architecture(FCOS, FCOS_LOSSES, excite_fcos, has_masks=False, tight_boxes=False),
+    "CenterMask": Architecture(
+        CENTERMASK,
+        FCOS_LOSSES | {"loss_mask", "loss_maskiou"},
+        excite_fcos,
+        ranks_masks=True,
+        tight_boxes=False,
+    ),
+    "AdaptIS": Architecture(ADAPTIS, {"loss_instance", "loss_semantic"}, excite_adaptis),
+    "AdaptIS proposals": Architecture(
+        {**ADAPTIS, "MODEL.ADAPTIS.STAGE": "proposals"}, {"loss_proposal"}, excite_adaptis
+    ),
+}
+
+
+def tiny_config(architecture: Architecture, **options) -> CfgNode:
+    cfg = load_config()
+    settings = {"MODEL.DEVICE": "cpu", "MODEL.MASK_ON": True, **architecture.settings, **options}
+    cfg.merge_from_list([x for item in settings.items() for x in item])
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    for key in num_classes_keys(cfg):
+        cfg.merge_from_list([key, NUM_CLASSES])
+    return cfg
+
+
+def tiny_model(architecture: Architecture) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(tiny_config(architecture))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(architecture):
+    """Untrained."""
+    return tiny_model(architecture)
+
+
+@pytest.fixture(scope="module")
+def excited(architecture):
+    """Finds something in any image."""
+    model = tiny_model(architecture).eval()
+    architecture.excite(model)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def storage():
+    """Detectron2's ROI heads write their numbers to it in training."""
+    with EventStorage() as storage:
+        yield storage
+
+
+# ---- inputs
+
+
+def example(masks: torch.Tensor, boxes=None, size=SIZE) -> dict:
+    """A training input with the given masks and, by default, their tight boxes."""
+    instances = Instances(size)
+    instances.gt_boxes, instances.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0).long()
+    if len(masks):  # like Detectron2's mapper: without annotations there is no gt_masks
+        instances = Instances(size)
+        boxes = tight_boxes(masks) if boxes is None else torch.as_tensor(boxes).float()
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.arange(len(masks)) % NUM_CLASSES
+        instances.gt_masks = BitMasks(masks)
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(1)) * 255
+    return {"image": image, "instances": instances, "file_name": "street.jpg"}
+
+
+def rectangle(x1, y1, x2, y2, size=SIZE) -> torch.Tensor:
+    mask = torch.zeros(1, *size, dtype=torch.bool)
+    mask[:, y1:y2, x1:x2] = True
+    return mask
+
+
+def many(n: int) -> torch.Tensor:
+    corners = torch.randint(0, 56, (n, 2), generator=torch.Generator().manual_seed(2)).tolist()
+    return torch.cat([rectangle(x, y, x + 8, y + 8) for x, y in corners])
+
+
+NONE = torch.zeros(0, *SIZE, dtype=torch.bool)
+EMPTY = torch.zeros(1, *SIZE, dtype=torch.bool)
+ORDINARY = rectangle(10, 10, 50, 50)
+
+BATCHES = {
+    "one ordinary image": [example(ORDINARY)],
+    "no instance at all": [example(NONE), example(NONE)],
+    "half-empty": [example(ORDINARY), example(NONE)],
+    "mask empty after cropping": [example(EMPTY, boxes=[[10, 10, 50, 50]])],
+    "1-pixel mask": [example(rectangle(5, 5, 6, 6))],
+    "mask outside of its box": [example(ORDINARY, boxes=[[60, 20, 90, 50]])],
+    "zero-area box": [example(ORDINARY, boxes=[[10, 10, 10, 50]])],
+    "inverted box": [example(ORDINARY, boxes=[[50, 50, 10, 10]])],
+    "box out of the image": [example(ORDINARY, boxes=[[200, 200, 260, 260]])],
+    "huge box": [example(ORDINARY, boxes=[[-3000, -3000, 3000, 3000]])],
+    "mask that vanishes at a quarter": [example(rectangle(4, 4, 5, 40))],
+    "500 instances": [example(many(500))],
+    "images of different sizes": [
+        example(ORDINARY),
+        example(rectangle(0, 0, 30, 30, size=(33, 70)), size=(33, 70)),
+    ],
+}
+
+
+def images_of(sizes, outputs=None) -> list[dict]:
+    generator = torch.Generator().manual_seed(3)
+    inputs = [{"image": torch.rand(3, *size, generator=generator) * 255} for size in sizes]
+    for x, (height, width) in zip(inputs, outputs or sizes):
+        x["height"], x["width"] = height, width
+    return inputs
+
+
+@torch.no_grad()
+def run(model, sizes=(SIZE,), outputs=None) -> list[Instances]:
+    model.eval()
+    return [x["instances"] for x in model(images_of(sizes, outputs))]
+
+
+def losses_of(model, batch) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(0)  # some draw points or anchors
+    losses = model(copy.deepcopy(batch))
+    sum(losses.values()).backward()
+    return losses
+
+
+def check_gradients(model) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+
+
+def check_output(architecture: Architecture, instances: Instances, size) -> None:
+    n = len(instances)
+    assert instances.image_size == size
+    assert instances.scores.shape == instances.pred_classes.shape == (n,)
+    assert (instances.scores[:-1] >= instances.scores[1:]).all()
+    assert ((instances.scores >= 0) & (instances.scores <= 1)).all()
+    assert ((instances.pred_classes >= 0) & (instances.pred_classes < NUM_CLASSES)).all()
+    boxes = instances.pred_boxes.tensor
+    assert boxes.shape == (n, 4)
+    assert (boxes >= 0).all() and (boxes[:, [3, 2]] <= torch.tensor(size)).all()
+    assert instances.has("pred_masks") == architecture.has_masks
+    assert instances.has("mask_scores") == architecture.ranks_masks
+    if architecture.has_masks:
+        assert instances.pred_masks.shape == (n, *size)
+        assert instances.pred_masks.dtype == torch.bool
+    if architecture.tight_boxes:
+        assert instances.pred_masks.flatten(1).any(dim=1).all(), "an instance without a pixel"
+        tight = BitMasks(instances.pred_masks).get_bounding_boxes().tensor
+        assert torch.equal(boxes, tight)
+
+
+def assert_same(a: Instances, b: Instances, *, exact: bool) -> None:
+    assert torch.equal(a.pred_classes, b.pred_classes)
+    torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+    if a.has("pred_masks"):
+        different = (a.pred_masks ^ b.pred_masks).float().mean()
+        assert different == 0 if exact else different < 1e-3
+
+
+class TestTraining:
+    @pytest.mark.parametrize("name", BATCHES)
+    def test_losses_are_finite_and_their_gradient_reaches_every_parameter(
+        self, architecture, model, name
+    ):
+        losses = losses_of(model, BATCHES[name])
+        assert set(losses) == architecture.losses
+        assert all(loss.isfinite() for loss in losses.values()), losses
+        check_gradients(model)
+
+    def test_crowds_alone_are_no_objects(self, architecture, model):
+        if not getattr(model, "separates_crowds", False):
+            pytest.skip("the mapper never gives it crowds")
+        batch = [example(ORDINARY), example(ORDINARY)]
+        for x in batch:
+            x["instances"].gt_crowd = torch.ones(1, dtype=torch.bool)
+        losses = losses_of(model, batch)
+        empty = losses_of(model, BATCHES["no instance at all"])
+        check_gradients(model)
+        for name in ("loss_mask", "loss_instance", "loss_box", "loss_proposal"):
+            assert losses.get(name, 0) == empty.get(name, 0) == 0
+
+    def test_polygons_and_bit_masks_give_the_same_losses(self, architecture, model):
+        polygon = [[10.0, 10.0, 50.0, 10.0, 50.0, 50.0, 10.0, 50.0]]
+        with_polygons = copy.deepcopy(BATCHES["one ordinary image"])
+        with_polygons[0]["instances"].gt_masks = PolygonMasks([polygon])
+        expected = losses_of(model, BATCHES["one ordinary image"])
+        for name, loss in losses_of(model, with_polygons).items():
+            assert loss.item() == pytest.approx(expected[name].item(), rel=0.02, abs=1e-4)
+
+    def test_mixed_precision_gives_finite_float32_losses(self, architecture, model):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = losses_of(model, BATCHES["images of different sizes"])
+        assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+        check_gradients(model)
+
+    @pytest.mark.parametrize("wrong", [-1, NUM_CLASSES])
+    def test_a_class_out_of_range_is_an_error(self, architecture, model, wrong):
+        if architecture.losses == {"loss_proposal"}:
+            pytest.skip("this stage does not look at classes")
+        batch = copy.deepcopy(BATCHES["one ordinary image"])
+        batch[0]["instances"].gt_classes[:] = wrong
+        with pytest.raises(ValueError, match=rf"{wrong}.*{NUM_CLASSES}"):
+            losses_of(model, batch)
+
+    def test_an_input_without_annotations_is_an_error(self, architecture, model):
+        model.train()
+        with pytest.raises(ValueError, match="instances"):
+            model([{"image": torch.zeros(3, *SIZE), "file_name": "street.jpg"}])
+
+    def test_masks_are_needed_only_by_what_predicts_masks(self, architecture, model):
+        batch = copy.deepcopy(BATCHES["one ordinary image"])
+        batch[0]["instances"].remove("gt_masks")
+        if architecture.has_masks:
+            with pytest.raises(ValueError, match="mask"):
+                losses_of(model, batch)
+        else:
+            losses_of(model, batch)
+            check_gradients(model)
+
+
+class TestInference:
+    def test_instances_have_the_output_size(self, architecture, excited):
+        sizes, outputs = [SIZE, (33, 70)], [(128, 200), (20, 31)]
+        for instances, size in zip(run(excited, sizes, outputs), outputs):
+            assert len(instances) > 0
+            check_output(architecture, instances, size)
+
+    def test_finding_nothing_is_ordinary(self, architecture, model):
+        for parameter in model.parameters():
+            assert parameter.isfinite().all()
+        for instances in run(model, [SIZE, (33, 70)]):
+            check_output(architecture, instances, instances.image_size)
+
+    @pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
+    def test_tiny_and_long_images_pass(self, architecture, excited, size):
+        (instances,) = run(excited, [size])
+        check_output(architecture, instances, size)
+
+    def test_images_of_one_size_give_the_results_of_one_by_one(self, architecture, excited):
+        inputs = images_of([SIZE] * 3)
+        excited.eval()
+        with torch.no_grad():
+            together = [x["instances"] for x in excited(inputs)]
+            alone = [excited([x])[0]["instances"] for x in inputs]
+        assert all(len(x) for x in alone)
+        for a, b in zip(together, alone):
+            assert_same(a, b, exact=False)
+
+    def test_results_do_not_depend_on_the_chunks(self, architecture, excited, monkeypatch):
+        (whole,) = run(excited)
+        monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * 16 * 24 * 4)
+        (chunked,) = run(excited)
+        assert_same(whole, chunked, exact=True)
+
+    def test_mixed_precision_finds_something(self, architecture, excited):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (instances,) = run(excited)
+        assert len(instances) > 0
+        check_output(architecture, instances, SIZE)
+
+    def test_weights_that_are_not_finite_are_no_silent_failure(self, architecture):
+        model = tiny_model(architecture).eval()
+        architecture.excite(model)
+        parameter = next(p for n, p in model.named_parameters() if n.startswith("backbone."))
+        nn.init.constant_(parameter, float("nan"))
+        try:
+            (instances,) = run(model)
+        except ValueError as error:
+            assert "finite" in str(error)
+        else:
+            assert all(x.isfinite().all() for x in (instances.scores, instances.pred_boxes.tensor))
