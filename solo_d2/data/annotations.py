@@ -194,6 +194,17 @@ def box_of(
     return box
 
 
+def box_of_mask(segmentation: Any, rle: dict) -> list[float]:
+    """[x, y, width, height] around the corners of polygons, as in COCO, or the pixels of an RLE."""
+    if isinstance(segmentation, list):
+        height, width = rle["size"]
+        corners = np.concatenate([np.asarray(p, dtype=float).reshape(-1, 2) for p in segmentation])
+        low, high = np.clip([corners.min(axis=0), corners.max(axis=0)], 0, [width, height])
+        if (high > low).all():
+            return [*low.tolist(), *(high - low).tolist()]
+    return mask_util.toBbox(rle).tolist()
+
+
 def _box_in_image(value: Any, height: int, width: int) -> list[float] | None:
     """Four numbers of which there is an area in the image, else None."""
     if not isinstance(value, list) or len(value) != 4:

@@ -76,7 +76,8 @@ class CocoLoader(Loader):
         json_file, image_root = self.source()
         stat = json_file.stat() if json_file.exists() else None
         key = (json_file, image_root, stat and (stat.st_mtime_ns, stat.st_size))
-        if self._read and self._read[0] == key:
+        read_by_evaluator = MetadataCatalog.get(self.name).get("json_file", "")
+        if self._read and self._read[0] == key and os.path.isfile(read_by_evaluator):
             return self._read[1], image_root
         coco = read_coco(json_file, image_root, **self.options)
         expected = MetadataCatalog.get(self.name).get("thing_classes", coco.classes)
@@ -241,11 +242,9 @@ def register_named_sets() -> None:
         ("nuclei_overfit4", "nuclei_train", (7, 9, 10, 13)),
     ):
         if subset not in DatasetCatalog:
-            classes = MetadataCatalog.get(parent).get("thing_classes")
-            enter(
-                SubsetLoader(subset, parent, which),
-                **({"thing_classes": classes} if classes else {}),
-            )
+            metadata = MetadataCatalog.get(parent).as_dict()
+            known = {key: metadata[key] for key in ("thing_classes",) if key in metadata}
+            enter(SubsetLoader(subset, parent, which), **known)
 
 
 def _find_folder(folder: str, split: str) -> Callable[[], tuple[Path, Path]]:

@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
-from .annotations import DataError, box_of, flag, identity, mask_of, number, show, to_rle, whole
+from .annotations import (
+    DataError,
+    box_of,
+    box_of_mask,
+    flag,
+    identity,
+    mask_of,
+    number,
+    show,
+    to_rle,
+    whole,
+)
 
 # What the reader makes of an offender: it raises, leaves it out, or corrects it.
 REFUSED, SKIPPED, REPAIRED = "refused", "skipped", "repaired"
@@ -243,7 +254,7 @@ class _Reader:
 
     def _categories(self) -> dict[Any, dict]:
         categories: dict[Any, dict] = {}
-        names: Counter[str] = Counter()
+        names: set[str] = set()
         for key, entry in self._known("categories", "name"):
             name = entry["name"]
             if type(name) in (int, float):
@@ -253,14 +264,12 @@ class _Reader:
                 what = "categories whose name is no text"
                 self._refuse(what, f"category {show(key)} has the name {show(name)}, no text")
                 continue
+            if name in names:
+                what = "categories with the name of another one, told apart by their ids"
+                self._add(REPAIRED, what, f"{name} ({key})")
+                name = f"{name} ({key})"
+            names.add(name)
             categories[key] = entry | {"name": name}
-            names[name] += 1
-        for name, count in names.items():
-            if count > 1:
-                self._refuse(
-                    "categories with the name of another one",
-                    f"{count} categories have the name {name!r}",
-                )
         return self._numbered("categories", categories)
 
     # --- annotations
@@ -312,7 +321,7 @@ class _Reader:
             tidy.pop("segmentation", None)
         else:
             rle = to_rle(segmentation, height, width)
-            mask_box, area = mask_util.toBbox(rle).tolist(), float(mask_util.area(rle))
+            mask_box, area = box_of_mask(segmentation, rle), float(mask_util.area(rle))
             tidy["segmentation"] = segmentation
         box = box_of(entry.get("bbox"), mask_box, height, width, repairs)
         if box is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import filecmp
 import json
 import os
@@ -12,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -20,43 +19,36 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-from tabulate import tabulate
-from torch import Tensor
 from tqdm import tqdm
 
 from solo_d2.config import load_config
 from solo_d2.data.annotations import to_rle
 from solo_d2.data.catalog import CocoLoader
-from solo_d2.data.coco import REFUSED, REPAIRED, SKIPPED, CocoFile, read_coco, to_records
+from solo_d2.data.coco import REFUSED, REPAIRED, CocoFile, read_coco, to_records
 from solo_d2.data.images import orientation, read_image
 from solo_d2.data.setup import class_mismatch, find_custom, register_shapes
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
-from solo_d2.modeling.solo.targets import level_offsets
-from solo_d2.tools.occupancy import (
-    Advice,
-    Grids,
-    NetworkInput,
-    Occupancy,
-    advise,
-    occupancy,
+
+from .check_report import (
+    REMARK,
+    Cells,
+    Report,
+    has_problems,
+    quantiles,
+    size_row,
+    summary,
+    to_json,
+    to_text,
 )
+from .occupancy import Grids, NetworkInput, advise, occupancy
 
 EXIT_CLEAN, EXIT_PROBLEMS, EXIT_USAGE = 0, 1, 2
 
-# Beside the effects of the reader: what is odd, though training uses it as it is.
-REMARK = "remark"
-_EFFECTS = [REFUSED, SKIPPED, REPAIRED, REMARK]
-
 SOLO_FAMILY = ("SOLO", "DecoupledSOLO", "SOLOv2")
 
-# Mask areas in pixels where COCO's metrics go from small to medium, and to large.
-_MEDIUM, _LARGE = 32**2, 96**2
-_QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95}
-_QUANTILES["max"] = 1.0
 # Pixels by which a polygon may leave the image without a remark.
 _TOLERANCE = 2.0
-_EXAMPLES = 3
 
 
 class Source(NamedTuple):
@@ -68,46 +60,6 @@ class Source(NamedTuple):
     image_root: Path
     classes: list[str] | None = None  # that it is registered with
     crowd_is_object: bool = False
-
-
-@dataclasses.dataclass
-class Cells:
-    """How the objects fall into grid cells at test size."""
-
-    features: list[str]  # per level
-    grids: Grids
-    occupancy: Occupancy
-    below: int  # objects that are smaller than every range
-    above: int  # larger than every range
-    scales: dict[str, float]  # quantiles of sqrt(box area)
-    advice: list[Advice]
-    size_advice: list[tuple[int, int, int]]  # (MIN_SIZE_TEST, MAX_SIZE_TEST, objects left empty)
-
-
-@dataclasses.dataclass
-class Report:
-    """What there is to say about one data set; "objects" are without crowds."""
-
-    name: str
-    keys: list[str]
-    json_file: str
-    image_root: str
-    findings: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)
-    images: int = 0
-    objects: int = 0
-    crowds: int = 0
-    most_objects: int = 0  # in an image
-    classes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # objects, images
-    sizes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    cells: Cells | None = None
-
-    @property
-    def is_training(self) -> bool:
-        return "DATASETS.TRAIN" in self.keys
-
-    def add(self, effect: str, what: str, offender: str) -> None:
-        """Note an offender beside its like."""
-        self.findings.setdefault((effect, what), []).append(offender)
 
 
 def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
@@ -326,7 +278,7 @@ def _count(report: Report, coco: CocoFile, network_input: NetworkInput) -> None:
             report.add(REMARK, "classes without objects", name)
     areas = torch.tensor([_area(a, *images[a["image_id"]]) for a in objects])
     resized = areas * torch.tensor([factors[a["image_id"]] for a in objects])
-    report.sizes = {"original": _size_row(areas), "at test size": _size_row(resized)}
+    report.sizes = {"original": size_row(areas), "at test size": size_row(resized)}
 
 
 def _area(annotation: dict, height: int, width: int) -> float:
@@ -336,23 +288,6 @@ def _area(annotation: dict, height: int, width: int) -> float:
     return float(mask_util.area(to_rle(segmentation, height, width)))
 
 
-def _size_row(areas: Tensor) -> dict[str, float]:
-    """COCO's three classes of size, and quantiles of the square root."""
-    small, large = int((areas < _MEDIUM).sum()), int((areas > _LARGE).sum())
-    counts = {"small": small, "medium": len(areas) - small - large, "large": large}
-    return counts | _quantiles(areas.sqrt())
-
-
-def _quantiles(values: Tensor) -> dict[str, float]:
-    if not len(values):
-        return {}
-    ordered = values.sort().values
-    return {
-        name: round(float(ordered[round(share * (len(ordered) - 1))]), 1)
-        for name, share in _QUANTILES.items()
-    }
-
-
 def _count_cells(
     report: Report,
     coco: CocoFile,
@@ -360,26 +295,13 @@ def _count_cells(
     network_input: NetworkInput,
     features: list[str],
 ) -> Cells:
-    seen, vanished = [], []
+    seen = []
     for record in _progress(to_records(coco, ""), f"{report.name}: cells"):
         try:
-            objects = network_input.objects(record)
+            seen.append(network_input.objects(record))
         except ValueError as error:
             offender = f"{record['file_name']} ({one_line(error)})"
             report.add(REFUSED, "images that cannot be resized with their masks", offender)
-            continue
-        seen.append(objects)
-        if not objects.areas.all():
-            kept = [a for a in record["annotations"] if not a["iscrowd"]]
-            empty = [a for a, area in zip(kept, objects.areas) if not area]
-            vanished.append(record | {"annotations": empty})
-    size_advice = []
-    for factor in (1.5, 2.0, 3.0) if vanished and network_input.min_size else ():
-        larger = network_input.scaled(factor)
-        left = sum(int((larger.objects(record).areas == 0).sum()) for record in vanished)
-        size_advice.append((larger.min_size, larger.max_size, left))
-        if not left:
-            break
     now = occupancy(seen, grids)
     scales = torch.cat([torch.zeros(0), *(grids.scales(x.boxes)[x.areas > 0] for x in seen)])
     return Cells(
@@ -388,9 +310,8 @@ def _count_cells(
         now,
         below=int((scales < min(low for low, _ in grids.scale_ranges)).sum()),
         above=int((scales > max(high for _, high in grids.scale_ranges)).sum()),
-        scales=_quantiles(scales),
+        scales=quantiles(scales),
         advice=advise(seen, grids, now),
-        size_advice=size_advice,
     )
 
 
@@ -415,123 +336,6 @@ def _progress(items: Iterable[dict], description: str) -> Iterable[dict]:
     return tqdm(items, desc=description, leave=False, disable=None)  # on terminals only
 
 
-def to_text(report: Report, cfg: CfgNode) -> str:
-    """The section of one data set."""
-    json_file, keys = report.json_file, ", ".join(report.keys)
-    title = f"{report.name} ({keys})"
-    parts = [
-        f"{title}\n{'=' * len(title)}\n{json_file}\n{report.images} images in "
-        f"{report.image_root}, {report.objects} objects (at most {report.most_objects} an image), "
-        f"{report.crowds} crowds"
-    ]
-    findings = sorted(report.findings.items(), key=lambda x: _EFFECTS.index(x[0][0]))
-    rows = [(effect, len(who), what, _examples(who)) for (effect, what), who in findings]
-    if rows:
-        headers = ["training", "count", "finding", "offenders"]
-        parts.append(tabulate(rows, headers, maxcolwidths=[None, None, 44, 60]))
-    else:
-        parts.append("No problems.")
-    if report.objects:
-        parts.append(_class_table(report.classes))
-        parts.append(_size_table(report, cfg))
-        if report.cells:
-            parts.append(_cell_tables(report.cells, cfg))
-    return "\n\n".join(parts) + "\n"
-
-
-def _examples(offenders: list[str]) -> str:
-    more = len(offenders) - _EXAMPLES
-    return ", ".join(offenders[:_EXAMPLES]) + (f", ... ({more} more)" if more > 0 else "")
-
-
-def _class_table(classes: dict[str, tuple[int, int]]) -> str:
-    """Most frequent first; many classes side by side."""
-    ordered = sorted(classes.items(), key=lambda item: -item[1][0])
-    blocks = min(3, -(-len(ordered) // 10))
-    height = -(-len(ordered) // blocks)
-    rows = [
-        [cell for name, (objects, images) in ordered[i::height] for cell in (name, objects, images)]
-        for i in range(height)
-    ]
-    return tabulate(rows, ["class", "objects", "images"] * blocks)
-
-
-def _size_table(report: Report, cfg: CfgNode) -> str:
-    rows = [{"sqrt(mask area)": name} | row for name, row in report.sizes.items()]
-    if report.cells:
-        row = {"sqrt(mask area)": "sqrt(box area) at test size"}
-        rows.append(row | dict.fromkeys(("small", "medium", "large"), "") | report.cells.scales)
-    text = tabulate(rows, headers="keys")
-    return f"{text}\nTest size: {_test_size(cfg)}."
-
-
-def _test_size(cfg: CfgNode) -> str:
-    low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if low == 0:
-        return "that of the image (INPUT.MIN_SIZE_TEST is 0)"
-    return f"shorter side {low}, longer at most {high} (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)"
-
-
-def _cell_tables(cells: Cells, cfg: CfgNode) -> str:
-    counts, grids = cells.occupancy, cells.grids
-    rows = [
-        (feature, number, f"{low:g} to {high:g}", *level)
-        for feature, number, (low, high), level in zip(
-            cells.features, grids.num_grids, grids.scale_ranges, counts.levels
-        )
-    ]
-    headers = ["level", "NUM_GRIDS", "SCALE_RANGES", "objects", "share a cell", "lose all cells"]
-    between = counts.out_of_range - cells.below - cells.above
-    lines = [
-        f"Grid cells of {cfg.MODEL.META_ARCHITECTURE} at test size, each image padded by itself",
-        tabulate(rows, headers),
-        f"{counts.without_cell} of {counts.objects} objects have no cell on any level"
-        + (":" if counts.without_cell else "."),
-    ]
-    reasons = {
-        "lose all of theirs to objects that come later in the json": counts.lost,
-        "are too small for SCALE_RANGES": cells.below,
-        "are too large for SCALE_RANGES": cells.above,
-        "are between two of SCALE_RANGES": between,
-        "have no pixel of their mask left": counts.empty,
-    }
-    lines += [f"  {count} {reason}" for reason, count in reasons.items() if count]
-    if cells.advice:
-        total = level_offsets(grids.num_grids)[-1]
-        options = [("as it is", counts.without_cell, total)]
-        options += [
-            (f'{a.key} "{a.value}"', a.occupancy.without_cell, a.cells) for a in cells.advice
-        ]
-        lines += ["", "What would help, one at a time:"]
-        lines.append(tabulate(options, ["setting", "objects without a cell", "cells in all"]))
-    for min_size, max_size, left in cells.size_advice:
-        lines.append(
-            f"INPUT.MIN_SIZE_TEST {min_size} INPUT.MAX_SIZE_TEST {max_size} would leave {left} "
-            "objects without a pixel (train at such sizes too)"
-        )
-    return "\n".join(lines)
-
-
-def summary(reports: Sequence[Report]) -> str:
-    """One line on all data sets."""
-    counts: Counter[str] = Counter()
-    for report in reports:
-        for (effect, _), offenders in report.findings.items():
-            counts[effect] += len(offenders)
-    sets = "1 data set" if len(reports) == 1 else f"{len(reports)} data sets"
-    text = f"{sets} checked: no problems"
-    if counts:
-        text = f"{sets} checked: " + ", ".join(f"{counts[e]} {e}" for e in _EFFECTS[:3])
-        text += f", {counts[REMARK]} remarks"
-    without = sum(report.cells.occupancy.without_cell for report in reports if report.cells)
-    return text + (f"; {without} objects without a grid cell" if without else "")
-
-
-def has_problems(reports: Sequence[Report]) -> bool:
-    """Whether training would refuse or skip anything."""
-    return any(effect in (REFUSED, SKIPPED) for report in reports for effect, _ in report.findings)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see ``--help``)."""
     # Detectron2 makes tensors of Pillow's images without copying them, as in training
@@ -543,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = load_config(options.config_file, data=options.data or (), opts=options.opts)
         reports = check(cfg, decode_images=options.images)
         if options.json:
-            content = {"summary": summary(reports), "data_sets": _plain(reports)}
+            content = {"summary": summary(reports), "data_sets": to_json(reports)}
             with atomic_write(options.json) as file:
                 file.write(json.dumps(content, indent=1).encode())
     except (UserError, OSError, ValueError, KeyError) as error:
@@ -553,25 +357,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(to_text(report, cfg))
     print(summary(reports))
     return EXIT_PROBLEMS if has_problems(reports) else EXIT_CLEAN
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses and named tuples as dicts, for json; findings as a list of dicts."""
-    if isinstance(value, Report):
-        findings = [
-            {"effect": effect, "what": what, "offenders": who}
-            for (effect, what), who in value.findings.items()
-        ]
-        return _plain(vars(value) | {"findings": findings})
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if hasattr(value, "_asdict"):
-        return _plain(value._asdict())
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -53,11 +53,6 @@ class NetworkInput(NamedTuple):
             backbone.padding_constraints,
         )
 
-    def scaled(self, factor: float) -> "NetworkInput":
-        """The same with other sides of the resized image."""
-        sizes = round(self.min_size * factor), round(self.max_size * factor)
-        return self._replace(min_size=sizes[0], max_size=sizes[1])
-
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the resized image."""
         if self.min_size == 0:

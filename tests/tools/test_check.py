@@ -14,18 +14,10 @@ from PIL import Image
 from solo_d2.config import add_solo_d2_config
 from solo_d2.data import coco as coco_module
 from solo_d2.data import register_coco_json
-from solo_d2.tools import check as check_module
-from solo_d2.tools.check import (
-    REFUSED,
-    REMARK,
-    REPAIRED,
-    SKIPPED,
-    check,
-    find_sources,
-    main,
-    summary,
-    to_text,
-)
+from solo_d2.data.coco import REFUSED, REPAIRED, SKIPPED
+from solo_d2.tools import check_report
+from solo_d2.tools.check import check, find_sources, main
+from solo_d2.tools.check_report import REMARK, summary, to_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "quick" / "solov2_shapes.yaml"
@@ -624,7 +616,7 @@ def test_repairs_exit_with_0(document, write, capsys):
 
 
 def test_problems_exit_with_1_and_the_first_are_named(document, write, capsys, monkeypatch):
-    monkeypatch.setattr(check_module, "_EXAMPLES", 2)
+    monkeypatch.setattr(check_report, "_EXAMPLES", 2)
     for annotation in document["annotations"]:
         annotation["segmentation"] = []
     assert run(document, write) == 1
