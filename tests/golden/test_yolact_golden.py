@@ -310,6 +310,7 @@ class Training:
         if not channels_last:
             preprocess = model.preprocess_image
             model.preprocess_image = lambda inputs: in_rows(preprocess(inputs))
+            model.to(memory_format=torch.contiguous_format)
         predict, model.predict = model.predict, self.record
         model.semantic_pred.register_forward_hook(self.record_semantic)
         self.inputs = training_inputs(golden)
