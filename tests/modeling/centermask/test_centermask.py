@@ -312,7 +312,8 @@ def test_boxes_are_pooled_by_their_share_of_the_image_without_its_padding(detect
 
 
 def test_detectron2s_test_time_augmentation_works(detector):
-    cfg = tiny_config(MODEL__ROI_HEADS__NUM_CLASSES=3, TEST__DETECTIONS_PER_IMAGE=5)
+    cfg = tiny_config(TEST__DETECTIONS_PER_IMAGE=5)
+    build_model(cfg)  # whose number of classes takes the place of -1, also for the augmentation
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = (64, 80), 128
     image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
     with torch.no_grad():
