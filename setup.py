@@ -51,5 +51,12 @@ setup(
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.8"],  # COCO evaluation in a third of the time or less
+        # the report of a comparison
+        "report": [
+            "jinja2>=3.1",  # its templates
+            "altair>=5.4",  # its charts: interactive ones, PNG and SVG from one description
+            "vl-convert-python>=1.6",  # altair's PNG and SVG, and its JavaScript for offline pages
+        ],
+        "video": ["av>=12"],  # predict writes H.264, which browsers play; 100 MB
     },
 )

@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup, launch
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
@@ -20,6 +21,7 @@ from solo_d2.data import require_images, setup_datasets
 from solo_d2.engine import Trainer, check_config, training_folder
 from solo_d2.errors import UserError, is_user_error, one_line
 from solo_d2.evaluation.coco import write_results
+from solo_d2.model_zoo import get_config_file
 
 EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -70,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, usage="%(prog)s [options] [KEY VALUE ...]", allow_abbrev=False
     )
     add = result.add_argument
-    add("--config-file", default="", metavar="FILE", help="a yaml file")
+    add("--config-file", default="", metavar="FILE",
+        help="a yaml file, or a packaged one such as SOLOv2/SOLOv2_R50_3x.yaml")  # fmt: skip
     add("--data", nargs=4, metavar=("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"),
         help="your own data: COCO json files and image folders")  # fmt: skip
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
@@ -102,6 +105,8 @@ def run(argv: list[str] | None = None) -> int:
     args = parse(parser(), argv)
     code = EXIT_USAGE
     try:
+        if args.config_file and not PathManager.isfile(args.config_file):
+            args.config_file = get_config_file(args.config_file)  # Detectron2 logs its content
         cfg = load_config(args.config_file, data=args.data or (), opts=args.opts)
         check_machines(cfg, args)
         code = EXIT_ERROR
@@ -119,7 +124,9 @@ def run(argv: list[str] | None = None) -> int:
                 args=(cfg, args),
             )
     except ProcessExitedException as error:
-        return error.exit_code  # the process has said why
+        if error.exit_code < 0:  # killed; else it has said why
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted; --resume continues from the last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED

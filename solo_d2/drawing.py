@@ -97,9 +97,30 @@ def draw_instances(
     scores = instances.scores.tolist()
     # The index among all instances, so that another threshold changes no color.
     kept = [i for i, score in enumerate(scores) if score >= score_threshold]
-    colors = [_color(i if color_by == "instance" else classes[i]) for i in kept]
+    colors = [instance_color(i if color_by == "instance" else classes[i]) for i in kept]
     texts = [f"{_name(classes[i], names)} {scores[i]:.0%}" for i in kept]
     return _draw(image_rgb, _predicted_regions(instances, kept), colors, texts if labels else None)
+
+
+def draw_masks(
+    image_rgb: np.ndarray,
+    rles: Sequence[Mapping[str, Any]],
+    colors: Sequence[tuple[int, int, int]],
+    labels: Sequence[str],
+) -> np.ndarray:
+    """Draw masks in given colors, with labels where there is room for them.
+
+    Args:
+        image_rgb: (H, W, 3) uint8. It is not changed.
+        rles: compressed RLE of each mask, in COCO's format.
+        colors: RGB of each mask; see ``instance_color``.
+        labels: of each mask.
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+    """
+    regions = [_mask_region(np.ascontiguousarray(mask_util.decode(rle))) for rle in rles]
+    return _draw(image_rgb, regions, colors, labels)
 
 
 def draw_points(image_rgb: np.ndarray, points: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -187,7 +208,7 @@ def _panels(
         (_predicted_regions(instances, range(len(instances))), texts),
     ):
         scaled = [_scale(region, size[0] / w, size[1] / h) for region in regions]
-        panels.append(_draw(small, scaled, [_color(i) for i in range(len(scaled))], labels))
+        panels.append(_draw(small, scaled, [instance_color(i) for i in range(len(scaled))], labels))
     return panels
 
 
@@ -328,7 +349,7 @@ def _name(category: int, names: Sequence[str] | None) -> str:
     return names[category] if names and category < len(names) else str(category)
 
 
-def _color(number: int) -> tuple[int, int, int]:
+def instance_color(number: int) -> tuple[int, int, int]:
     """RGB. The palette repeats lighter, then darker."""
     target, weight = ((0, 0.0), (255, 0.35), (0, 0.3))[number // len(_PALETTE) % 3]
     base = np.array(_PALETTE[number % len(_PALETTE)])

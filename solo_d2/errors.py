@@ -22,8 +22,8 @@ def one_line(error: BaseException) -> str:
 
 
 # Packages whose own code raises these errors for a wrong config, file or data set.
-_CHECKED = {
-    "solo_d2": ValueError,
+_CHECKED: dict[str, tuple[type[Exception], ...]] = {
+    "solo_d2": (ValueError,),
     "detectron2": (ValueError, KeyError),
     "fvcore": (ValueError, KeyError),
 }

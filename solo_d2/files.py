@@ -11,7 +11,8 @@ from typing import BinaryIO
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open ``path`` for writing; it is replaced, in one step, when the block ends without error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
+    # of this process alone: another one may write the same file
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(temporary, "wb") as file:
             yield file

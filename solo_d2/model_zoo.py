@@ -30,9 +30,9 @@ def get_config_file(name: str) -> str:
     Raises:
         UserError: there is no such config; the message names similar ones.
     """
-    packaged = {_name(path) for path in _CONFIGS.glob("*/*.yaml")}
-    if name in packaged:
-        return str(_CONFIGS / name)
+    path = _CONFIGS / name
+    if path.suffix == ".yaml" and ".." not in path.parts and path.is_file():
+        return str(path)
     similar = difflib.get_close_matches(name, config_names(), n=3, cutoff=0.4)
     hint = f"; similar names: {', '.join(similar)}" if similar else ""
     raise UserError(f"no config file {name}, here or in the package{hint}")
@@ -41,11 +41,7 @@ def get_config_file(name: str) -> str:
 def config_names() -> list[str]:
     """Names of the packaged configs, without those that only serve as a base of others."""
     files = _CONFIGS.glob("*/*.yaml")
-    return sorted(_name(path) for path in files if not path.name.startswith("Base-"))
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.name}"
+    return sorted(f"{f.parent.name}/{f.name}" for f in files if not f.name.startswith("Base-"))
 
 
 def list_models() -> list[ZooModel]:

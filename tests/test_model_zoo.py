@@ -68,5 +68,6 @@ def test_all_whole_configs_are_listed():
 def test_a_base_has_a_path_too_and_nothing_outside_of_the_folder():
     base = get_config_file("SOLOv2/Base-SOLOv2.yaml")
     assert load_config(base).MODEL.META_ARCHITECTURE == "SOLOv2"
-    with pytest.raises(UserError):
-        get_config_file("../setup.py")
+    for name in ("../configs/SOLOv2/Base-SOLOv2.yaml", "SOLOv2/README.md", "SOLOv2", ""):
+        with pytest.raises(UserError):
+            get_config_file(name)

@@ -35,7 +35,6 @@ class Checkpointer(DetectionCheckpointer):
         thing_classes: Sequence[str] | None = None,
         require_complete: bool = False,
         allow_pickle: bool = False,
-        tag_last: bool = True,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
@@ -47,7 +46,6 @@ class Checkpointer(DetectionCheckpointer):
             require_complete: refuse files that lack a tensor of the model, as prediction and
                 evaluation need it. Resuming a training always requires all of them.
             allow_pickle: also load files that may run code.
-            tag_last: a saved file is the one that "resume" takes.
             save_to_disk: by default in the main process only.
             checkpointables: see Detectron2.
         """
@@ -55,7 +53,6 @@ class Checkpointer(DetectionCheckpointer):
         self.thing_classes = None if thing_classes is None else list(thing_classes)
         self.require_complete = require_complete
         self.allow_pickle = allow_pickle
-        self.tag_last = tag_last
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<save_dir>/<name>.pth``: model, checkpointables and ``kwargs``.
@@ -81,8 +78,7 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         with atomic_write(path) as file:
             torch.save(data, file)
-        if self.tag_last:
-            self.tag_last_checkpoint(os.path.basename(path))
+        self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
@@ -172,14 +168,13 @@ def build_checkpointer(
     *,
     require_complete: bool = False,
     allow_pickle: bool = False,
-    tag_last: bool = True,
     **checkpointables: Any,
 ) -> Checkpointer:
     """A checkpointer in OUTPUT_DIR that knows the classes of the config's data.
 
     Args:
         cfg: of the model.
-        model, require_complete, allow_pickle, tag_last, checkpointables: see ``Checkpointer``.
+        model, require_complete, allow_pickle, checkpointables: see ``Checkpointer``.
     """
     sets = [name for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if isinstance(name, str)]
     classes = [MetadataCatalog.get(name).get("thing_classes") for name in sets]
@@ -189,6 +184,5 @@ def build_checkpointer(
         thing_classes=next(filter(None, classes), None),
         require_complete=require_complete,
         allow_pickle=allow_pickle,
-        tag_last=tag_last,
         **checkpointables,
     )

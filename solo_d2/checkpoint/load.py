@@ -78,17 +78,17 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
 def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> dict[str, Any]:
     """Rename the tensors of a foreign file to a model's names.
 
-    Known are torchvision's ResNet and MobileNetV2 (for the bottom-up part, wherever it is in the
-    model) and the published checkpoints of ``sources.SOURCES``. Any other file, and any file
-    for another architecture, comes back as it is.
+    Recognized layouts are torchvision's ResNet and MobileNetV2 (for the bottom-up backbone,
+    wherever the model has it) and the published checkpoints of ``sources.SOURCES``. The tensors of
+    any other file, or of a file for another architecture, are returned as they are.
 
     Args:
         state_dict: name -> tensor.
         model_keys: all names of the model's state dict.
 
     Returns:
-        A new dict. Tensors that have no place by rule, a classifier for example, are left out and
-        logged once; an unknown name stays, for the checkpointer to report.
+        A new dict. Tensors that the layout's table drops, such as a classifier, are left out and
+        logged once. Unknown names are kept, so that the checkpointer reports them.
     """
     keys = set(model_keys)
     source = recognize(state_dict)
@@ -114,11 +114,11 @@ def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> 
 
 
 class _NeedsCode(Exception):
-    """The file refers to something that is not a plain weight; the message says to what."""
+    """The file refers to something other than plain weights; the message names it."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows numpy arrays and the builtin containers, and nothing else."""
+    """Reads numpy arrays and builtin containers, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PLAIN_GLOBALS:
@@ -135,7 +135,7 @@ def _read(path: Path, allow_pickle: bool) -> Any:
             return _from_model_zoo(unpickler(file, encoding="latin1").load())  # Python 2 wrote many
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they are about becomes an error of ours
+            warnings.simplefilter("ignore")  # a file that they warn about is refused below
             content = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL (\S+)", str(error))

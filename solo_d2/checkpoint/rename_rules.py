@@ -1,6 +1,6 @@
-"""Names of other projects to our names, by the tables of ``sources``.
+"""Renaming the tensors of other projects to our names, by the tables of ``sources``.
 
-A name without a rule is an error, never a guess.
+A name without a rule is an error; no name is guessed.
 """
 
 import re
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 def recognize(names: Iterable[str]) -> Source | None:
-    """The layout that some of the names are typical for; None if there is none."""
+    """The layout whose signature one of the names matches; None if there is none."""
     names = list(names)
     for source in SOURCES.values():
         if any(re.match(source.signature, name) for name in names):
@@ -26,7 +26,7 @@ def recognize(names: Iterable[str]) -> Source | None:
 
 
 def find_new_name(name: str, rules: Sequence[Rule]) -> str | None:
-    """Our name for ``name``; None where no rule is for it."""
+    """Our name for ``name``; None if it has no rule."""
     for pattern, template in rules:
         match = re.fullmatch(pattern, name)
         if match:
@@ -38,7 +38,7 @@ def rename_key(name: str, rules: Sequence[Rule]) -> str:
     """Our name for ``name``.
 
     Raises:
-        ValueError: no rule is for it.
+        ValueError: it has no rule.
     """
     renamed = find_new_name(name, rules)
     if renamed is None:
@@ -47,12 +47,12 @@ def rename_key(name: str, rules: Sequence[Rule]) -> str:
 
 
 def is_dropped(name: str, source: Source) -> bool:
-    """Whether the layout's table says that our models have no place for this tensor."""
+    """Whether the layout's table lists this tensor as one that our models do not have."""
     return any(re.fullmatch(pattern, name) for pattern in source.dropped)
 
 
 def join(state_dict: Mapping[str, Value], source: Source) -> dict[str, Value]:
-    """The same tensors, with those in one piece that the layout has in several."""
+    """The same tensors, with those concatenated that the layout stores in several pieces."""
     joined: dict[str, Value] = {}
     pieces: dict[str, list[str]] = {}
     for name, value in state_dict.items():
@@ -68,14 +68,14 @@ def join(state_dict: Mapping[str, Value], source: Source) -> dict[str, Value]:
 
 
 def convert(state_dict: Mapping[str, Value], source: Source | None = None) -> dict[str, Value]:
-    """The same tensors under our names, without those that are dropped by rule.
+    """The same tensors under our names, without those that the layout's table drops.
 
     Args:
         state_dict: name -> tensor.
-        source: their layout; None recognizes it.
+        source: their layout; None: recognize it by the names.
 
     Raises:
-        UserError: the layout is not known, no rule is for a name, or two get the same.
+        UserError: the layout is unknown, a name has no rule, or two tensors get the same name.
     """
     source = source or recognize(state_dict)
     if source is None:

@@ -80,7 +80,7 @@ def mask_of(value: Any, height: int, width: int, repairs: list[str]) -> tuple[An
     if not mask_util.area(to_rle(good, height, width)):
         return None, "polygons that cover no pixel"
     if len(good) < len(polygons):
-        repairs.append("masks with a degenerate polygon: left out of them")
+        repairs.append("masks with a degenerate polygon, left out of them")
     return good, ""
 
 
@@ -91,7 +91,7 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
         raise wrong
     if not any(isinstance(x, (list, dict)) for x in value):  # the numbers of one polygon
         value = [value]
-        repairs.append("polygons without a list around them: put into one")
+        repairs.append("polygons without a list around them, put into one")
     elif len(value) >= 3 and all(isinstance(x, list) and len(x) == 2 for x in value):
         if not any(isinstance(c, list) for x in value for c in x):  # the points of one polygon
             value = [value]
@@ -101,7 +101,7 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
             raise wrong
         if polygon and all(isinstance(point, list) and len(point) == 2 for point in polygon):
             polygon = [c for point in polygon for c in point]
-            repairs.append("polygons whose points are pairs: flattened")
+            repairs.append("polygons whose points are pairs, flattened")
         if not {*map(type, polygon)} <= {int, float}:
             numbers = [number(c) for c in polygon]
             if None in numbers:
@@ -111,7 +111,7 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
                     f"segmentation has the coordinate {show(bad)}, which is no number of pixels",
                 )
             polygon = numbers
-            repairs.append("polygons whose coordinates are texts: converted")
+            repairs.append("polygons whose coordinates are texts, converted")
         for c in polygon:
             if not abs(c) <= _LARGEST_COORDINATE:  # NaN too
                 raise DataError(
@@ -143,7 +143,7 @@ def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any,
         return None, "an empty mask"
     integers = isinstance(counts, str) or {*map(type, counts)} == {int}
     if not integers or {*map(type, size)} != {int}:
-        repairs.append("masks (RLE) whose numbers are no integers: converted")
+        repairs.append("masks (RLE) whose numbers are no integers, converted")
         counts = counts if isinstance(counts, str) else numbers
     return value | {"size": [height, width], "counts": counts}, ""
 
@@ -179,18 +179,18 @@ def box_of(
         left, top = max(x, 0), max(y, 0)
         clipped = [left, top, min(x + w, width) - left, min(y + h, height) - top]
         if np.abs(np.subtract(clipped, box)).max() > 1e-3:
-            repairs.append("boxes that leave the image: clipped")
+            repairs.append("boxes that leave the image, clipped")
             return clipped
         return box
     if box is None:
         state = "missing" if value is None else "that are no [x, y, width, height] in the image"
-        repairs.append(f"boxes {state}: taken from the masks")
+        repairs.append(f"boxes {state}, taken from the masks")
         return mask_box
     if _are_unlike(box, mask_box):
-        repairs.append("boxes unlike their masks (corners or fractions?): taken from the masks")
+        repairs.append("boxes unlike their masks (corners or fractions?), taken from the masks")
         return mask_box
     if any(isinstance(side, str) for side in value):
-        repairs.append("boxes whose numbers are texts: converted")
+        repairs.append("boxes whose numbers are texts, converted")
     return box
 
 

@@ -17,6 +17,7 @@ from solo_d2.files import atomic_write
 
 from .cache import cache_folder
 from .coco import REPAIRED, SKIPPED, CocoFile, read_coco, to_records
+from .images import ImageError, read_size
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class CocoLoader(Loader):
         super().__init__(name)
         self.source = source
         self.options = {"masks": masks, "crowd_is_object": crowd_is_object}
-        self._said: set[str] = set()
+        self._read: tuple[Any, CocoFile] | None = None  # of which file, its content
 
     def __call__(self) -> list[dict[str, Any]]:
         coco, image_root = self.read()
@@ -73,6 +74,10 @@ class CocoLoader(Loader):
                 other classes than the file has.
         """
         json_file, image_root = self.source()
+        stat = json_file.stat() if json_file.exists() else None
+        key = (json_file, image_root, stat and (stat.st_mtime_ns, stat.st_size))
+        if self._read and self._read[0] == key:
+            return self._read[1], image_root
         coco = read_coco(json_file, image_root, **self.options)
         expected = MetadataCatalog.get(self.name).get("thing_classes", coco.classes)
         if coco.classes != expected:
@@ -89,9 +94,9 @@ class CocoLoader(Loader):
         )
         parts = [f"{effect} {coco.counts(effect)}" for effect in (REPAIRED, SKIPPED)]
         remarks = "; ".join(part for part in parts if not part.endswith(" "))
-        if remarks and remarks not in self._said:
-            self._said.add(remarks)
+        if remarks:
             logger.warning(f"{json_file}: {remarks}. Training and evaluation read {copy}")
+        self._read = key, coco
         return coco, image_root
 
 
@@ -116,7 +121,7 @@ class SubsetLoader(Loader):
         """
         records = list(DatasetCatalog.get(self.parent))
         if isinstance(self.which, int):
-            records = [r for r in records if any(not a["iscrowd"] for a in r["annotations"])]
+            records = [r for r in records if _has_objects(r)]
             if len(records) < self.which:
                 raise ValueError(
                     f"data set {self.parent!r} has {len(records)} images with objects, "
@@ -140,6 +145,10 @@ class SubsetLoader(Loader):
         del metadata["name"]
         self.set_metadata(**metadata)
         return records
+
+
+def _has_objects(record: dict[str, Any]) -> bool:
+    return any(not a.get("iscrowd", 0) for a in record.get("annotations", ()))
 
 
 def enter(loader: Loader, **metadata: Any) -> None:
@@ -265,6 +274,25 @@ def check_images_exist(records: Sequence[dict[str, Any]], source: str) -> None:
             + ", ".join(missing[:3])
             + (", ..." if len(missing) > 3 else "")
         )
+
+
+def check_image_headers(records: Sequence[dict[str, Any]]) -> None:
+    """Compare the sizes of image files with the records, without decoding them.
+
+    Raises:
+        ValueError: one is no image or has another size; the message names it.
+    """
+    for record in records:
+        name, stated = record["file_name"], (record["width"], record["height"])
+        try:
+            size = read_size(name)
+        except ImageError as error:
+            raise ValueError(f"image {name}: {error}") from error
+        if size != stated:
+            raise ValueError(
+                f"image {name}: {size[0]} x {size[1]} pixels, but the json says "
+                f"{stated[0]} x {stated[1]}"
+            )
 
 
 def write_document(json_file: str | Path, document: dict[str, Any]) -> str:

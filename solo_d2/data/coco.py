@@ -25,7 +25,7 @@ _LARGEST_ID = 2**53
 _LARGEST_IMAGE = 2**31
 # COCO itself has 1 % crowds. Brush tools write each of their masks as one.
 _USUAL_CROWDS = 0.05
-BOXES_UNLIKE_MASKS = "boxes unlike their masks (corners or fractions?): taken from the masks"
+BOXES_UNLIKE_MASKS = "boxes unlike their masks (corners or fractions?), taken from the masks"
 
 
 class CocoFile(NamedTuple):
@@ -43,9 +43,9 @@ class CocoFile(NamedTuple):
         return sum(not a["iscrowd"] for a in self.document["annotations"])
 
     def counts(self, effect: str) -> str:
-        """The findings of one effect, counted: "2 boxes missing: ..., 1 ..."."""
-        found = [(len(who), what) for (e, what), who in self.findings.items() if e == effect]
-        return ", ".join(f"{count} {what}" for count, what in found)
+        """The findings of one effect, counted: "boxes missing, taken from the masks: 2; ..."."""
+        found = [(what, len(who)) for (e, what), who in self.findings.items() if e == effect]
+        return "; ".join(f"{what}: {count}" for what, count in found)
 
 
 def read_coco(
@@ -140,7 +140,7 @@ class _Reader:
 
     def read(self, plain: bool) -> CocoFile:
         if not plain:
-            self._add(REPAIRED, "files that are not plain UTF-8: converted", "the whole file")
+            self._add(REPAIRED, "files that are not plain UTF-8, converted", "the whole file")
         images = self._images()
         categories = self._categories()
         if not self._document["categories"]:
@@ -149,8 +149,8 @@ class _Reader:
         crowds = [a for a in annotations if a["iscrowd"]]
         if len(crowds) > _USUAL_CROWDS * len(annotations):
             what = (
-                "crowd regions (iscrowd 1), which are not trained on; if they are single objects, "
-                "as brush tools write them, set DATASETS.CUSTOM.CROWD_IS_OBJECT True"
+                "crowd regions (iscrowd 1; set DATASETS.CUSTOM.CROWD_IS_OBJECT True if they are "
+                "single objects, as brush tools write them)"
             )
             for annotation in crowds:
                 self._add(SKIPPED, what, f"annotation {annotation['id']}")
@@ -209,7 +209,7 @@ class _Reader:
             new = count if renumber else key
             if new != entry["id"] or type(entry["id"]) is not int:
                 change = "renumbered" if renumber else "converted"
-                what = f"{section} whose ids are not whole numbers of 0 or more: {change}"
+                what = f"{section} whose ids are not whole numbers of 0 or more, {change}"
                 self._add(REPAIRED, what, show(entry["id"]))
                 entry = entry | {"id": new}
             result[key] = entry
@@ -233,9 +233,9 @@ class _Reader:
                 )
                 continue
             if any(type(entry[k]) is not int for k in sides):
-                self._add(REPAIRED, "image sizes that are no integers: converted", name)
+                self._add(REPAIRED, "image sizes that are no integers, converted", name)
             if "\\" in name and not (self._image_root / name).exists():
-                self._add(REPAIRED, "file names with backslashes: replaced by slashes", name)
+                self._add(REPAIRED, "file names with backslashes, replaced by slashes", name)
                 name = name.replace("\\", "/")
             changes = {"file_name": name, **sides}
             images[key] = entry | changes
@@ -247,7 +247,7 @@ class _Reader:
         for key, entry in self._known("categories", "name"):
             name = entry["name"]
             if type(name) in (int, float):
-                self._add(REPAIRED, "category names that are numbers: taken as texts", str(name))
+                self._add(REPAIRED, "category names that are numbers, taken as texts", str(name))
                 name = str(name)
             if not isinstance(name, str):
                 what = "categories whose name is no text"
@@ -280,7 +280,7 @@ class _Reader:
                 self._add(SKIPPED, f"annotations with {repairs[0]}", where)
                 continue
             if any(type(entry[k]) is not int for k in found):
-                repairs.append("annotations that refer to ids of another type: converted")
+                repairs.append("annotations that refer to ids of another type, converted")
             for what in repairs:
                 self._add(REPAIRED, what, where)
             annotations.append(tidy)
@@ -292,7 +292,7 @@ class _Reader:
         times = Counter(i for i in ids if type(i) is int and 0 < i <= _LARGEST_ID)
         if times.total() == len(ids) == len(times):
             return annotations
-        what = "annotation ids missing, repeated or not positive: all are renumbered"
+        what = "annotation ids missing, repeated or not positive, all are renumbered"
         for value in ids:
             if type(value) is not int or times[value] != 1:
                 self._add(REPAIRED, what, f"annotation {show(value)}")
@@ -322,10 +322,10 @@ class _Reader:
         if stated is None or not 0 < stated <= height * width:
             source = "masks" if area else "boxes"
             state = "missing" if entry.get("area") is None else "that are no numbers of pixels"
-            repairs.append(f"areas {state}: taken from the {source}")
+            repairs.append(f"areas {state}, taken from the {source}")
             stated = area or box[2] * box[3]
         elif isinstance(entry["area"], str):
-            repairs.append("areas that are texts: converted")
+            repairs.append("areas that are texts, converted")
         tidy["area"] = stated
         return tidy, repairs
 
@@ -336,9 +336,9 @@ class _Reader:
             message = f"iscrowd is {show(value)}, neither 0 nor 1"
             raise DataError("annotations whose iscrowd is neither 0 nor 1", message)
         if value is None:
-            repairs.append("iscrowd missing: taken for 0")
+            repairs.append("iscrowd missing, taken for 0")
         elif type(value) is not int or value != is_crowd:
-            repairs.append("iscrowd not 0 or 1: converted")
+            repairs.append("iscrowd not 0 or 1, converted")
         if is_crowd and self._crowd_is_object:
             repairs.append("crowds taken for objects (DATASETS.CUSTOM.CROWD_IS_OBJECT)")
             is_crowd = 0

@@ -8,6 +8,8 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+_ORIENTATION = 0x0112  # the EXIF tag
+
 
 class ImageError(ValueError):
     """An image that cannot be read; the message says why and does not name the file."""
@@ -46,6 +48,40 @@ def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
         if isinstance(error, ImageError):
             raise
         raise ImageError(f"cannot be read ({error})") from error
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of the image as ``read_image`` gives it, mostly without decoding it.
+
+    Raises:
+        FileNotFoundError, ImageError: see ``read_image``.
+    """
+    try:
+        with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
+            return image.size[::-1] if orientation(image) >= 5 else image.size
+    except UnidentifiedImageError:
+        height, width = read_image(path).shape[:2]
+        return width, height
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"cannot be read ({error})") from error
+
+
+def orientation(image: Image.Image, *, decode: bool = False) -> int:
+    """EXIF orientation of an opened file, 1 to 8; 1 is upright.
+
+    Args:
+        image: opened.
+        decode: look behind the pixels of a PNG too, for which Pillow decodes them all.
+    """
+    if image.format == "PNG" and not decode and "exif" not in image.info:
+        return 1
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whatever broken EXIF data raises; Detectron2 ignores it too
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ from solo_d2.modeling.num_classes import (
 
 from .catalog import (
     SubsetLoader,
+    check_image_headers,
     check_images_exist,
     datasets_folder,
     enter,
@@ -38,8 +39,8 @@ def setup_datasets(cfg: CfgNode) -> None:
     Raises:
         FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing, or an image of it.
         ValueError: half of DATASETS.CUSTOM is missing, a json is refused or has nothing to train
-            on, two of the data sets have different classes, or there are fewer images than are to
-            be overfitted.
+            on, a validation image has another size than in the json, two of the data sets have
+            different classes, or there are fewer images than are to be overfitted.
     """
     register_shapes(cfg)
     custom = find_custom(cfg)
@@ -91,7 +92,16 @@ def _register_custom(cfg: CfgNode, data_set: CustomSet, *, is_train: bool) -> No
         reason = coco.counts(SKIPPED) or "there are no annotations"
         hint = " (without MODEL.MASK_ON, a box is enough)" if "no segmentation" in reason else ""
         raise ValueError(f"{data_set.json_file}: no object to train on: {reason}{hint}")
-    DatasetCatalog.get(data_set.name)  # looks for the images
+    if is_train and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        for annotation in coco.document["annotations"]:
+            if isinstance(annotation["segmentation"], dict) and not annotation["iscrowd"]:
+                raise ValueError(
+                    f"{data_set.json_file}: the mask of annotation {annotation['id']} is an RLE; "
+                    'set INPUT.MASK_FORMAT to "bitmask"'
+                )
+    records = DatasetCatalog.get(data_set.name)  # looks for the images
+    if not is_train:  # an evaluation comes late
+        check_image_headers(records)
 
 
 def register_shapes(cfg: CfgNode) -> None:

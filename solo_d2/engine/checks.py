@@ -25,10 +25,8 @@ _LIMITS = {
     "SOLVER.WARMUP_ITERS": (0, "0 or more iterations"),
     "SOLVER.REFERENCE_WORLD_SIZE": (0, "a number of GPUs, or 0 to scale nothing"),
     "DATALOADER.NUM_WORKERS": (0, "0 or more processes"),
-    "TEST.EVAL_PERIOD": (0, "a number of iterations, or 0 for no evaluation before the end"),
     "TEST.PATIENCE": (0, "a number of evaluations, or 0 for no early stop"),
     "TEST.VIS_IMAGES": (0, "0 or more images"),
-    "TEST.DETECTIONS_PER_IMAGE": (1, "a positive number"),
 }
 
 

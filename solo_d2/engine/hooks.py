@@ -157,3 +157,10 @@ class KeepBest(HookBase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.best_iter = state["best"], state["best_iter"]
         self.waited = state["waited"]
+
+
+class UntaggedCheckpointer(Checkpointer):
+    """Saves files that a resume does not start from."""
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        pass

@@ -29,7 +29,7 @@ from solo_d2.modeling.own_keys import all_keys_honored
 from solo_d2.modeling.prepare import prepare
 
 from .checks import check_config
-from .hooks import EarlyStop, KeepBest, StopAtNonFiniteLoss
+from .hooks import EarlyStop, KeepBest, StopAtNonFiniteLoss, UntaggedCheckpointer
 from .optimizer import build_optimizer
 from .sampler import build_train_loader, resumable_sampler
 
@@ -64,7 +64,9 @@ class Trainer(DefaultTrainer):
         """Detectron2's hooks, and ours where they belong among them."""
         cfg = self.cfg
         self.checkpointer = build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
-        best = build_checkpointer(cfg, self.model, tag_last=False)
+        best = UntaggedCheckpointer(
+            self.model, cfg.OUTPUT_DIR, thing_classes=self.checkpointer.thing_classes
+        )
         self.keep_best = KeepBest(
             cfg.TEST.EVAL_PERIOD, best, best_metric(cfg), patience=cfg.TEST.PATIENCE
         )
@@ -105,7 +107,7 @@ class Trainer(DefaultTrainer):
             self._sampler.seek(self._seed, self.start_iter * batch_size)
         super().before_train()
         period = self.cfg.TEST.EVAL_PERIOD
-        if period and 0 < self.start_iter < self.max_iter and self.start_iter % period == 0:
+        if period > 0 and 0 < self.start_iter < self.max_iter and self.start_iter % period == 0:
             # The process may have been killed between the checkpoint and its evaluation.
             self.iter = self.storage.iter = self.start_iter - 1
             for hook in self._hooks:

@@ -1,6 +1,6 @@
 """Deformable convolution, v1 (arXiv 1703.06211) and modulated v2 (arXiv 1811.11168)."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from detectron2.layers import Conv2d
@@ -11,21 +11,45 @@ from torchvision.ops import deform_conv2d
 class DeformConv2d(Conv2d):
     """A ``Conv2d`` that samples its input at predicted offsets.
 
-    Over torchvision's operator, since Detectron2's own needs its compiled extension. The conv
-    ``offset`` predicts, per kernel position, (dy, dx); v2 adds a mask logit per position, after
-    all offsets. It starts at zero, so that the layer starts as a plain convolution (v2: halved).
+    It uses torchvision's operator, since Detectron2's own needs its compiled extension. The
+    convolution ``offset`` predicts (dy, dx) per kernel position; v2 adds a mask logit per position,
+    after all offsets. It starts at zero, so that the layer starts as a plain convolution (v2: half
+    of one).
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, modulated: bool = False, **kwargs: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        modulated: bool = False,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
     ):
         """
         Args:
-            in_channels, out_channels: as of ``Conv2d``.
             modulated: v2.
-            kwargs: as of ``detectron2.layers.Conv2d``: kernel_size, stride, norm, activation, ...
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, norm,
+                activation: see ``detectron2.layers.Conv2d``.
         """
-        super().__init__(in_channels, out_channels, **kwargs)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            norm=norm,
+            activation=activation,
+        )
         self.modulated = modulated
         positions = self.kernel_size[0] * self.kernel_size[1]
         self.offset = nn.Conv2d(
@@ -50,7 +74,7 @@ class DeformConv2d(Conv2d):
             positions = self.kernel_size[0] * self.kernel_size[1]
             offset, mask = offset.split([2 * positions, positions], dim=1)
             mask = mask.float().sigmoid()
-        # the operator takes one dtype for all: float32, whatever autocast chose for the inputs
+        # the operator needs one dtype for all tensors: float32, whatever autocast chose
         with torch.autocast(x.device.type, enabled=False):
             out = deform_conv2d(
                 x.float(),

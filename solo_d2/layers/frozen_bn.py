@@ -1,5 +1,6 @@
 """Frozen batch norm as part of the convolution before it."""
 
+from itertools import pairwise
 from typing import TypeVar
 
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -17,18 +18,27 @@ class FoldedConv2d(Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = norm.bias - norm.running_mean * scale
-        if self.bias is not None:
-            bias = bias + self.bias * scale
-        weight = self.weight * scale.view(-1, 1, 1, 1)
-        x = F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        x = _convolve(x, self, self.norm)
         return x if self.activation is None else self.activation(x)
 
 
+class FoldedSequential(nn.Sequential):
+    """The same for a ``Sequential`` with convolutions and frozen batch norms as layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        folded = False
+        for layer, following in pairwise([*self, None]):
+            if folded:  # this is the norm
+                folded = False
+            elif folded := _can_fold(layer, following):
+                x = _convolve(x, layer, following)
+            else:
+                x = layer(x)
+        return x
+
+
 def fold_frozen_batch_norms(module: Module) -> Module:
-    """Turn every ``Conv2d`` with a frozen batch norm into a ``FoldedConv2d``, in place.
+    """Fold the frozen batch norms of all ``Conv2d`` and ``Sequential`` of a module, in place.
 
     State dicts stay as they are. Layers of other classes, deformable ones too, are left alone.
     Layers change their class and are not replaced, because Detectron2's FPN and mask head also keep
@@ -40,4 +50,24 @@ def fold_frozen_batch_norms(module: Module) -> Module:
     for layer in module.modules():
         if type(layer) is Conv2d and isinstance(layer.norm, FrozenBatchNorm2d):
             layer.__class__ = FoldedConv2d
+        elif type(layer).forward is nn.Sequential.forward:
+            if any(_can_fold(*pair) for pair in pairwise(layer)):
+                layer.__class__ = FoldedSequential
     return module
+
+
+def _can_fold(layer: nn.Module, following: nn.Module | None) -> bool:
+    return (
+        type(layer) is nn.Conv2d
+        and layer.padding_mode == "zeros"
+        and isinstance(following, FrozenBatchNorm2d)
+    )
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> Tensor:
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    bias = norm.bias - norm.running_mean * scale
+    if conv.bias is not None:
+        bias = bias + conv.bias * scale
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -117,6 +117,12 @@ class InstanceSegmentor(nn.Module, ABC):
         results = self.inference(images, features)
         if not all(map(len, results)):
             self.check_weights()
+        return self.postprocess_batch(results, batched_inputs, images)
+
+    def postprocess_batch(
+        self, results: list[Instances], batched_inputs: list[dict], images: ImageList
+    ) -> list[dict]:
+        """The results of ``inference`` in the output frames, as ``forward`` returns them."""
         padded_size = tuple(images.tensor.shape[-2:])
         processed = []
         for instances, inputs in zip(results, batched_inputs):

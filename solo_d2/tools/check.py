@@ -28,7 +28,7 @@ from solo_d2.config import load_config
 from solo_d2.data.annotations import to_rle
 from solo_d2.data.catalog import CocoLoader
 from solo_d2.data.coco import REFUSED, REPAIRED, SKIPPED, CocoFile, read_coco, to_records
-from solo_d2.data.images import read_image
+from solo_d2.data.images import orientation, read_image
 from solo_d2.data.setup import class_mismatch, find_custom, register_shapes
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
@@ -56,7 +56,6 @@ _QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75
 _QUANTILES["max"] = 1.0
 # Pixels by which a polygon may leave the image without a remark.
 _TOLERANCE = 2.0
-_ORIENTATION = 0x0112  # the EXIF tag
 _EXAMPLES = 3
 
 
@@ -248,7 +247,8 @@ def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> No
     name = image["file_name"]
     try:
         with Image.open(path) as file:
-            size, orientation, mode = file.size, _orientation(file, decode), file.mode
+            size, mode = file.size, file.mode
+            turn = orientation(file, decode=decode)
         if decode or mode.startswith(("I", "F")):  # of which the range of values must be known
             read_image(path)
     except FileNotFoundError:
@@ -262,27 +262,16 @@ def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> No
         what = "images of more than 8 bits: 16 bits are divided by 257, floats multiplied by 255"
         report.add(REPAIRED, what, name)
     stated = (image["width"], image["height"])
-    turned = size[::-1] if orientation >= 5 else size  # as Detectron2 reads it
+    turned = size[::-1] if turn >= 5 else size  # as Detectron2 reads it
     sizes = f"{name} ({stated[0]} x {stated[1]} in the json, {turned[0]} x {turned[1]} as read)"
     if turned == stated:
-        if orientation != 1:
+        if turn != 1:
             what = "images turned by EXIF when read: their masks must be for the turned image"
             report.add(REMARK, what, name)
     elif size == stated:
         report.add(REFUSED, "images whose size in the json is that before a turn by EXIF", sizes)
     else:
         report.add(REFUSED, "images of another size than in the json", sizes)
-
-
-def _orientation(file: Image.Image, decode: bool) -> int:
-    """EXIF orientation, 1 to 8; 1 is upright."""
-    if file.format == "PNG" and not decode and "exif" not in file.info:
-        return 1  # to look behind the pixels, Pillow would decode them all
-    try:
-        orientation = file.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whatever broken EXIF data raises; Detectron2 ignores it too
-        return 1
-    return orientation if orientation in range(1, 9) else 1
 
 
 def _check_annotations(report: Report, coco: CocoFile) -> None:

@@ -81,12 +81,6 @@ def test_a_kill_while_saving_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_best_checkpoints_are_not_resumed_from(tmp_path):
-    saved(tmp_path, Toy())
-    Checkpointer(Toy(), str(tmp_path), tag_last=False).save("model_best")
-    assert (tmp_path / "last_checkpoint").read_text() == "model.pth"
-
-
 @pytest.mark.parametrize("with_metadata", [True, False])
 @pytest.mark.parametrize("background", [0, 1])
 def test_layers_for_another_number_of_classes_are_left_out_and_named(

@@ -1,6 +1,6 @@
 """Checkpoints of CenterMask2 and VoVNet convert, or load, with nothing left over or missing."""
 
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -9,46 +9,20 @@ from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.checkpoint.architecture import infer_config
-from solo_d2.checkpoint.checkpointer import Checkpointer
-from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
+from solo_d2.checkpoint import Checkpointer
+from solo_d2.checkpoint.architecture import config_with_classes
+from solo_d2.checkpoint.convert import convert_checkpoint, find_configs
 from solo_d2.checkpoint.load import adapt_to_model
 from solo_d2.checkpoint.rename_rules import convert, join, recognize
 from solo_d2.checkpoint.sources import SOURCES
 from solo_d2.config import load_config
 from solo_d2.errors import UserError
+from solo_d2.tools.convert import main
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# table -> config of the same model
-DETECTORS = {
-    "centermask_v39": "CenterMask_V39_3x",
-    "centermask_lite_v39": "CenterMask_Lite_V39_4x",
-    "centermask_r50": "CenterMask_R50_3x",
-    "centermask_v19_slim_dw_lite": "CenterMask_Lite_V19_slim_dw_4x",
-}
 SMALLEST = "centermask_v19_slim_dw_lite"
+CONFIG = "CenterMask/CenterMask_Lite_V19_slim_dw_4x.yaml"
 STAGES = ["stage2", "stage3", "stage4", "stage5"]
 BACKBONES = ["19_slim_dw", "19_dw", "19_slim", "19", "39", "57", "99"]
-
-
-@pytest.fixture(scope="module")
-def tables(reference_dir):
-    """Table -> its tensors on the meta device."""
-
-    def read(table: str) -> dict[str, torch.Tensor]:
-        rows = [
-            line.split("\t")
-            for line in (reference_dir / "keys" / f"{table}.keys.tsv").read_text().splitlines()
-            if line and not line.startswith(("#", "name\t"))
-        ]
-        return {
-            name: torch.empty(
-                () if shape == "-" else [int(n) for n in shape.split("x")], device="meta"
-            )
-            for name, shape, *_ in rows
-        }
-
-    return read
 
 
 @pytest.fixture(scope="module")
@@ -63,45 +37,15 @@ def shapes(weights) -> dict[str, tuple[int, ...]]:
 
 class TestDetectors:
     @pytest.mark.golden
-    @pytest.mark.parametrize("table", DETECTORS)
-    def test_every_tensor_finds_its_place(self, tables, table):
-        weights = tables(table)
-        source = recognize(weights)
-        assert source.name == "centermask2"
-        cfg = config_for(weights, source)
-        assert cfg.MODEL.FCOS.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        converted = convert_checkpoint(weights, source, cfg)
-        pieces = [name for name in weights if ".scales." in name]
-        assert len(converted) == len(weights) - len(pieces) + 1
-        assert converted["proposal_generator.head.scales"].shape == (len(pieces),)
-        numbers = sum(value.numel() for value in weights.values())
-        assert sum(value.numel() for value in converted.values()) == numbers
-
-    @pytest.mark.golden
-    @pytest.mark.parametrize("table", DETECTORS)
-    def test_the_config_has_a_place_for_it(self, tables, table):
-        weights = tables(table)
-        cfg = load_config(str(CONFIGS / f"CenterMask/{DETECTORS[table]}.yaml"))
-        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-        inferred = config_for(weights, recognize(weights)).MODEL
-        cfg.MODEL.FCOS.NUM_CLASSES = inferred.FCOS.NUM_CLASSES
-        convert_checkpoint(weights, recognize(weights), cfg)
-        # what the shapes tell is what the config says, weights and names of data aside
-        body = "RESNETS" if "r50" in table else "VOVNET"
-        for part in ("BACKBONE", body, "FPN", "FCOS", "CENTERMASK", "ROI_MASK_HEAD"):
-            assert cfg.MODEL[part] == inferred[part], part
-        assert cfg.MODEL.ROI_HEADS.IN_FEATURES == inferred.ROI_HEADS.IN_FEATURES
-
-    @pytest.mark.golden
     def test_the_command_converts_and_the_result_loads(self, published, tmp_path, capsys):
         torch.save({"model": published, "iteration": 359999}, tmp_path / "centermask.pth")
         target = tmp_path / "converted.pth"
         assert main([str(tmp_path / "centermask.pth"), str(target)]) == 0
         printed = capsys.readouterr().out
-        assert "centermask2" in printed and "MODEL.VOVNET.CONV_BODY V-19-slim-dw-eSE" in printed
-        arguments = ["--config-file", str(CONFIGS / f"CenterMask/{DETECTORS[SMALLEST]}.yaml")]
+        assert "centermask2" in printed and CONFIG in printed
+        arguments = ["--config-file", CONFIG]
         assert main([str(tmp_path / "centermask.pth"), str(target), *arguments]) == 0
-        cfg = config_for(published, recognize(published))
+        cfg = find_configs(published, recognize(published))[0].config()
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
         Checkpointer(model).load(str(target))
@@ -114,7 +58,7 @@ class TestDetectors:
     @pytest.mark.golden
     def test_a_published_file_loads_as_it_is(self, published, tmp_path, caplog):
         torch.save({"model": published}, tmp_path / "centermask.pth")
-        cfg = config_for(published, recognize(published))
+        cfg = config_with_classes(load_config(CONFIG), 80)
         cfg.MODEL.DEVICE = "cpu"
         model = build_model(cfg)
         with caplog.at_level("WARNING"):
@@ -124,92 +68,79 @@ class TestDetectors:
         assert all(torch.equal(v, converted[k]) for k, v in model.state_dict().items())
 
     @pytest.mark.golden
-    @pytest.mark.parametrize(
-        "remove",
-        [
-            "proposal_generator.fcos_head.scales.2.scale",
-            "proposal_generator.fcos_head.cls_tower.3.weight",
-            "roi_heads.mask_head.mask_fcn1.bias",
-            "roi_heads.mask_head.spatialAtt.conv.weight",
-            "roi_heads.maskiou_head.maskiou.weight",
-            "backbone.bottom_up.stage3.OSA3_1.conv_reduction.OSA3_1_reduction_0/norm.bias",
-            "backbone.top_block.p7.bias",
-        ],
-    )
-    def test_a_missing_tensor_is_named(self, tables, remove):
-        weights = {k: v for k, v in tables(SMALLEST).items() if k != remove}
-        source = recognize(weights)
-        with pytest.raises(UserError, match="missing: |scales is .4,., the model has .5,"):
-            convert_checkpoint(weights, source, config_for(weights, source))
+    def test_a_lost_scale_is_named(self, key_table):
+        lost = "proposal_generator.fcos_head.scales.2.scale"
+        weights = {k: v for k, v in key_table(SMALLEST).items() if k != lost}
+        with pytest.raises(UserError, match=r"head\.scales is \(4,\), the model has \(5,\)"):
+            find_configs(weights, recognize(weights))
 
     @pytest.mark.golden
-    def test_an_unknown_tensor_is_named(self, tables):
-        weights = {**tables(SMALLEST), "roi_heads.keypoint_head.score.weight": torch.zeros(1)}
-        with pytest.raises(UserError, match=r"unused.*roi_heads\.keypoint_head\.score\.weight"):
-            config_for(weights, recognize(weights))
-
-    @pytest.mark.golden
-    def test_pixel_statistics_of_old_files_are_dropped(self, tables):
-        weights = {**tables(SMALLEST), "pixel_mean": torch.zeros(3, 1, 1)}
+    def test_pixel_statistics_of_old_files_are_dropped(self, key_table):
+        weights = {**key_table(SMALLEST), "pixel_mean": torch.zeros(3, 1, 1)}
         assert "pixel_mean" not in convert(weights)
 
-    @pytest.mark.parametrize(
-        "name",
-        sorted(
-            path.stem
-            for path in (CONFIGS / "CenterMask").glob("CenterMask_*.yaml")
-            if "MobileNetV2" not in path.stem
-        ),
-    )
-    def test_every_published_variant_is_inferred(self, name):
-        cfg = load_config(str(CONFIGS / f"CenterMask/{name}.yaml"))
-        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-        cfg.MODEL.FCOS.NUM_CLASSES = 7
-        cfg.MODEL.DEVICE = "meta"
-        with torch.device("meta"):
-            expected = build_model(cfg).state_dict()
-        inferred = get_cfg()
-        add_solo_d2_config(inferred)
-        inferred.DATASETS.TRAIN = inferred.DATASETS.TEST = ()
-        for key, value in infer_config("GeneralizedRCNN", shapes(expected)).items():
-            inferred.merge_from_list([key, value])
-        inferred.MODEL.DEVICE = "meta"
-        with torch.device("meta"):
-            assert shapes(build_model(inferred).state_dict()) == shapes(expected)
-        for key in ("STAGE_WITH_DCN", "WITH_MODULATED_DCN", "CONV_BODY"):
-            assert inferred.MODEL.VOVNET[key] == cfg.MODEL.VOVNET[key]
-        for key in ("STRIDE_IN_1X1", "NUM_GROUPS", "DEPTH"):
-            assert inferred.MODEL.RESNETS[key] == cfg.MODEL.RESNETS[key]
-        assert inferred.MODEL.PIXEL_STD == cfg.MODEL.PIXEL_STD
+    def test_mobilenetv2_converts(self, tmp_path):
+        """Its backbone has the names of torchvision before 0.3, which are made here from ours."""
+        cfg = load_config("CenterMask/CenterMask_Lite_MobileNetV2_4x.yaml")
+        cfg = config_with_classes(cfg, 80)
+        cfg.MODEL.DEVICE = "cpu"
+        model = build_model(cfg)
+        for buffer in model.backbone.buffers():
+            if buffer.is_floating_point():
+                buffer.uniform_(0.5, 1.5)  # statistics that matter
+        published = {old_mobilenetv2_name(k): v for k, v in model.state_dict().items()}
+        scales = published.pop("proposal_generator.head.scales")
+        published = {official_head_name(k): v for k, v in published.items()}
+        published |= {
+            f"proposal_generator.fcos_head.scales.{i}.scale": scales[i : i + 1] for i in range(5)
+        }
+        assert "backbone.bottom_up.features.17.conv.7.running_var" in published
+        assert "backbone.bottom_up.features.1.conv.4.weight" in published
+        source = recognize(published)
+        assert source.name == "centermask2"
+        names = [match.name for match in find_configs(published, source)]
+        assert "CenterMask/CenterMask_Lite_MobileNetV2_4x.yaml" in names
+        converted = convert_checkpoint(published, source, cfg)
+        torch.save(converted, tmp_path / "converted.pth")
+        other = build_model(cfg)
+        Checkpointer(other, require_complete=True).load(str(tmp_path / "converted.pth"))
+        image = torch.rand(1, 3, 64, 96)
+        with torch.no_grad():
+            levels, again = model.eval().backbone(image), other.eval().backbone(image)
+        assert list(levels) == ["p3", "p4", "p5", "p6", "p7"]
+        assert all(torch.equal(levels[name], again[name]) for name in levels)
 
-    def test_ablations_are_inferred(self):
-        cfg = load_config(
-            str(CONFIGS / "CenterMask/CenterMask_Lite_V19_slim_dw_4x.yaml"),
-            opts=[
-                *("MODEL.FCOS.NUM_CLASSES", 7, "MODEL.FCOS.NUM_SHARE_CONVS", 1),
-                *("MODEL.FCOS.NORM", "", "MODEL.FCOS.USE_SCALE", False),
-                *("MODEL.FCOS.TOP_LEVELS", 0, "MODEL.FCOS.IN_FEATURES", ["p3", "p4", "p5"]),
-                *("MODEL.FCOS.SIZES_OF_INTEREST", [64, 128]),
-                *("MODEL.CENTERMASK.MASK_IOU_ON", False),
-                *("MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", True),
-            ],
+
+def old_mobilenetv2_name(name: str) -> str:
+    """A block was one flat list of layers; the first block has no expansion."""
+    match = re.fullmatch(r"(.*features\.(\d+)\.conv)\.(\d)(?:\.(\d))?\.(\w+)", name)
+    if not match:
+        return name
+    place, block, layer, inner, leaf = match.groups()
+    pairs = 1 if block == "1" else 2  # of convolution, norm and ReLU6, before the last two layers
+    index = 3 * int(layer) + int(inner) if inner else 3 * pairs + int(layer) - pairs
+    return f"{place}.{index}.{leaf}"
+
+
+def official_head_name(name: str) -> str:
+    name = name.replace("proposal_generator.head.", "proposal_generator.fcos_head.")
+    for ours, theirs in (("class_tower", "cls_tower"), ("box_tower", "bbox_tower")):
+        name = re.sub(
+            rf"{ours}\.(\d)\.(norm\.)?",
+            lambda m, to=theirs: f"{to}.{3 * int(m[1]) + bool(m[2])}.",
+            name,
         )
-        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-        cfg.MODEL.DEVICE = "meta"
-        with torch.device("meta"):
-            expected = shapes(build_model(cfg).state_dict())
-        inferred = infer_config("GeneralizedRCNN", expected)
-        for key in (
-            "FCOS.NUM_SHARE_CONVS",
-            "FCOS.NORM",
-            "FCOS.USE_SCALE",
-            "FCOS.TOP_LEVELS",
-            "FCOS.IN_FEATURES",
-            "CENTERMASK.MASK_IOU_ON",
-            "ROI_MASK_HEAD.CLS_AGNOSTIC_MASK",
-        ):
-            part, leaf = key.split(".")
-            assert inferred[f"MODEL.{key}"] == cfg.MODEL[part][leaf], key
+    for ours, theirs in {
+        "class_logits": "cls_logits",
+        "box_pred": "bbox_pred",
+        "centerness": "ctrness",
+        "mask_head.attention": "mask_head.spatialAtt",
+        "mask_iou_head.conv": "maskiou_head.maskiou_fcn",
+        "mask_iou_head.fc": "maskiou_head.maskiou_fc",
+        "mask_iou_head.predictor": "maskiou_head.maskiou",
+    }.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def test_pieces_are_joined_in_the_order_of_their_numbers():
@@ -235,8 +166,8 @@ def body(depth: str, name: str = "build_vovnet_backbone", **options) -> nn.Modul
 class TestImageNetWeights:
     @pytest.mark.golden
     @pytest.mark.parametrize("depth", BACKBONES)
-    def test_every_tensor_finds_its_place(self, tables, depth):
-        weights = tables(f"vovnet{depth}_imagenet")
+    def test_every_tensor_finds_its_place(self, key_table, depth):
+        weights = key_table(f"vovnet{depth}_imagenet")
         source = recognize(weights)
         assert source.name == "vovnet"
         with torch.device("meta"):
@@ -277,10 +208,10 @@ class TestImageNetWeights:
     @pytest.mark.parametrize(
         "config", ["SOLOv2/SOLOv2_R50_1x", "MaskRCNN/MaskRCNN_V39_3x", "CenterMask/FCOS_R50_3x"]
     )
-    def test_a_detector_of_any_architecture_starts_from_it(self, tables, config):
+    def test_a_detector_of_any_architecture_starts_from_it(self, key_table, config):
         pyramid = "build_fcos_vovnet" if "FCOS" in config else "build_vovnet"
         cfg = load_config(
-            str(CONFIGS / f"{config}.yaml"),
+            f"{config}.yaml",
             opts=[
                 *("MODEL.BACKBONE.NAME", f"{pyramid}_fpn_backbone"),
                 *("MODEL.VOVNET.CONV_BODY", "V-19-eSE"),
@@ -294,14 +225,14 @@ class TestImageNetWeights:
         cfg.MODEL.DEVICE = "meta"
         with torch.device("meta"):
             expected = shapes(build_model(cfg).state_dict())
-        adapted = shapes(adapt_to_model(tables("vovnet19_imagenet"), expected))
+        adapted = shapes(adapt_to_model(key_table("vovnet19_imagenet"), expected))
         prefix = "backbone.bottom_up."
         assert adapted == {k: v for k, v in expected.items() if k.startswith(prefix)}
 
     @pytest.mark.golden
-    def test_a_detector_that_only_names_its_backbone_so_loads_too(self, tables):
+    def test_a_detector_that_only_names_its_backbone_so_loads_too(self, key_table):
         """As vovnet-detectron2's Mask R-CNN: the other names are Detectron2's, which are ours."""
-        cfg = load_config(str(CONFIGS / "MaskRCNN/MaskRCNN_V19_FPNLite_3x.yaml"))
+        cfg = load_config("MaskRCNN/MaskRCNN_V19_FPNLite_3x.yaml")
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
         cfg.MODEL.DEVICE = "meta"
@@ -309,5 +240,5 @@ class TestImageNetWeights:
             expected = build_model(cfg).state_dict()
         prefix = "backbone.bottom_up."
         heads = {k: v for k, v in expected.items() if not k.startswith(prefix)}
-        adapted = adapt_to_model({**heads, **tables("vovnet19_imagenet")}, expected)
+        adapted = adapt_to_model({**heads, **key_table("vovnet19_imagenet")}, expected)
         assert shapes(adapted) == shapes(expected)

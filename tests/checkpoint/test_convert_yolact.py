@@ -1,49 +1,15 @@
-"""Checkpoints of the original YOLACT and YOLACT++ convert without a tensor left over or missing."""
-
-from pathlib import Path
+"""Checkpoints of the original YOLACT and YOLACT++: what is theirs alone."""
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-from solo_d2.checkpoint.checkpointer import Checkpointer
-from solo_d2.checkpoint.convert import config_for, convert_checkpoint, main
+from solo_d2.checkpoint import Checkpointer
+from solo_d2.checkpoint.convert import convert_checkpoint, find_configs
 from solo_d2.checkpoint.rename_rules import convert, recognize
-from solo_d2.checkpoint.sources import SOURCES
-from solo_d2.config import load_config
-from solo_d2.errors import UserError
+from solo_d2.tools.convert import main
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "YOLACT"
-# The key table of a published model -> our config for it.
-TABLES = {
-    "yolact_r50": "YOLACT_R50",
-    "yolact_r101": "YOLACT_R101",
-    "yolact_darknet53": "YOLACT_DarkNet53",
-    "yolact_plus_r50": "YOLACT_PLUS_R50",
-}
-BACKBONES = {
-    "yolact_r50": "build_resnet_backbone",
-    "yolact_r101": "build_resnet_backbone",
-    "yolact_darknet53": "build_darknet_backbone",
-    "yolact_plus_r50": "build_deform_resnet_backbone",
-}
-every_table = pytest.mark.parametrize("table", TABLES)
-
-
-@pytest.fixture(scope="module")
-def published(reference_dir):
-    """Key table -> tensors that differ from each other, without memory for their numbers."""
-
-    def make(table: str) -> dict[str, torch.Tensor]:
-        lines = (reference_dir / "keys" / f"{table}.keys.tsv").read_text().splitlines()[1:]
-        weights = {}
-        for i, line in enumerate(lines):
-            name, shape, *_ = line.split("\t")
-            sizes = [] if shape == "-" else [int(size) for size in shape.split("x")]
-            weights[name] = torch.tensor(float(i)).expand(sizes)
-        return weights
-
-    return make
+pytestmark = pytest.mark.golden
 
 
 def plus_r101(plus_r50, r101):
@@ -58,54 +24,15 @@ def plus_r101(plus_r50, r101):
     return {**weights, **heads}
 
 
-@pytest.mark.golden
-@every_table
-def test_every_tensor_finds_its_place(published, table):
-    weights = published(table)
-    source = recognize(weights)
-    assert source.architecture == "YOLACT"
-    cfg = config_for(weights, source)
-    assert cfg.MODEL.YOLACT.NUM_CLASSES == 80
-    assert cfg.MODEL.BACKBONE.NAME == BACKBONES[table]
-    converted = convert_checkpoint(weights, source, cfg)
-    counters = [name for name in weights if name.endswith("num_batches_tracked")]
-    assert len(converted) == len(weights) - len(counters)
-    assert len({value.flatten()[0].item() for value in converted.values()}) == len(converted)
-
-
-@pytest.mark.golden
-@every_table
-def test_the_config_of_the_variant_has_a_place_for_them(published, table):
-    weights = published(table)
-    cfg = load_config(str(CONFIGS / f"{TABLES[table]}.yaml"))
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    cfg.MODEL.YOLACT.NUM_CLASSES = 80
-    convert_checkpoint(weights, recognize(weights), cfg)
-    # and what the shapes tell is what the config says
-    inferred = config_for(weights, recognize(weights))
-    for key in ("PIXEL_MEAN", "PIXEL_STD", "YOLACT"):
-        assert cfg.MODEL[key] == inferred.MODEL[key]
-    assert cfg.MODEL.BACKBONE.NAME == inferred.MODEL.BACKBONE.NAME
-    if table != "yolact_darknet53":
-        for key in ("DEPTH", "STRIDE_IN_1X1", "OUT_FEATURES"):
-            assert cfg.MODEL.RESNETS[key] == inferred.MODEL.RESNETS[key]
-
-
-@pytest.mark.golden
-def test_plus_with_resnet_101_has_the_published_number_of_tensors(published):
-    weights = plus_r101(published("yolact_plus_r50"), published("yolact_r101"))
+def test_plus_with_resnet_101_has_the_published_number_of_tensors(key_table):
+    weights = plus_r101(key_table("yolact_plus_r50"), key_table("yolact_r101"))
     assert len(weights) == 705
-    cfg = config_for(weights, recognize(weights))
-    assert cfg.MODEL.RESNETS.DEFORM_INTERVAL == 3 and cfg.MODEL.RESNETS.DEFORM_BIAS
-    convert_checkpoint(weights, recognize(weights), cfg)
-    ours = load_config(str(CONFIGS / "YOLACT_PLUS_R101.yaml"))
-    ours.DATASETS.TRAIN = ours.DATASETS.TEST = ()
-    ours.MODEL.YOLACT.NUM_CLASSES = 80
-    convert_checkpoint(weights, recognize(weights), ours)
+    (match,) = find_configs(weights, recognize(weights))
+    assert match.name == "YOLACT/YOLACT_PLUS_R101.yaml"
+    convert_checkpoint(weights, recognize(weights), match.config())
 
 
 # The pyramid and the backbone have the lists that are easily taken the wrong way around.
-@pytest.mark.golden
 @pytest.mark.parametrize(
     "table, theirs, ours",
     [
@@ -139,14 +66,13 @@ def test_plus_with_resnet_101_has_the_published_number_of_tensors(published):
         ("yolact_darknet53", "backbone.layers.2.8.conv1.1.bias", "backbone.res3.8.conv1.norm.bias"),
     ],
 )
-def test_names(published, table, theirs, ours):
-    weights = published(table)
+def test_names(key_table, table, theirs, ours):
+    weights = key_table(table)
     assert convert(weights)[ours] is weights[theirs]
 
 
-@pytest.mark.golden
-def test_second_names_of_old_files_are_dropped(published):
-    weights = published("yolact_r50")
+def test_second_names_of_old_files_are_dropped(key_table):
+    weights = key_table("yolact_r50")
     expected = convert(weights)
     old = dict(weights)
     for name, value in weights.items():
@@ -159,30 +85,6 @@ def test_second_names_of_old_files_are_dropped(published):
     assert convert(old) == expected
 
 
-@pytest.mark.golden
-@every_table
-@pytest.mark.parametrize(
-    "remove", ["fpn.pred_layers.1.bias", "proto_net.4.weight", "semantic_seg_conv.bias"]
-)
-def test_a_missing_tensor_is_named(published, table, remove):
-    weights = {k: v for k, v in published(table).items() if k != remove}
-    source = recognize(weights)
-    renamed = next(iter(convert({remove: None}, source)))
-    with pytest.raises(UserError, match=f"missing: {renamed}$"):
-        convert_checkpoint(weights, source, config_for(weights, source))
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize(
-    "name", ["backbone.layers.4.0.conv1.weight", "proto_net.6.bias", "fpn.lat_layers.3.bias"]
-)
-def test_an_unknown_tensor_is_named(published, name):
-    weights = {**published("yolact_r50"), name: torch.zeros(1)}
-    with pytest.raises(UserError, match=name):
-        config_for(weights, recognize(weights))
-
-
-@pytest.mark.golden
 def test_the_command_converts_and_the_result_loads(stand_in_weights, tmp_path, capsys):
     weights = stand_in_weights("yolact_r50")
     torch.save(weights, tmp_path / "yolact_resnet50_54_800000.pth")
@@ -190,11 +92,11 @@ def test_the_command_converts_and_the_result_loads(stand_in_weights, tmp_path, c
     assert main([str(tmp_path / "yolact_resnet50_54_800000.pth"), str(target)]) == 0
     printed = capsys.readouterr().out
     assert f"layout yolact, {len(weights)} tensors" in printed
-    assert "INPUT.FORMAT RGB" in printed and "MODEL.RESNETS.STRIDE_IN_1X1 False" in printed
-    cfg = config_for(weights, SOURCES["yolact"])
+    assert "YOLACT/YOLACT_R50.yaml" in printed
+    cfg = find_configs(weights, recognize(weights))[0].config()
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
-    Checkpointer(model).load(str(target))
+    Checkpointer(model, require_complete=True).load(str(target))
     state = model.state_dict()
     for name, value in convert(weights).items():
         assert torch.equal(state[name], value), name

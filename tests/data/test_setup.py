@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 
 from solo_d2.config import add_solo_d2_config
-from solo_d2.data import SHAPES, require_images, setup_datasets
+from solo_d2.data import SHAPES, catalog, require_images, setup_datasets
 from solo_d2.modeling.num_classes import dataset_num_classes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -280,7 +280,7 @@ def test_a_training_set_of_crowds_says_so(cfg, document, write):
     for annotation in document["annotations"]:
         annotation["iscrowd"] = 1
     set_custom(cfg, train=write(document))
-    with pytest.raises(ValueError, match="no object to train on: 3 crowd regions.*CROWD_IS_OBJEC"):
+    with pytest.raises(ValueError, match="no object .*: crowd regions.*CROWD_IS_OBJECT.*: 3"):
         setup_datasets(cfg)
     cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = True
     setup_datasets(cfg)
@@ -292,11 +292,32 @@ def test_a_training_set_of_boxes_needs_a_box_detector(cfg, document, write):
         annotation["segmentation"] = []
     set_custom(cfg, train=write(document))
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(ValueError, match="no object to train on: 3 annotations with no segm.*MASK"):
+    with pytest.raises(ValueError, match="no object .*: annotations with no segm.*: 3.*MASK"):
         setup_datasets(cfg)
     cfg.MODEL.MASK_ON = False
     setup_datasets(cfg)
     assert sum(len(r["annotations"]) for r in DatasetCatalog.get("mine_train")) == 3
+
+
+def test_rle_for_polygons_is_refused_before_the_training(cfg, document, write):
+    set_custom(cfg, train=write(document))
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(ValueError, match='annotation 12 is an RLE; set INPUT.MASK_FORMAT to "bit'):
+        setup_datasets(cfg)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    setup_datasets(cfg)
+
+
+def test_a_file_is_read_once_and_again_when_it_changed(cfg, document, write, monkeypatch):
+    json_file, folder = write(document)
+    set_custom(cfg, val=(json_file, folder))
+    setup_datasets(cfg)
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "read_coco", lambda *_, **__: pytest.fail("read again"))
+        assert len(DatasetCatalog.get("mine_val")) == 2
+    document["annotations"].pop()
+    json_file.write_text(json.dumps(document))
+    assert sum(len(r["annotations"]) for r in DatasetCatalog.get("mine_val")) == 2
 
 
 # --- what belongs to others stays

@@ -1,6 +1,7 @@
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import signal
 import time
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from solo_d2.data import InstanceMapper
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -191,6 +194,14 @@ def test_wrong_input_in_a_file_is_named_with_it(run, tmp_path):
     assert "odd.yaml" in errors[-1] and "NO_SUCH_KEY" in errors[-1]
 
 
+def test_a_packaged_config_is_found_by_its_name(run, tmp_path):
+    toy = ("MODEL.META_ARCHITECTURE", "ToySegmentor", "DATASETS.SHAPES.IMAGE_SIZE", (48, 64))
+    few = ("DATASETS.SHAPES.TRAIN_IMAGES", 12, "DATASETS.SHAPES.VAL_IMAGES", 3)
+    code, _ = run(*toy, *few, *SHORT, "OUTPUT_DIR", tmp_path, config="quick/solo_shapes.yaml")
+    assert code == 0
+    assert "quick/solo_shapes.yaml" in (tmp_path / "log.txt").read_text()
+
+
 def test_an_error_in_a_plug_in_keeps_its_traceback(run, tmp_path, toy_model):
     for error in (KeyError("p5"), ValueError("wrong"), TypeError("wrong")):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
@@ -200,6 +211,22 @@ def test_an_error_in_a_plug_in_keeps_its_traceback(run, tmp_path, toy_model):
 
             patch.setattr(toy_model, "forward", fail)
             run(*SHORT, "--overwrite", "OUTPUT_DIR", tmp_path)
+
+
+def test_a_process_among_several_says_what_is_wrong_in_one_line(train_net, capsys, tmp_path):
+    args = train_net.parse(train_net.parser(), ["SOLVER.MAX_ITER", "0"])
+    cfg = train_net.load_config("", opts=args.opts)
+    with pytest.raises(SystemExit, match="1"):
+        train_net.main_of_several(cfg, args)
+    assert capsys.readouterr().err.startswith("error: SOLVER.MAX_ITER is 0")
+
+
+def test_a_killed_loading_process_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        InstanceMapper, "__call__", lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    )
+    code, errors = run(*SHORT, "DATALOADER.NUM_WORKERS", 1, "OUTPUT_DIR", tmp_path)
+    assert code == 1 and errors[-1].startswith("error: DataLoader worker")
 
 
 def test_a_folder_with_a_training_is_not_used_for_another_one(run, tmp_path):
@@ -257,7 +284,10 @@ def test_options_may_stand_anywhere_among_keys_and_values(train_net, capsys):
     args = train_net.parse(train_net.parser(), [*words, "--resume", "SOLVER.BASE_LR", "-1"])
     assert args.data == ["a.json", "a", "b.json", "b"] and args.resume
     assert args.opts == ["SEED", "1", "DATASETS.CUSTOM.NAME", "mine", "SOLVER.BASE_LR", "-1"]
-    for words, message in ((["--no-such"], "no option --no-such"), (["SEED"], "'SEED' has no")):
+    for words, message in (
+        (["--no-such"], "arguments: --no-such"),
+        (["SEED"], "SEED has no value"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             train_net.parse(train_net.parser(), words)
         assert message in capsys.readouterr().err

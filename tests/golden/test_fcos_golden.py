@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from solo_d2.modeling.centermask.fcos import FCOSProposalGenerator
-from solo_d2.modeling.centermask.inference import FCOSOutputs, select_boxes
+from solo_d2.modeling.centermask.head import FCOSOutputs
+from solo_d2.modeling.centermask.inference import select_boxes
 from solo_d2.modeling.centermask.mask_head import SpatialAttention
 from solo_d2.modeling.centermask.mask_iou import (
     crop_masks,

@@ -292,6 +292,7 @@ def test_inputs_and_outputs_of_the_suppression_are_the_originals(golden, runs):
         expected_scores = golden[f"{key}_nms_in_scores"]
         expected_classes = golden[f"{key}_nms_in_classes"].long()
         assert len(found.scores) == len(expected_scores), key
+        assert (found.scores[:-1] >= found.scores[1:]).all(), key
         # each has a partner of its own: the rank is free among tied scores
         free = torch.ones(len(areas), dtype=torch.bool)
         for score, label, area in zip(

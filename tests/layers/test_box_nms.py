@@ -1,4 +1,4 @@
-"""Overlaps of boxes and the NMS of boxes with scores of several classes."""
+"""NMS of boxes that have scores of several classes."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from torchvision.ops import box_iou
 
 from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.box_nms import cross_class_fast_nms, fast_nms, traditional_nms
-from solo_d2.layers.boxes import box_areas, box_intersections, box_ious
 
 cases = given(st.integers(0, 10**6), st.integers(0, 25), st.integers(1, 4))
 
@@ -28,24 +27,6 @@ def random_candidates(seed: int, n: int, classes: int) -> tuple[torch.Tensor, to
 
 def pairs(kept) -> list[tuple[int, int]]:
     return list(zip(kept.classes.tolist(), kept.index.tolist()))
-
-
-@given(st.integers(0, 10**6), st.integers(0, 5), st.integers(0, 5))
-@settings(max_examples=40, deadline=None)
-def test_ious_are_those_of_torchvision(seed, n, m):
-    g = torch.Generator().manual_seed(seed)
-    a, b = random_boxes(g, n), random_boxes(g, m)
-    torch.testing.assert_close(box_ious(a, b), box_iou(a, b), equal_nan=True)
-    shared = box_intersections(a, b)
-    assert shared.shape == (n, m)
-    assert (shared <= torch.minimum(box_areas(a)[:, None], box_areas(b)) + 1e-6).all()
-
-
-def test_ious_of_groups_are_those_of_each():
-    g = torch.Generator().manual_seed(0)
-    a, b = random_boxes(g, 12).view(3, 4, 4), random_boxes(g, 15).view(3, 5, 4)
-    for i, ious in enumerate(box_ious(a, b)):
-        torch.testing.assert_close(ious, box_ious(a[i], b[i]), equal_nan=True)
 
 
 def literal_fast_nms(boxes, scores, threshold, top_k):

@@ -38,6 +38,15 @@ def test_dice_to_check_by_eye():
     assert dice_loss(torch.zeros(1, 2, 2), target).item() == 1
 
 
+def test_dice_is_zero_for_equal_masks_one_for_disjoint_ones_and_empty_for_none():
+    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
+    masks[0, :2] = True
+    masks[1, 2:] = True
+    assert dice_loss(masks.float(), masks).tolist() == pytest.approx([0, 0], abs=1e-3)
+    assert dice_loss(masks.float(), masks.flip(0)).tolist() == pytest.approx([1, 1], abs=1e-3)
+    assert dice_loss(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4)).shape == (0,)
+
+
 @pytest.mark.parametrize("loss", MASK_LOSSES.values(), ids=MASK_LOSSES)
 def test_none_and_certain_masks_are_ordinary(loss):
     assert loss(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4, dtype=torch.bool)).shape == (0,)

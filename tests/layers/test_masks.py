@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from solo_d2.layers import masks as mask_ops
-from solo_d2.layers.coord import append_coordinates
-from solo_d2.layers.losses import dice_loss
 from solo_d2.layers.masks import (
     downsample_masks,
     downsample_unpadded_masks,
@@ -127,30 +125,6 @@ def test_upsampling_works_in_chunks_of_any_size(monkeypatch):
         monkeypatch.setattr(mask_ops, "CHUNK_BYTES", bytes_per_chunk)
         assert mask_ops.chunk_length(60 * 50) >= 1
         assert torch.equal(upsample_to_binary(soft, **options), one_by_one)
-
-
-def test_dice_is_zero_for_equal_masks_one_for_disjoint_ones_and_empty_for_none():
-    masks = torch.zeros(2, 4, 4, dtype=torch.bool)
-    masks[0, :2] = True
-    masks[1, 2:] = True
-    assert dice_loss(masks.float(), masks).tolist() == pytest.approx([0, 0], abs=1e-3)
-    assert dice_loss(masks.float(), masks.flip(0)).tolist() == pytest.approx([1, 1], abs=1e-3)
-    assert dice_loss(torch.zeros(0, 4, 4), torch.zeros(0, 4, 4)).shape == (0,)
-
-
-def test_dice_sums_in_float32_whatever_the_input():
-    probs = torch.full((1, 400, 400), 0.9, dtype=torch.float16)
-    target = torch.ones(1, 400, 400, dtype=torch.bool)
-    loss = dice_loss(probs, target)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(1 - 2 * 0.9 / (0.81 + 1), abs=1e-3)
-
-
-def test_coordinates_reach_both_ends_and_follow_the_feature():
-    out = append_coordinates(torch.zeros(2, 3, 4, 5))
-    assert out.shape == (2, 5, 4, 5)
-    assert out[1, 3, 0].tolist() == [-1, -0.5, 0, 0.5, 1]  # x along a row
-    assert out[1, 4, :, 0].tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])  # y along a column
 
 
 def test_upsampling_makes_no_float_tensor_that_grows_with_masks_times_image(

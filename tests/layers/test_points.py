@@ -1,9 +1,8 @@
-"""Reading maps at points, coordinates relative to points, adaptive instance normalization."""
+"""Reading maps at points, and coordinates relative to points."""
 
 import pytest
 import torch
 
-from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
 
 
@@ -56,46 +55,3 @@ def test_the_distance_is_an_option():
     points = torch.tensor([[1.0, 5.0]])
     two = relative_coordinates(points, (6, 9), radius=4.0, append_distance=False)
     assert torch.equal(two, relative_coordinates(points, (6, 9), radius=4.0)[:, :2])
-
-
-@pytest.fixture
-def adain():
-    torch.manual_seed(0)
-    return AdaIN(4, 6)
-
-
-@torch.no_grad()
-def test_padding_does_not_change_what_is_normalized(adain):
-    x, w = torch.rand(2, 6, 5, 7), torch.rand(2, 4)
-    padded = torch.full((2, 6, 8, 9), 100.0)
-    padded[:, :, :5, :7] = x
-    valid = torch.zeros(2, 1, 8, 9, dtype=torch.bool)
-    valid[:, :, :5, :7] = True
-    torch.testing.assert_close(
-        adain(padded, w, valid)[:, :, :5, :7], adain(x, w), atol=1e-5, rtol=1e-5
-    )
-
-
-@torch.no_grad()
-def test_the_memory_layout_does_not_change_what_is_normalized(adain):
-    x, w = torch.rand(2, 6, 50, 70), torch.rand(2, 4)
-    last = adain(x.contiguous(memory_format=torch.channels_last), w)
-    torch.testing.assert_close(last, adain(x, w), atol=1e-5, rtol=1e-5)
-
-
-def test_a_constant_channel_is_finite_without_an_eps_too():
-    layer = AdaIN(4, 6, eps=0.0, bias_plus_one=False)
-    layer.init_weights()
-    x = torch.rand(1, 6, 5, 7)
-    x[:, 2] = 3.0
-    x.requires_grad_()
-    y = layer(x, torch.rand(1, 4))
-    y.sum().backward()
-    assert y.isfinite().all() and x.grad.isfinite().all()
-
-
-def test_half_precision_stays_but_the_statistics_are_exact(adain):
-    x = 1000 + torch.rand(1, 6, 5, 7)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = adain(x.bfloat16(), torch.rand(1, 4))
-    assert y.dtype == torch.bfloat16 and y.isfinite().all()

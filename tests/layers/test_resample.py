@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import ALIGNMENTS, UpsampledConv2d, align_to_grid
 
 
@@ -50,11 +49,3 @@ def test_every_alignment_takes_maps_smaller_and_larger_than_the_grid(method, siz
     assert cells.shape == (2, 4, 12, 12)
     low, high = feature.aminmax()
     assert low - 1e-6 <= cells.min() and cells.max() <= high + 1e-6
-
-
-def test_coordinates_of_one_axis_are_those_of_both():
-    feature = torch.rand(2, 3, 4, 5)
-    both = append_coordinates(feature)
-    assert torch.equal(append_coordinates(feature, "x"), both[:, [0, 1, 2, 3]])
-    assert torch.equal(append_coordinates(feature, "y"), both[:, [0, 1, 2, 4]])
-    assert torch.equal(append_coordinates(feature, ""), feature)

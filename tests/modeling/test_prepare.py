@@ -6,11 +6,11 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.layers.frozen_bn import FoldedConv2d
+from solo_d2.layers.frozen_bn import FoldedConv2d, FoldedSequential
 from solo_d2.modeling.prepare import prepare
 
 
@@ -35,6 +35,35 @@ def test_values_and_gradients_stay(bias):
         torch.testing.assert_close(
             folded.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-4
         )
+
+
+def test_norms_of_a_sequential_are_folded_too():
+    def block() -> nn.Sequential:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(8, 6, 3, groups=2, bias=False), layer().norm, nn.ReLU6(inplace=True)),
+            *(nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1), copy.deepcopy(layer().norm)),
+        )
+        return model
+
+    plain, folded = block(), prepare(nn.Sequential(block(), nn.Identity()))
+    assert type(folded) is nn.Sequential and type(folded[0]) is FoldedSequential
+    x = torch.randn(2, 8, 5, 7)
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-5)
+    for model in (plain, folded):
+        model(x).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        grad = folded[0].get_parameter(name).grad
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-4)
+    assert list(folded[0].state_dict()) == list(plain.state_dict())
+
+
+def test_a_norm_without_a_convolution_before_it_stays():
+    norm = layer().norm
+    model = nn.Sequential(norm, nn.Conv2d(6, 6, 1), norm)
+    x = torch.randn(1, 6, 3, 3)
+    expected = norm(model[1](norm(x)))
+    torch.testing.assert_close(prepare(model)(x), expected)
 
 
 def test_activations_are_channels_last_whatever_the_image_is():
@@ -66,17 +95,75 @@ def test_a_frozen_batch_norm_may_be_copied_loaded_and_run_under_autocast():
     torch.testing.assert_close(y.float(), layer()(x), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    "name", ["build_fcos_resnet_fpn_backbone", "build_deform_resnet_fpn_backbone"]
-)
-def test_a_backbone_of_this_package_is_prepared_in_any_model(name):
+def config(*options):
     cfg = get_cfg()
     add_solo_d2_config(cfg)
-    cfg.MODEL.BACKBONE.NAME = name
+    cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
-    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
-    modules = list(build_backbone(cfg).modules())
-    assert any(isinstance(module, FoldedConv2d) for module in modules)
-    for module in modules:
-        if isinstance(getattr(module, "norm", None), FrozenBatchNorm2d):
-            assert type(module) is FoldedConv2d
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+@pytest.mark.parametrize(
+    "name, key, prefix",
+    [
+        ("build_fcos_resnet_fpn_backbone", "RESNETS", "res"),
+        ("build_deform_resnet_fpn_backbone", "RESNETS", "res"),
+        ("build_mobilenetv2_fpn_backbone", "MOBILENETV2", "res"),
+        ("build_vovnet_fpn_backbone", "VOVNET", "stage"),
+    ],
+)
+def test_backbones_of_this_package_are_prepared_in_any_model(name, key, prefix):
+    cfg = config("MODEL.BACKBONE.NAME", name, "MODEL.VOVNET.WIDTH_MULT", 0.125)
+    names = [f"{prefix}{k}" for k in (3, 4, 5)]
+    cfg.MODEL[key].OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = names
+    backbone = build_backbone(cfg)
+    norms = [module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)]
+    called = []
+    for norm in norms:
+        norm.register_forward_hook(lambda *args: called.append(args))
+    features = backbone(torch.randn(1, 3, 64, 64))
+    assert norms and not called
+    assert features["p3"].is_contiguous(memory_format=torch.channels_last)
+
+
+MASK_RCNN = (
+    *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.MASK_ON", True),
+    *("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+    *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]),
+    *("MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]),
+    *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.NUM_CLASSES", 3),
+    *("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"]),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", 5),
+    *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+    *("MODEL.ROI_BOX_HEAD.NUM_FC", 1, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead", "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+)
+
+
+@torch.no_grad()
+def test_mask_rcnn_on_our_resnet_is_that_on_detectron2s():
+    torch.manual_seed(0)
+    theirs, ours = (
+        build_model(config(*MASK_RCNN, "MODEL.BACKBONE.NAME", name)).eval()
+        for name in ("build_resnet_fpn_backbone", "build_deform_resnet_fpn_backbone")
+    )
+    ours.load_state_dict(theirs.state_dict())
+    inputs = [{"image": torch.rand(3, 64, 96) * 255}]
+    expected, found = (model(inputs)[0]["instances"] for model in (theirs, ours))
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3
+    )
+    again = prepare(theirs)(inputs)[0]["instances"]
+    torch.testing.assert_close(again.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_mask_rcnn_on_our_backbone_warns_about_keys_of_our_trainer(caplog):
+    cfg = config(*MASK_RCNN, "MODEL.BACKBONE.NAME", "build_deform_resnet_fpn_backbone")
+    cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.125  # warned about once per value
+    build_model(cfg)
+    assert "SOLVER.CLIP_TOTAL_GRAD_NORM 0.125" in caplog.text

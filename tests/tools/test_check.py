@@ -303,7 +303,7 @@ def test_annotations_that_training_does_not_use(document, write, change, effect,
         (
             {"segmentation": [[5, 5, 15, 5, 15, 15, 5, 15], [1, 1, 2, 2]]},
             REPAIRED,
-            "masks with a degenerate polygon: left out of them",
+            "masks with a degenerate polygon, left out of them",
         ),
         (
             {"segmentation": [[-9, 5, 15, 5, 15, 15, -9, 15]], "bbox": [0, 5, 15, 10]},
@@ -313,12 +313,12 @@ def test_annotations_that_training_does_not_use(document, write, change, effect,
         (
             {"bbox": [5, 5, 15, 15], "segmentation": rle(5, 5, 15, 15)},
             REPAIRED,
-            "boxes unlike their masks (corners or fractions?): taken from the masks",
+            "boxes unlike their masks (corners or fractions?), taken from the masks",
         ),
         (
             {"id": 0},
             REPAIRED,
-            "annotation ids missing, repeated or not positive: all are renumbered",
+            "annotation ids missing, repeated or not positive, all are renumbered",
         ),
     ],
 )
@@ -448,7 +448,7 @@ def test_ids_and_sizes_of_other_types(document, write):
     assert found[REFUSED, "images whose file name or size is invalid"] == [
         "image 4: file_name 'd.png', height 0, width 9 are not a file name and a size in pixels",
     ]
-    assert found[REPAIRED, "image sizes that are no integers: converted"] == ["e.png"]
+    assert found[REPAIRED, "image sizes that are no integers, converted"] == ["e.png"]
 
 
 def test_all_problems_are_reported_at_once(document, write):

@@ -1,4 +1,4 @@
-"""How other projects name their tensors, and our names for the same: a table per project."""
+"""Tables of the tensor names of other projects and our names for them, one file per project."""
 
 from . import adaptis, centermask, solo, torchvision, yolact
 from .source import Rule, Source

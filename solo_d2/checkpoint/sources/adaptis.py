@@ -1,4 +1,4 @@
-"""AdaptIS of its authors: the PyTorch branch, which has the toy models only."""
+"""AdaptIS of its authors: the PyTorch branch, which only has the toy models."""
 
 from .source import COUNTERS, Rule, Source
 
@@ -6,11 +6,11 @@ _TENSOR = r"(weight|bias|running_mean|running_var)"
 
 
 def _convs(theirs: str, ours: str, numbers: range) -> tuple[Rule, ...]:
-    """Rules for a flat list of convolution, ReLU and norm, of which ReLU has no tensor.
+    """Rules for a flat list of convolution, ReLU and norm.
 
     Args:
-        theirs, ours: pattern and template of the lists' names.
-        numbers: of the convolutions in our list.
+        theirs, ours: pattern and template of the names of the two lists.
+        numbers: indices of the convolutions in our list.
     """
     return tuple(
         rule

@@ -1,8 +1,9 @@
 """CenterMask2, and the VoVNetV2 of the same authors, both on Detectron2."""
 
 from .source import COUNTERS, Rule, Source, moved
+from .torchvision import OLD_MOBILENETV2
 
-# A layer's name has the names of its stage and module once more, and a slash.
+# A layer's name repeats the names of its stage and module, and contains a slash.
 _PLACES = (
     (r"stem\.stem_(?P<i>\d)", r"stem.conv\g<i>"),
     *(
@@ -52,6 +53,7 @@ def _tower(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 _CENTERMASK: tuple[Rule, ...] = (
     *moved("backbone.bottom_up.", "backbone.bottom_up.", _VOVNET),
+    *moved("backbone.bottom_up.", "backbone.bottom_up.", OLD_MOBILENETV2),
     # Detectron2's ResNet, its pyramid and the top block
     (r"backbone\.(bottom_up\.(?:stem|res\d)\.[\w.]+)", r"backbone.\1"),
     (r"backbone\.((?:fpn_(?:lateral|output)\d|top_block\.p\d)\.\w+)", r"backbone.\1"),
@@ -86,8 +88,8 @@ SOURCES = (
             "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
         },
     ),
-    # ImageNet weights. Detectors other than CenterMask name their backbone like this too, and the
-    # rest as Detectron2 does.
+    # ImageNet weights. Other detectors of the same authors use these names for the backbone and
+    # Detectron2's names for the rest.
     Source(
         name="vovnet",
         signature=r"(backbone\.bottom_up\.)?stem\.stem_1/",

@@ -1,13 +1,14 @@
-"""What a table of names is made of."""
+"""The parts of a table of names."""
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-# A pattern for the whole of their name, and the template of ours.
+# A pattern for the whole name in the file, and the template of our name.
 Rule = tuple[str, str]
 
-# No inference reads the number of batches that a norm has seen.
+# The number of batches that a norm has seen; inference does not read it.
 COUNTERS = r".*\.num_batches_tracked"
 
 
@@ -15,23 +16,23 @@ class Source(NamedTuple):
     """A layout of tensor names."""
 
     name: str
-    # Pattern for the beginning of those names that no other layout has.
+    # Pattern for the beginning of a name that only files of this layout have.
     signature: str
-    # The first whose pattern matches counts.
+    # Applied in order: the first rule whose pattern matches gives the name.
     rules: Sequence[Rule]
-    # Tensors that are to be one, joined along their first dimension in the order of the number in
-    # their names, and their name for it, which then has its rule.
+    # Several tensors that are one tensor of ours: they are concatenated along their first
+    # dimension, in the order of the numbers in their names. The rules then rename the result.
     joined: Sequence[Rule] = ()
-    # Patterns of whole names that have no place in our models.
+    # Patterns of whole names that our models do not have.
     dropped: Sequence[str] = ()
-    # Patterns of whole names of ours that no file of this layout has: state of training only.
+    # Patterns of whole names of ours that files of this layout lack: state of training only.
     lacking: Sequence[str] = ()
     # Meta-architecture; None for the weights of a backbone alone.
     architecture: str | None = None
-    # Config keys that the weights need and that their shapes cannot tell.
-    settings: Mapping[str, Any] = {}
+    # Config keys that the weights need and that their shapes do not determine.
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def moved(source: str, target: str, rules: Sequence[Rule]) -> tuple[Rule, ...]:
-    """The same rules for names that begin with ``source``; ours then begin with ``target``."""
+    """The same rules for names with the prefix ``source``; our names get the prefix ``target``."""
     return tuple((re.escape(source) + pattern, target + to) for pattern, to in rules)

@@ -9,7 +9,7 @@ TORCHVISION_RESNET: tuple[Rule, ...] = (
         rule
         for k in range(1, 5)
         for rule in (
-            # not torchvision's, but mmdetection's: deformable; "conv2_offset" in its oldest files
+            # deformable convolutions of mmdetection; its oldest files have "conv2_offset"
             (
                 rf"layer{k}\.(\d+)\.conv2(?:\.conv)?_offset\.(\w+)",
                 rf"res{k + 1}.\1.conv2_offset.\2",
@@ -22,12 +22,12 @@ TORCHVISION_RESNET: tuple[Rule, ...] = (
     ),
 )
 
-# The 1280 channels of features.18 are made for the classifier; our backbone ends before them.
+# features.18 only serves the classifier; our backbone ends before it.
 _MOBILENETV2_DROPPED = (r"features\.18\..*", r"classifier\..*", COUNTERS)
 
-# Before torchvision 0.3 the layers of a block were one flat list with the ReLUs in it. The first
-# block has no expansion.
-_OLD_MOBILENETV2: tuple[Rule, ...] = (
+# Before torchvision 0.3, and in CenterMask2, the layers of a block are one flat list that includes
+# the ReLUs. The first block has no expansion.
+OLD_MOBILENETV2: tuple[Rule, ...] = (
     (r"features\.(0|18)\.(\d)\.(\w+)", r"features.\1.\2.\3"),
     *(
         (rf"features\.1\.conv\.{old}\.(\w+)", rf"features.1.conv.{new}.\1")
@@ -57,7 +57,7 @@ SOURCES = (
     Source(
         name="torchvision_mobilenetv2_old",
         signature=r"features\.1\.conv\.0\.weight",
-        rules=_OLD_MOBILENETV2,
+        rules=OLD_MOBILENETV2,
         dropped=_MOBILENETV2_DROPPED,
     ),
 )

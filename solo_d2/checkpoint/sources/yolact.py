@@ -5,7 +5,7 @@ import re
 from .source import COUNTERS, Rule, Source, moved
 from .torchvision import TORCHVISION_RESNET
 
-# torchvision's names, but for "layers.0" in place of "layer1" and the offsets of ++.
+# torchvision's names, except for "layers.0" instead of "layer1" and the offsets of YOLACT++.
 _RESNET: tuple[Rule, ...] = (
     *(
         (
@@ -20,7 +20,7 @@ _RESNET: tuple[Rule, ...] = (
     ),
 )
 
-# A stage is a convolution and then the blocks.
+# A stage is a convolution followed by blocks.
 _DARKNET: tuple[Rule, ...] = (
     (r"_preconv\.0\.(\w+)", r"stem.\1"),
     (r"_preconv\.1\.(\w+)", r"stem.norm.\1"),
@@ -36,12 +36,12 @@ _DARKNET: tuple[Rule, ...] = (
     ),
 )
 
-# The pyramid's lists begin with the coarsest level.
+# The lists of the pyramid start at the coarsest level.
 _HEADS: tuple[Rule, ...] = (
     *((rf"fpn\.lat_layers\.{i}\.(\w+)", rf"fpn.lateral{5 - i}.\1") for i in range(3)),
     *((rf"fpn\.pred_layers\.{i}\.(\w+)", rf"fpn.output{5 - i}.\1") for i in range(3)),
     *((rf"fpn\.downsample_layers\.{i}\.(\w+)", rf"fpn.downsample{6 + i}.\1") for i in range(2)),
-    # between the convolutions are ReLUs and an upsampling
+    # the list also contains ReLUs and an upsampling
     *((rf"proto_net\.{n}\.(\w+)", rf"protonet.conv{i}.\1") for i, n in enumerate((0, 2, 4, 8))),
     (r"proto_net\.10\.(\w+)", r"protonet.predictor.\1"),
     (r"prediction_layers\.0\.upfeature\.0\.(\w+)", r"head.shared.\1"),
@@ -56,7 +56,7 @@ _HEADS: tuple[Rule, ...] = (
 
 _DROPPED = (
     COUNTERS,
-    # in old files: second names of the backbone's tensors, and levels that no weights use
+    # in old files: a second name for each backbone tensor, and levels that are never used
     r"backbone\.layer(?!s\.).*",
     r"fpn\.downsample_layers\.(?![01]\.).*",
 )

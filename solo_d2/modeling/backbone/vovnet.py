@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -170,67 +171,33 @@ class VoVNet(Backbone):
         names = ["stem", *_STAGES]
         if not out_features or not set(out_features) <= set(names):
             raise ValueError(f"out_features must be some of {names}, not {[*out_features]}")
-        if norm not in _NORMS:
-            raise ValueError(f"norm must be one of {[*_NORMS]}, not {norm!r}")
+        _check_norm(norm, body)
         if len(deform_on_per_stage) != len(_STAGES):
             raise ValueError(
                 f"deform_on_per_stage must have {len(_STAGES)} values, for stage2 to stage5, "
                 f"not {len(deform_on_per_stage)}"
             )
         check_freeze_at(freeze_at)
-        odd = [width for width in (*body.stem, *body.inner, *body.out) if width % 32]
-        if norm == "GN" and odd:
-            raise ValueError(f"norm 'GN' has 32 groups, but this body has {odd[0]} channels")
+        self._out_features = [name for name in names if name in out_features]
+        self.stage_names = names[1 : 1 + names.index(self._out_features[-1])]
 
-        def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Module:
-            if body.depthwise:
-                return DepthwiseSeparableConv(in_channels, out_channels, stride=stride, norm=norm)
-            return _conv(in_channels, out_channels, stride=stride, norm=norm)
-
-        def deform3x3(in_channels: int, out_channels: int) -> nn.Module:
-            return DeformConv2d(
-                in_channels,
-                out_channels,
-                modulated=deform_modulated,
-                kernel_size=3,
-                padding=1,
-                bias=False,
-                norm=get_norm(norm, out_channels),
-                activation=F.relu_,
-            )
-
-        first, second, third = body.stem
+        conv3x3 = partial(DepthwiseSeparableConv if body.depthwise else _conv, norm=norm)
+        deform3x3 = partial(_deform3x3, norm=norm, modulated=deform_modulated)
+        first, second, channels = body.stem
         self.stem = nn.Sequential(
             OrderedDict(
                 conv1=_conv(in_channels, first, stride=2, norm=norm),
                 conv2=conv3x3(first, second),
-                conv3=conv3x3(second, third, stride=2),
+                conv3=conv3x3(second, channels, stride=2),
             )
         )
-        self._out_features = [name for name in names if name in out_features]
-        self._out_feature_channels = {"stem": third}
+        self._out_feature_channels = {"stem": channels}
         self._out_feature_strides = {"stem": 4}
-        self.stage_names = names[1 : 1 + names.index(self._out_features[-1])]
-        channels = third
         for i, name in enumerate(self.stage_names):
             deformable = deform_on_per_stage[i] and not body.depthwise
-            stage = nn.Sequential()
-            for k in range(body.modules[i]):
-                module = OSAModule(
-                    channels,
-                    body.inner[i],
-                    body.out[i],
-                    num_layers=body.layers,
-                    conv3x3=deform3x3 if deformable else conv3x3,
-                    norm=norm,
-                    reduce=body.depthwise and channels != body.inner[i],
-                    # a stage's first module changes the width
-                    identity=k > 0,
-                )
-                stage.add_module(f"osa{k + 1}", module)
-                channels = body.out[i]
-            self.add_module(name, stage)
-            self._out_feature_channels[name] = channels
+            conv = deform3x3 if deformable else conv3x3
+            self.add_module(name, _stage(channels, body, i, conv3x3=conv, norm=norm))
+            self._out_feature_channels[name] = channels = body.out[i]
             self._out_feature_strides[name] = 4 * 2**i
         for module in self.modules():
             if isinstance(module, Conv2d):  # those of the offsets are not, and stay zero
@@ -253,6 +220,55 @@ class VoVNet(Backbone):
             x = getattr(self, name)(x)
             outputs[name] = x
         return {name: outputs[name] for name in self._out_features}
+
+
+def _check_norm(norm: str, body: VoVNetBody) -> None:
+    if norm not in _NORMS:
+        raise ValueError(f"norm must be one of {[*_NORMS]}, not {norm!r}")
+    odd = [width for width in (*body.stem, *body.inner, *body.out) if width % 32]
+    if norm == "GN" and odd:
+        raise ValueError(f"norm 'GN' has 32 groups, but this body has {odd[0]} channels")
+
+
+def _stage(
+    in_channels: int,
+    body: VoVNetBody,
+    index: int,
+    *,
+    conv3x3: Callable[[int, int], nn.Module],
+    norm: str,
+) -> nn.Sequential:
+    """Stage ``index`` of ``body``, 0 for stage2: its modules are called osa1, osa2 and so on."""
+    stage = nn.Sequential()
+    for k in range(body.modules[index]):
+        channels = body.out[index] if k else in_channels
+        module = OSAModule(
+            channels,
+            body.inner[index],
+            body.out[index],
+            num_layers=body.layers,
+            conv3x3=conv3x3,
+            norm=norm,
+            reduce=body.depthwise and channels != body.inner[index],
+            # a stage's first module changes the width
+            identity=k > 0,
+        )
+        stage.add_module(f"osa{k + 1}", module)
+    return stage
+
+
+def _deform3x3(in_channels: int, out_channels: int, *, norm: str, modulated: bool) -> nn.Module:
+    """Deformable convolution without bias, norm, ReLU."""
+    return DeformConv2d(
+        in_channels,
+        out_channels,
+        modulated=modulated,
+        kernel_size=3,
+        padding=1,
+        bias=False,
+        norm=get_norm(norm, out_channels),
+        activation=F.relu_,
+    )
 
 
 def _conv(

@@ -11,12 +11,11 @@ Shape shorthand in this folder:
     S: side of the square of features that is pooled from a box; masks are 2 S wide
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
@@ -28,62 +27,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 
 from ..num_classes import resolve_num_classes
-from .inference import FCOSOutputs, SelectedBoxes, select_boxes
+from .head import FCOSHead, FCOSOutputs
+from .inference import SelectedBoxes, select_boxes
 from .losses import BOX_LOSSES
 from .targets import assign_locations, box_distances, centerness, level_locations
-
-
-class FCOSHead(nn.Module):
-    """Two towers, shared by all levels; the box tower also predicts centerness."""
-
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        num_levels: int,
-        num_classes: int,
-        num_class_convs: int = 4,
-        num_box_convs: int = 4,
-        norm: str = "GN",
-        prior_prob: float = 0.01,
-    ):
-        """
-        Args:
-            in_channels: channels of all features and of the towers.
-            num_levels: number of levels; each has a learned factor on its distances.
-            num_classes: C.
-            num_class_convs, num_box_convs: 3x3 convolutions of each tower, with norm and ReLU.
-            norm: see ``detectron2.layers.get_norm``; "GN" has 32 groups; "" for none.
-            prior_prob: probability of each class before training.
-
-        Raises:
-            ValueError: ``prior_prob`` or a number of convolutions has an unsupported value.
-        """
-        super().__init__()
-        if not 0 < prior_prob < 1:
-            raise ValueError(f"prior_prob must be between 0 and 1, not {prior_prob!r}")
-        if min(num_class_convs, num_box_convs) < 0:
-            raise ValueError(
-                "num_class_convs and num_box_convs must be 0 or more, "
-                f"not {num_class_convs!r} and {num_box_convs!r}"
-            )
-        self.class_tower = _tower(num_class_convs, in_channels, norm)
-        self.box_tower = _tower(num_box_convs, in_channels, norm)
-        self.class_logits = _conv3x3(in_channels, num_classes)
-        self.box_pred = _conv3x3(in_channels, 4)
-        self.centerness = _conv3x3(in_channels, 1)
-        nn.init.constant_(self.class_logits.bias, -math.log((1 - prior_prob) / prior_prob))
-        self.scales = nn.Parameter(torch.ones(num_levels))
-
-    def forward(self, features: list[Tensor]) -> FCOSOutputs:
-        """One feature (N, C, H, W) per level."""
-        class_logits, distances, centerness = [], [], []
-        for feature, scale in zip(features, self.scales):
-            box_feature = self.box_tower(feature)
-            class_logits.append(self.class_logits(self.class_tower(feature)))
-            distances.append(F.relu(self.box_pred(box_feature).float() * scale))
-            centerness.append(self.centerness(box_feature))
-        return FCOSOutputs(class_logits, distances, centerness)
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -139,30 +86,16 @@ class FCOSProposalGenerator(nn.Module):
             raise ValueError(
                 f"box_loss_type must be one of {', '.join(BOX_LOSSES)}, not {box_loss_type!r}"
             )
-        if not len(in_features) == len(strides) == len(borders) + 1:
-            raise ValueError(
-                f"in_features, strides and borders must be for the same levels: "
-                f"{len(in_features)} features, {len(strides)} strides and {len(borders)} borders "
-                "between them"
-            )
-        if list(borders) != sorted(borders):
-            raise ValueError(f"borders must be in ascending order, not {list(borders)}")
-        for name, number, lowest in (
-            ("num_classes", num_classes, 1),
-            ("radius", radius, 0),
-            ("pre_nms_topk", pre_nms_topk, 1),
-            ("max_proposals", max_proposals, 0),
-            ("max_detections", max_detections, 0),
-        ):
-            if number < lowest:
-                raise ValueError(f"{name} must be {lowest} or more, not {number!r}")
-        for name, value in (
-            ("score_threshold_train", score_threshold_train),
-            ("score_threshold_test", score_threshold_test),
-            ("nms_threshold", nms_threshold),
-        ):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} must be from 0 to 1, not {value!r}")
+        _check_levels(in_features, strides, borders)
+        _check_at_least(1, num_classes=num_classes, pre_nms_topk=pre_nms_topk)
+        _check_at_least(
+            0, radius=radius, max_proposals=max_proposals, max_detections=max_detections
+        )
+        _check_fractions(
+            score_threshold_train=score_threshold_train,
+            score_threshold_test=score_threshold_test,
+            nms_threshold=nms_threshold,
+        )
         super().__init__()
         self.head = head
         self.in_features = list(in_features)
@@ -371,41 +304,29 @@ def features_by_name(
     return [shapes[name] for name in names]
 
 
-class _GroupNorm(nn.GroupNorm):
-    """PyTorch's, without its refusal of groups of one value: P7 of a small image is one pixel."""
+def _check_at_least(lowest: float, **options: float) -> None:
+    for name, value in options.items():
+        if not value >= lowest:
+            raise ValueError(f"{name} must be {lowest} or more, not {value!r}")
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+def _check_fractions(**options: float) -> None:
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, not {value!r}")
 
 
-def _tower(num_convs: int, channels: int, norm: str) -> nn.Sequential:
-    return nn.Sequential(
-        *(
-            _conv3x3(
-                channels,
-                channels,
-                norm=_GroupNorm(32, channels) if norm == "GN" else get_norm(norm, channels),
-                activation=nn.ReLU(inplace=True),
-            )
-            for _ in range(num_convs)
+def _check_levels(
+    in_features: Sequence[str], strides: Sequence[int], borders: Sequence[float]
+) -> None:
+    if not len(in_features) == len(strides) == len(borders) + 1:
+        raise ValueError(
+            "in_features, strides and borders must be for the same levels: "
+            f"{len(in_features)} features, {len(strides)} strides and {len(borders)} borders "
+            "between them"
         )
-    )
-
-
-def _conv3x3(
-    in_channels: int,
-    out_channels: int,
-    *,
-    norm: nn.Module | None = None,
-    activation: nn.Module | None = None,
-) -> Conv2d:
-    """With a bias, even where a norm follows, as in the published code."""
-    conv = Conv2d(
-        in_channels, out_channels, kernel_size=3, padding=1, norm=norm, activation=activation
-    )
-    nn.init.normal_(conv.weight, std=0.01)
-    nn.init.zeros_(conv.bias)
-    return conv
+    if list(borders) != sorted(borders):
+        raise ValueError(f"borders must be in ascending order, not {list(borders)}")
 
 
 def _mean_over_processes(sums: Tensor) -> Tensor:

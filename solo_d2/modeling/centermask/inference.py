@@ -8,15 +8,8 @@ import torch
 from detectron2.layers import batched_nms
 from torch import Tensor
 
+from .head import FCOSOutputs
 from .targets import distances_to_boxes
-
-
-class FCOSOutputs(NamedTuple):
-    """Outputs of ``FCOSHead``, per level."""
-
-    class_logits: list[Tensor]  # (N, C, H, W)
-    distances: list[Tensor]  # (N, 4, H, W) to left, top, right, bottom; in strides, not negative
-    centerness: list[Tensor]  # (N, 1, H, W) logits
 
 
 class SelectedBoxes(NamedTuple):

@@ -142,22 +142,22 @@ def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[T
 def _bitmask_areas(masks: BitMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """Area in the boxes and whole area, (R,) float32."""
     used, mask = index.unique(return_inverse=True)
-    # sums[m, y, x]: number of pixels of mask m above y and to the left of x
-    sums = F.pad(masks.tensor[used], (1, 0, 1, 0)).int().cumsum_(dim=2).cumsum_(dim=1)
-    height, width = sums.shape[1] - 1, sums.shape[2] - 1
+    # sums[m, y, x]: pixels of mask m in row y, up to and including column x
+    sums = masks.tensor[used].cumsum(dim=2, dtype=torch.int32)
+    height, width = sums.shape[1:]
 
-    def area_before(x: Tensor, y: Tensor) -> Tensor:
-        """Area above y and to the left of x, with fractions of the pixels on the border."""
-        x, y = x.clamp(0, width), y.clamp(0, height)
-        left, above = x.long().clamp(max=width - 1), y.long().clamp(max=height - 1)
-        dx, dy = x - left, y - above
-        upper = torch.lerp(sums[mask, above, left].float(), sums[mask, above, left + 1].float(), dx)
-        above = above + 1
-        lower = torch.lerp(sums[mask, above, left].float(), sums[mask, above, left + 1].float(), dx)
-        return torch.lerp(upper, lower, dy)
+    def area_left_of(x: Tensor) -> Tensor:
+        """(R,) -> (R, H) area per row, with a fraction of the pixel that x lies in."""
+        x = x.clamp(0, width)
+        column = x.long().clamp(max=width - 1)
+        including = sums[mask, :, column].float()
+        before = sums[mask, :, (column - 1).clamp(min=0)] * (column > 0)[:, None]
+        return torch.lerp(before.float(), including, (x - column)[:, None])
 
     x1, y1 = boxes[:, 0], boxes[:, 1]
     x2 = x1 + (boxes[:, 2] - x1).floor().clamp(min=0)
     y2 = y1 + (boxes[:, 3] - y1).floor().clamp(min=0)
-    inside = area_before(x2, y2) - area_before(x1, y2) - area_before(x2, y1) + area_before(x1, y1)
-    return inside, sums[mask, height, width].float()
+    row = torch.arange(height, device=boxes.device)
+    share = torch.minimum(y2[:, None], row + 1) - torch.maximum(y1[:, None], row)
+    inside = (area_left_of(x2) - area_left_of(x1)) * share.clamp(min=0)
+    return inside.sum(dim=1), sums[mask, :, -1].sum(dim=1).float()

@@ -13,7 +13,8 @@ from torch.profiler import record_function
 
 from solo_d2.layers.distributed import normalizer
 
-from ..num_classes import resolve_num_classes
+from ..num_classes import resolve_num_classes, write_num_classes
+from ..prepare import prepare
 from .fcos import features_by_name
 from .mask_iou import MaskIoUHead, crop_masks, mask_iou_targets, visible_share
 from .pooler import AdaptiveROIPooler
@@ -78,12 +79,11 @@ class CenterMaskROIHeads(ROIHeads):
         self.mask_head = mask_head
         self.mask_iou_head = mask_iou_head
         self.mask_iou_loss_weight = mask_iou_loss_weight
+        prepare(self)
 
     @classmethod
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> dict:
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes = _num_classes(cfg)
+        num_classes = _num_classes(cfg)
         names = cfg.MODEL.ROI_HEADS.IN_FEATURES
         options = {**super().from_config(cfg), "mask_in_features": names}
         if not cfg.MODEL.MASK_ON:
@@ -260,14 +260,16 @@ def _masks_of(
 
 
 def _num_classes(cfg) -> int:
-    """That of FCOS.
+    """That of FCOS, which takes the place of -1 in MODEL.ROI_HEADS.NUM_CLASSES.
 
     Raises:
         ValueError: MODEL.ROI_HEADS.NUM_CLASSES is another number.
     """
     num_classes = resolve_num_classes(cfg, "MODEL.FCOS.NUM_CLASSES")
+    if cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1:
+        write_num_classes(cfg, num_classes)
     configured = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if configured not in (-1, num_classes):
+    if configured != num_classes:
         raise ValueError(
             f"MODEL.ROI_HEADS.NUM_CLASSES is {configured}, but FCOS has {num_classes} classes; "
             "set it to -1 to take that number over"

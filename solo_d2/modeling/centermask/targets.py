@@ -1,4 +1,4 @@
-"""Which location of which level learns which object (FCOS, arXiv 1904.01355, sections 3.1, 3.2)."""
+"""Assignment of locations to objects (FCOS, arXiv 1904.01355, sections 3.1 and 3.2)."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def level_locations(size: tuple[int, int], stride: int, device: torch.device) -> Tensor:
-    """(h * w, 2) x, y in input pixels: the middles of a level's cells, row-major."""
+    """(h * w, 2) x, y in input pixels: the centers of a level's cells, row-major."""
     y, x = (_cell_centers(n, stride, device) for n in size)
     return torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1).flatten(0, 1)
 
@@ -21,23 +21,22 @@ def assign_locations(
     borders: Sequence[float],
     radius: float,
 ) -> Tensor:
-    """The box that each location learns.
+    """The box that each location is assigned to.
 
-    A box claims a location that lies inside it, less than ``radius`` strides from its center along
-    each axis, at a level whose range the distance to the box's furthest side is in. Of several
-    boxes the smallest gets the location, of equal ones the first.
+    A box claims a location if the location lies inside it, less than ``radius`` strides from its
+    center along each axis, and if the distance to the box's furthest side is in the range of the
+    location's level. Of several boxes, the smallest gets the location; of equal ones, the first.
 
     Args:
-        boxes: (N, M, 4) x1, y1, x2, y2 in input pixels of N images. Boxes without area, such as
-            those that fill up an image to M, get none; M = 0 is ordinary.
+        boxes: (N, M, 4) x1, y1, x2, y2 in input pixels. Boxes without area, such as those that pad
+            an image to M, get no location; M = 0 is ordinary.
         sizes: height and width of each level's map.
         strides: of the levels.
-        borders: between the ranges of the levels, in pixels; each belongs to both.
+        borders: between the ranges of the levels, in pixels; a border belongs to both ranges.
         radius: 0 for no limit.
 
     Returns:
-        (N, L) int64 index of a box, or M for none; L counts the locations of all levels, level by
-        level, row-major.
+        (N, L) int64 index of a box, or M for none; level by level, row-major.
     """
     boxes = boxes.float()
     area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
@@ -48,14 +47,15 @@ def assign_locations(
     owners = []
     ranges = zip((-1.0, *borders), (*borders, float("inf")))
     for (height, width), stride, limits in zip(sizes, strides, ranges):
-        # Both tests are about each axis by itself, so only bools are made of every pair.
+        # Both tests treat each axis by itself, so that every pair costs only bools.
         points_y = _cell_centers(height, stride, boxes.device)
         points_x = _cell_centers(width, stride, boxes.device)
         inside_y, far_y = _test_axis(points_y, y1, y2, limits, radius * stride)
         inside_x, far_x = _test_axis(points_x, x1, x2, limits, radius * stride)
         claimed = inside_y[:, :, None] & inside_x[:, None] & (far_y[:, :, None] | far_x[:, None])
-        # one more that claims everything; the first of the largest is the smallest box
-        claimed = F.pad(claimed.view(torch.uint8), (0, 1), value=1)
+        # A last column claims everything. The boxes are sorted by area, so the first maximum is the
+        # smallest box.
+        claimed = F.pad(claimed.to(torch.uint8), (0, 1), value=1)
         owners.append(order.gather(1, claimed.max(dim=-1).indices.flatten(1)))
     return torch.cat(owners, dim=1)
 
@@ -67,7 +67,7 @@ def _cell_centers(count: int, stride: int, device: torch.device) -> Tensor:
 def _test_axis(
     points: Tensor, low: Tensor, high: Tensor, limits: tuple[float, float], radius: float
 ) -> tuple[Tensor, Tensor]:
-    """Which (N, points, M) are inside and not too far from either side, and which far enough."""
+    """(N, points, M): inside and within the upper limit; at or above the lower limit."""
     points, low, high = points[:, None], low[:, None], high[:, None]
     furthest = torch.maximum(points - low, high - points)
     if radius > 0:

@@ -34,8 +34,9 @@ from solo_d2.layers.nms import MATRIX_NMS_KERNELS, point_nms
 from solo_d2.layers.resample import resize
 
 from ..num_classes import resolve_num_classes
+from ..options import check_choice
 from ..segmentor import GroundTruth, InstanceSegmentor
-from .head import CategoryHead, check_choice
+from .head import CategoryHead
 from .inference import NMS_TYPES, ScoredMasks, detect_masks, suppress_masks
 from .targets import CellTargets, assign_cells, last_claims, level_offsets
 

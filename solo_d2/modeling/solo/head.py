@@ -5,18 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from torch import Tensor, nn
 
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.resample import ALIGNMENTS, align_to_grid
 
-
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise ValueError if an argument does not have one of the allowed values."""
-    if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be one of {choices}, not {value!r}")
+from ..options import check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +105,9 @@ class CategoryHead(nn.Module):
         return [self.category_pred(self.category_tower(x)) for x in cells]
 
 
-def head_options(cfg, input_shape: dict[str, ShapeSpec], num_classes: int) -> dict[str, Any]:
+def head_options(
+    cfg: CfgNode, input_shape: dict[str, ShapeSpec], num_classes: int
+) -> dict[str, Any]:
     """Keyword arguments of ``CategoryHead`` from a config and the backbone's output shapes."""
     solo = cfg.MODEL.SOLO
     return {

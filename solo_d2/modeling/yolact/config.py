@@ -18,8 +18,8 @@ def add_yolact_config(cfg: CN) -> None:
     # Channels of the pyramid, the prediction head and the protonet.
     cfg.MODEL.YOLACT.CONV_DIM = 256
     cfg.MODEL.YOLACT.NUM_PROTOTYPES = 32
-    # Norm of their convolutions but the last ones. The published "" suits pretrained backbones and
-    # low learning rates; "GN" lets a model train from scratch at the rates of the others.
+    # Norm of their convolutions except the last ones. The published "" suits pretrained backbones
+    # and low learning rates; "GN" lets a model train from scratch at the rates of the others.
     cfg.MODEL.YOLACT.NORM = ""
     # Factor on the initial weights of the layers that predict boxes, classes, coefficients and
     # semantic labels. The published 1 suits pretrained backbones. When training from scratch, large

@@ -95,7 +95,7 @@ class YOLACTCriterion(nn.Module):
             matches = [self.match(gt, outputs.anchors) for gt in ground_truth]
             labels = torch.stack([found.labels for found in matches])
             positive = labels > BACKGROUND
-            # beside ``force_match``, only these two lines wait for the device
+            # these two lines wait for the device, as do ``force_match`` and ``class_loss``
             counts = positive.sum(dim=1).tolist()
             positives = positive.nonzero()[:, 1].split(counts)
         if has_event_storage():

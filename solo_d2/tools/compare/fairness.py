@@ -9,7 +9,6 @@ from solo_d2.errors import UserError
 
 # What may differ besides MODEL, and why. The rest of a config is data, schedule and evaluation.
 ALLOWED = {
-    "INPUT.SQUARE_SIZE": "some architectures are defined for square inputs",
     "INPUT.KEEP_CROWD": "whether crowd regions reach the model, which ignores what it finds there",
     "INPUT.FORMAT": "the order of the colors that the weights were trained with",
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": "PointRend's key, not looked at for instances",
@@ -37,11 +36,11 @@ TRAINING = (
     *("SOLVER.", "DATALOADER.", "SEED", "DATASETS.TRAIN", "DATASETS.PROPOSAL_FILES_TRAIN"),
     *("DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "DATASETS.CUSTOM.TRAIN_", "INPUT.MIN_SIZE_TRAIN"),
     *("INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.", "INPUT.RANDOM_FLIP", "INPUT.AUGMENTATION"),
-    *("INPUT.SSD.", "INPUT.MASK_FORMAT", "TEST.PRECISE_BN."),
+    *("INPUT.MASK_FORMAT", "TEST.PRECISE_BN."),
 )
 # Set by the comparison itself, or only the layout of the file.
 _IGNORED = {"OUTPUT_DIR", "VERSION"}
-_GROUPS = ("forbidden", "backbone", "listed", "stages", "model", "evaluation only")
+_GROUPS = ("forbidden", "backbone", "listed", "rates", "stages", "model", "evaluation only")
 
 
 class Difference(NamedTuple):
@@ -69,7 +68,7 @@ def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 def find_differences(
-    models: Mapping[str, Sequence[CfgNode]], *, training: bool
+    models: Mapping[str, Sequence[CfgNode]], *, training: bool, rates: bool = False
 ) -> list[Difference]:
     """All differences between configs, the forbidden ones first.
 
@@ -79,6 +78,7 @@ def find_differences(
     Args:
         models: by name the configs of its stages, before data sets are registered.
         training: whether they are trained; else what only a training looks at may differ.
+        rates: whether each model is trained with several learning rates; theirs may differ.
     """
     stages = {name: [_comparable(cfg) for cfg in cfgs] for name, cfgs in models.items()}
     first = {name: _total(flats) for name, flats in stages.items()}
@@ -92,6 +92,8 @@ def find_differences(
         }
         if any(value != values[next(iter(values))] for value in values.values()):
             group, reason = _judge(key, list(first.values()), training=training)
+            if rates and key == "SOLVER.BASE_LR":
+                group, reason = "rates", "each model is trained with each of --lrs"
         elif within and key != "MODEL.WEIGHTS":
             group, reason = "stages", "the model is trained in stages"
         else:
@@ -128,6 +130,18 @@ def describe(difference: Difference) -> str:
     return f"{difference.key} is {values}"
 
 
+def architecture(cfg: CfgNode) -> str:
+    """The name that its users know: an R-CNN is called after its heads."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name != "GeneralizedRCNN":
+        return name
+    if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "FCOSProposalGenerator":
+        return "CenterMask" if cfg.MODEL.MASK_ON else "FCOS"
+    if "POINT_HEAD" in cfg.MODEL:
+        return "PointRend"
+    return "Mask R-CNN" if cfg.MODEL.MASK_ON else "Faster R-CNN"
+
+
 def images_seen(cfgs: Sequence[CfgNode]) -> int:
     """By all stages of a training."""
     return sum(cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH for cfg in cfgs)
@@ -156,8 +170,6 @@ def _judge(key: str, models: Sequence[dict[str, Any]], *, training: bool) -> tup
         return "model", "the model is what is compared"
     if key in ALLOWED:
         return "listed", ALLOWED[key]
-    if key.startswith("INPUT.SSD.") and all(x["INPUT.AUGMENTATION"] != "ssd" for x in models):
-        return "listed", "INPUT.AUGMENTATION uses it nowhere"
     if not training and key.startswith(TRAINING):
         return "evaluation only", "nothing is trained here"
     return "forbidden", "data, schedule and evaluation must be the same for all"

@@ -1,23 +1,18 @@
 """The models of a comparison, their trainings and evaluations, each in a folder of its own."""
 
 import argparse
-import gc
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup, launch
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
 from solo_d2.checkpoint import build_checkpointer
 from solo_d2.config import load_config
@@ -28,7 +23,7 @@ from solo_d2.evaluation.coco import RESULTS_FILE, write_results
 from solo_d2.files import atomic_write
 
 from .fairness import flatten
-from .stages import chain_stages, is_finished, leave_log_files
+from .process import in_process
 
 _RECORD = "run.json"
 # These may change between a training and its resume.
@@ -45,22 +40,22 @@ class Model:
     name: str
     files: tuple[str, ...]  # configs, one for each stage of the training
     cfgs: tuple[CfgNode, ...]  # of them, as the user gave them
-    weights: str | None  # to evaluate; None: those that the training gives
+    weights: str | None = None  # to evaluate; None: those that the training gives
 
     @property
     def folder_name(self) -> str:
         return re.sub(r"[^\w.+-]+", "_", self.name)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """A training with one seed and its evaluation, or the evaluation of given weights."""
+    """A training with one seed and rate and its evaluation, or the evaluation of given weights."""
 
     model: Model
     seed: int | None  # None: nothing is trained
+    rate: float | None  # None: each config's own SOLVER.BASE_LR
     folder: Path
     cfgs: tuple[CfgNode, ...]  # of the stages, with OUTPUT_DIR, SEED and weights
-    _is_finished: bool = False  # seen before: finding out means to read checkpoints
 
     @property
     def cfg(self) -> CfgNode:
@@ -68,22 +63,32 @@ class Run:
         return self.cfgs[-1]
 
     @property
-    def results_folder(self) -> Path:
-        return Path(self.cfg.OUTPUT_DIR)
+    def title(self) -> str:
+        if self.seed is None:
+            return "evaluation"
+        rate = "" if self.rate is None else f"rate {self.rate:g}, "
+        return f"{rate}seed {self.seed}"
 
     @property
     def detections_file(self) -> Path:
-        return self.results_folder / "inference" / RESULTS_FILE
+        return Path(self.cfg.OUTPUT_DIR) / "inference" / RESULTS_FILE
 
     @property
     def results_file(self) -> Path:
         """What an evaluation writes last."""
-        return self.results_folder / "results.json"
+        return _results_file(self.cfg)
 
     @property
     def weights(self) -> str:
         """Of the model that is evaluated."""
-        return self.model.weights or str(self.results_folder / "model_final.pth")
+        return self.model.weights or str(Path(self.cfg.OUTPUT_DIR) / "model_final.pth")
+
+    @property
+    def training_folders(self) -> list[Path]:
+        """Where the logs of the training are, one folder for each stage."""
+        if self.model.weights:
+            return [Path(self.model.weights).parent]
+        return [Path(cfg.OUTPUT_DIR) for cfg in self.cfgs]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -100,11 +105,8 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
-        if not self._is_finished and (self.folder / _RECORD).exists():
-            evaluated = self.detections_file.exists() and self.results_file.exists()
-            trained = self.seed is None or all(map(is_finished, self.cfgs))
-            self._is_finished = evaluated and trained
-        return self._is_finished
+        done = self.detections_file.exists() and all(_results_file(x).exists() for x in self.cfgs)
+        return done and (self.folder / _RECORD).exists()
 
     def check_unchanged(self) -> None:
         """
@@ -124,8 +126,11 @@ class Run:
                 "--output, or remove that folder"
             )
 
-    def execute(self, num_gpus: int = 1) -> None:
+    def execute(self, progress: Callable[[CfgNode], None], num_gpus: int = 1) -> None:
         """Do what is left: train from the last checkpoint on, evaluate.
+
+        Args:
+            progress: called now and then with the config that is at work.
 
         Raises:
             UserError: config, weights or data are wrong.
@@ -134,19 +139,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.folder / _RECORD) as file:
             file.write(json.dumps(self.record, indent=1).encode())
-        # What trained here is freed before the next: memory is measured and may be short.
-        try:
-            if self.seed is None:
-                _evaluate(self.cfg.clone())
-            for cfg in self.cfgs if self.seed is not None else ():
-                if not is_finished(cfg):
-                    launch(_train, num_gpus, dist_url="auto", args=(cfg.clone(),))
-                leave_log_files()
-        finally:
-            leave_log_files()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        work = _evaluate if self.seed is None else _train
+        for cfg in self.cfgs:
+            if not _results_file(cfg).exists():
+                log = Path(cfg.OUTPUT_DIR) / "printed.txt"
+                in_process(work, cfg, num_gpus, log=log, progress=lambda cfg=cfg: progress(cfg))
 
 
 def read_models(
@@ -186,9 +183,8 @@ def read_models(
             raise UserError(f"no weights {given}")
         models.append(Model(name or _default_name(parts), parts, cfgs, given))
     for i, model in enumerate(models):
-        for other in models[:i]:
-            if model.folder_name.lower() == other.folder_name.lower():
-                raise UserError(f"two models are called {model.name!r}; write NAME=FILE")
+        if any(model.folder_name.lower() == x.folder_name.lower() for x in models[:i]):
+            raise UserError(f"two models are called {model.name!r}; write NAME=FILE")
         if len(model.cfgs[-1].DATASETS.TEST) != 1 and not model.cfgs[-1].DATASETS.CUSTOM.VAL_JSON:
             raise UserError(f"{model.name}: DATASETS.TEST must name one data set")
     return models
@@ -196,10 +192,6 @@ def read_models(
 
 def set_iterations(cfgs: Sequence[CfgNode], iterations: int) -> None:
     """Make a training longer or shorter, in place, its stages and STEPS in proportion.
-
-    Args:
-        cfgs: of its stages.
-        iterations: of all stages together.
 
     Raises:
         UserError: there are fewer iterations than stages.
@@ -218,49 +210,42 @@ def set_iterations(cfgs: Sequence[CfgNode], iterations: int) -> None:
         left -= length
 
 
-def make_run(model: Model, output: Path, seed: int | None) -> Run:
-    """
+def make_runs(
+    model: Model, output: Path, seeds: Sequence[int], rates: Sequence[float] = ()
+) -> list[Run]:
+    """All trainings of a model, or the one evaluation of its weights.
+
     Args:
-        model: if it has weights, ``seed`` has no meaning.
         output: folder of the comparison.
-        seed: of the training; None for an evaluation.
+        seeds: each is trained with each of the rates, or with the configs' own if there are none.
     """
+    root = output / model.folder_name
     if model.weights:
-        seed = None
-    name = "evaluation" if seed is None else f"seed{seed}"
-    folder = output / model.folder_name / name
+        cfg = model.cfgs[-1].clone()
+        cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(root / "evaluation"), model.weights
+        return [Run(model, None, None, root / "evaluation", (cfg,))]
+    return [_training(model, root, seed, rate) for rate in rates or (None,) for seed in seeds]
+
+
+def _training(model: Model, root: Path, seed: int, rate: float | None) -> Run:
+    folder = root / ("" if rate is None else f"rate{rate:g}") / f"seed{seed}"
     cfgs = [cfg.clone() for cfg in model.cfgs]
-    for cfg in cfgs:
-        cfg.OUTPUT_DIR = str(folder)
-        if seed is not None:
-            cfg.SEED = seed
-    chain_stages(cfgs, [f"stage{i + 1}" for i in range(len(cfgs))])
-    if model.weights:
-        cfgs[-1].MODEL.WEIGHTS = model.weights
-    return Run(model, seed, folder, tuple(cfgs))
+    for i, cfg in enumerate(cfgs):
+        cfg.SEED = seed
+        cfg.OUTPUT_DIR = str(folder / f"stage{i + 1}" if len(cfgs) > 1 else folder)
+        if i:
+            cfg.MODEL.WEIGHTS = str(Path(cfgs[i - 1].OUTPUT_DIR) / "model_final.pth")
+        if rate is not None:
+            # later stages keep their rate in proportion to the first's
+            cfg.SOLVER.BASE_LR *= rate / model.cfgs[0].SOLVER.BASE_LR
+    return Run(model, seed, rate, folder, tuple(cfgs))
 
 
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep a second comparison out of the folder, for as long as this process lives.
-
-    Raises:
-        UserError: there is one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError:
-            raise UserError(f"another comparison is at work in {folder}") from None
-        yield
+def _train(cfg: CfgNode, num_gpus: int) -> None:
+    launch(_train_one, num_gpus, dist_url="auto", args=(cfg.clone(),))
 
 
-def _train(cfg: CfgNode) -> None:
+def _train_one(cfg: CfgNode) -> None:
     """One stage, in each process."""
     try:
         _set_up(cfg)
@@ -271,11 +256,11 @@ def _train(cfg: CfgNode) -> None:
     trainer.train()
 
 
-def _evaluate(cfg: CfgNode) -> None:
+def _evaluate(cfg: CfgNode, _: int) -> None:
     try:
         _set_up(cfg)
         model = Trainer.build_model(cfg)
-        build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+        build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(one_line(error)) from error
     write_results(Trainer.test(cfg, model), cfg.OUTPUT_DIR)
@@ -284,9 +269,12 @@ def _evaluate(cfg: CfgNode) -> None:
 def _set_up(cfg: CfgNode) -> None:
     """As train_net.py does."""
     setup_datasets(cfg)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="solo_d2")
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
+
+
+def _results_file(cfg: CfgNode) -> Path:
+    return Path(cfg.OUTPUT_DIR) / "results.json"
 
 
 def _default_name(files: Sequence[str]) -> str:
@@ -313,7 +301,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     same_weights = new["weights"] is not None and old["weights"] == new["weights"]
     for before, after in zip(old["stages"], new["stages"]):
         for key in sorted(before.keys() | after.keys()):
-            was, now = before.get(key, defaults.get(key)), after.get(key)
+            was, now = before.get(key, defaults.get(key)), after.get(key, defaults.get(key))
             if was != now and not (key == "MODEL.WEIGHTS" and same_weights):
                 changes.append(f"{key} was {was!r}, now it is {now!r}")
     if old["weights"] != new["weights"] and not changes:

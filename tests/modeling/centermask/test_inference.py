@@ -8,7 +8,8 @@ from detectron2.layers import batched_nms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solo_d2.modeling.centermask.inference import FCOSOutputs, select_boxes
+from solo_d2.modeling.centermask.head import FCOSOutputs
+from solo_d2.modeling.centermask.inference import select_boxes
 
 
 def outputs(num_classes=2, levels=((4, 6), (2, 3)), images=1, seed=0):

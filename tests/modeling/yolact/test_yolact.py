@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
 from detectron2.utils import comm
 from torch import nn
 
@@ -242,13 +242,12 @@ def test_tiny_and_long_images_pass(size):
     check_output(instances, size)
 
 
-def test_offsets_and_logits_that_are_no_numbers_give_no_detections():
+@pytest.mark.parametrize("name", ["box_pred", "class_logits"])
+def test_weights_that_are_no_numbers_are_named(name):
     model = eager()
-    nn.init.constant_(model.head.box_pred.bias, float("nan"))
-    assert len(run(model)[0]) == 0
-    model = eager()
-    nn.init.constant_(model.head.class_logits.bias, float("nan"))
-    assert len(run(model)[0]) == 0
+    nn.init.constant_(getattr(model.head, name).bias, float("nan"))
+    with pytest.raises(ValueError, match=rf"head\.{name}\.bias has inf or NaN"):
+        run(model)
 
 
 def same(a: Instances, b: Instances) -> None:
@@ -462,6 +461,37 @@ def test_parts_that_do_not_fit_each_other_are_refused(name, part):
     YOLACT(**options)
     with pytest.raises(ValueError, match=f"the parts must have the same {name}, not"):
         YOLACT(**{**options, **part})
+
+
+@pytest.mark.parametrize(
+    "part", ["protonet.predictor", "head.coefficient_pred", "head.class_logits"]
+)
+def test_a_network_of_nan_gives_nan_losses_rather_than_an_error(part):
+    model = tiny_model(**PLUS).train()
+    nn.init.constant_(model.get_submodule(part).bias, float("nan"))
+    losses = model([example(ORDINARY)])
+    assert losses["loss_class" if part == "head.class_logits" else "loss_mask"].isnan()
+
+
+class Dense(nn.Module):
+    """A model's raw outputs for a batch of normalized images."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        sizes = [tuple(images.shape[-2:])] * len(images)
+        features = self.model.backbone(images)
+        return tuple(self.model.predict(features, ImageList(images, sizes)))
+
+
+def test_raw_outputs_can_be_traced():
+    dense = Dense(tiny_model().eval())
+    images = torch.rand(1, 3, *SIZE)
+    traced = torch.jit.trace(dense, images, check_trace=False)
+    for a, b in zip(traced(images * 2), dense(images * 2), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def norms_of(model) -> list[nn.BatchNorm2d]:

@@ -21,6 +21,10 @@ def _stat(*values):
     return {"mean": sum(values) / len(values), "std": spread, "values": list(values)}
 
 
+def _of_class(ap):
+    return {"AP": _stat(ap), "AP50": _stat(ap + 10), "AR100": _stat(ap + 5)}
+
+
 def _times(seconds):
     return {"median": seconds, "q1": 0.9 * seconds, "q3": 1.1 * seconds, "mean": seconds}
 
@@ -46,15 +50,21 @@ def _model(name, architecture, ap, seconds):
         "error": None,
         "seeds": [1, 2],
         "metrics": {t: {k: _stat(ap - 1, ap + 1) for k in METRICS} for t in ("segm", "bbox")},
-        "per_class": {t: {"disc": _stat(ap), "bar": _stat(ap / 2)} for t in ("segm", "bbox")},
+        "per_class": {
+            t: {"disc": _of_class(ap), "bar": _of_class(ap / 2)} for t in ("segm", "bbox")
+        },
+        "best_f1": {t: {"disc": {"f1": 0.8, "score": 0.45}} for t in ("segm", "bbox")},
+        "confusion": [[10, 1, 2], [0, 8, 3], [1, 2, 0]],
+        "errors": None,
+        "rates": [],
         "images_evaluated": 20,
         "parameters": 3_000_000,
         "parameters_trainable": 2_900_000,
         "flops": 1.5e9,
-        "flops_std": 0.0,
-        "flops_images": 5,
-        "flops_unsupported": {"aten::sort": 2},
+        "flops_post": 1e8,
+        "detections": 12.0,
         "flops_error": None,
+        "memory_error": None,
         "input_size": [128, 128],
         "latency": [
             {
@@ -105,15 +115,13 @@ def _gallery(folder: Path):
     for i in range(2):
         path = folder / f"image {i}.png"
         Image.fromarray(np.full((60, 80, 3), 90 + 40 * i, dtype=np.uint8)).save(path)
-        disc = {"class": "disc", "rle": rectangle(60, 80, 10, 10, 40, 40), "crowd": False}
+        disc = {"class": "disc", "rle": rectangle(60, 80, 10, 10, 40, 40), "iscrowd": False}
         found = {"class": "disc", "score": 0.9, "rle": rectangle(60, 80, 10, 12, 40, 40)}
         stray = {"class": "bar", "score": 0.1, "rle": rectangle(60, 80, 60, 40, 70, 55)}
         entries.append(
             {
                 "file_name": str(path),
                 "image_id": i,
-                "height": 60,
-                "width": 80,
                 "disagreement": 0.5 - 0.1 * i,
                 "ground_truth": [disc],
                 "ious": {"alpha": 0.93, "beta": 0.0},
@@ -128,14 +136,14 @@ def example_report(tmp_path):
     """Two finished models, "alpha" and "beta", of two seeds; the images are in ``tmp_path``."""
     models = [
         _model("alpha", "SOLOv2", 41.0, 0.030),
-        _model("beta", "GeneralizedRCNN", 38.0, 0.045),
+        _model("beta", "Mask R-CNN", 38.0, 0.045),
     ]
     report = {
         "created": "2026-01-02T03:04:05+00:00",
         "finished": True,
-        "command": "python -m solo_d2 compare alpha.yaml beta.yaml --train",
+        "command": "solo-d2 compare alpha.yaml beta.yaml --train",
         "environment": {"Python": "3.11", "CPU": "a processor", "device": "cpu"},
-        "settings": {"train": True, "seeds": [1, 2], "score_threshold": 0.3},
+        "settings": {"train": True, "seeds": [1, 2], "rates": [], "score_threshold": 0.3},
         "data": {
             "train": ["toys_train"],
             "test": ["toys_val"],

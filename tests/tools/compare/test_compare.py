@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from solo_d2.config import load_config
-from solo_d2.tools.compare import cli
+from solo_d2.tools.compare import cli, measure
 
 SMALL = ["--batch", "2", "--images-for-timing", "2", "--steps-for-timing", "1", "--gallery", "2"]
 
@@ -81,7 +81,7 @@ def test_a_killed_comparison_has_reported_what_was_done(killed):
     status = {name: row["status"] for name, row in rows.items()}
     assert status == {"solov2": "evaluated", "Mask R-CNN": "training", "stages": "waiting"}
     assert rows["solov2"]["metrics"]["segm"]["AP"]["mean"] is not None
-    assert rows["solov2"]["parameters"] > 0 and rows["solov2"]["memory"]["training"] > 0
+    assert len(rows["solov2"]["training_curves"]) == 1
     assert rows["Mask R-CNN"]["metrics"] == {}
     assert len(report["gallery"]) == 2
 
@@ -113,7 +113,9 @@ def test_the_report_is_complete(command, finished):
             assert len(ap["values"]) == 2 and ap["std"] is not None
             assert row["per_class"][task].keys() == set(report["data"]["classes"])
             assert len(row["pr_curves"][task]["recall"]) == 101
-        assert row["flops"] > 0 and row["flops_error"] is None and row["input_size"] == [64, 64]
+        assert row["flops"] > 0 and row["flops_error"] is None
+        assert row["detections"] is not None and row["input_size"] == [64, 64]
+        assert row["latency"][0]["parts"].keys() == set(measure.PARTS)
         assert [x["batch"] for x in row["latency"]] == [1, 2]
         training = row["training"]
         assert (training["iterations"], training["images_seen"]) == (6, 12)
@@ -147,7 +149,7 @@ def test_the_report_is_complete(command, finished):
 def test_a_finished_comparison_is_only_written_again(command, finished, monkeypatch):
     arguments, output = command
     before = stamps(output)
-    monkeypatch.setattr(cli.measure, "load_model", None)  # nothing is measured again either
+    monkeypatch.setattr(cli, "in_process", None)  # nothing is measured again either
     assert cli.main(arguments) == 0
     assert stamps(output) == before
     report, rows = read_report(output)
@@ -203,13 +205,13 @@ def test_given_weights_are_evaluated_and_a_model_that_fails_stops_no_other(
 def test_a_model_that_cannot_be_timed_is_left_out():
     def time(models):
         if "b" in models:
-            raise cli.measure.ModelError("b", RuntimeError("no memory"))
+            raise measure.ModelError("b", RuntimeError("no memory"))
         return dict.fromkeys(models, 1)
 
     errors = []
-    assert cli._without_failing({"a": 0, "b": 0}, time, "latency", errors) == {"a": 1}
+    assert measure.without_failing({"a": 0, "b": 0}, time, "latency", errors) == {"a": 1}
     assert errors == ["b: no latency: no memory"]
-    assert cli._without_failing({"b": 0}, time, "latency", errors) == {}
+    assert measure.without_failing({"b": 0}, time, "latency", errors) == {}
 
 
 def test_without_weights_or_training_nothing_starts(tiny_configs, tmp_path, capsys):

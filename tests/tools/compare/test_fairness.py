@@ -27,10 +27,8 @@ def test_equal_configs_do_not_differ_whatever_their_folders():
         ("MODEL.WEIGHTS", "other.pth", "backbone"),
         ("MODEL.RESNETS.DEPTH", 18, "backbone"),
         ("MODEL.VOVNET.OUT_FEATURES", ["stage5"], "model"),  # no model has a VoVNet
-        ("INPUT.SQUARE_SIZE", 550, "listed"),
         ("INPUT.KEEP_CROWD", True, "listed"),
         ("DATALOADER.NUM_WORKERS", 7, "listed"),
-        ("INPUT.SSD.CROP", False, "listed"),  # no model is trained with it
         ("MODEL.DEVICE", "cpu", "forbidden"),
         ("INPUT.AUGMENTATION", "ssd", "forbidden"),
         ("INPUT.MIN_SIZE_TEST", 640, "forbidden"),
@@ -67,10 +65,10 @@ def test_what_only_a_training_looks_at_may_differ_where_nothing_is_trained():
     }
 
 
-def test_a_learning_rate_counts_as_it_is_scaled_to_the_batch():
-    scaled = config("SOLVER.LR_REFERENCE_BATCH", 16, "SOLVER.BASE_LR", 0.04)
-    assert not differences(scaled, config("SOLVER.BASE_LR", 0.01))
-    assert scaled.SOLVER.BASE_LR == 0.04
+def test_learning_rates_may_differ_where_several_are_tried():
+    models = {"a": [config("SOLVER.BASE_LR", 0.1)], "b": [config("SOLVER.BASE_LR", 0.2)]}
+    (found,) = find_differences(models, training=True, rates=True)
+    assert found.key == "SOLVER.BASE_LR" and found.allowed
 
 
 def test_stages_count_together_and_may_differ_from_each_other():

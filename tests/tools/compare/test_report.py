@@ -1,24 +1,42 @@
-"""The report as a whole: its files, its Markdown, and comparisons that are half done."""
+"""The report as a whole: its files, its tables, its page, and comparisons that are half done."""
 
 import json
 import re
+from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
-from solo_d2.tools.compare.report import markdown, write_report
-from solo_d2.tools.compare.summary import caveats, number, summary_columns
+from solo_d2.tools.compare.report import caveats, number, summary_columns, write_report
 
-NASTY = '<b>&"|`*_x_* \x00\ud800 $a$ 中文'
-
-
-def parts_of(model):
-    return [k for k in model if k not in ("name", "config", "architecture", "status")]
+NASTY = '<script>alert(1)</script>&"|`*_x_* $a$ ``` 中文'
 
 
-def empty(value):
-    """As report.json has what is not measured yet."""
-    return [] if isinstance(value, list) else {} if isinstance(value, dict) else None
+class Page(HTMLParser):
+    """What a page loads, and its text outside of scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources, self.text, self._skip = [], [], "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self._skip = tag in ("script", "style")
+        self.sources += [v for k, v in attributes if k in ("src", "href") and v]
+
+    def handle_endtag(self, tag):
+        self._skip = False
+
+    def handle_data(self, data):
+        self.text += "" if self._skip else data
+
+
+def written(report, folder):
+    """(report.md, report.html)"""
+    write_report(report, folder)
+    names = ("report.md", "report.html")
+    return [(folder / name).read_text(encoding="utf-8") for name in names]
 
 
 def table(text, heading="## Results"):
@@ -35,93 +53,99 @@ def table(text, heading="## Results"):
 def test_writes_the_page_the_text_and_every_figure_that_the_text_shows(example_report, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    write_report(example_report, folder)
-    text = (folder / "report.md").read_text(encoding="utf-8")
+    text, page = written(example_report, folder)
     shown = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert {"figures/mask_ap_latency_batch_1.png", "figures/gallery_1.jpg"} <= set(shown)
+    assert {"figures/accuracy.png", "figures/time.png", "figures/losses.png"} <= set(shown)
+    assert "figures/gallery_1_alpha.webp" in shown
     assert {str(p.relative_to(folder)) for p in folder.glob("figures/*")} == set(shown)
     for path in shown:
         with Image.open(folder / path) as picture:
             low, high = picture.convert("L").getextrema()
-            assert high - low > 100, f"{path} is blank"
-    assert (folder / "report.html").read_text(encoding="utf-8").endswith("</html>\n")
+            assert high - low > 100 or path.endswith("webp"), f"{path} is blank"
+    assert page.rstrip().endswith("</html>")
+    lines = (folder / "per_class.csv").read_text().splitlines()
+    assert lines[:2] == ["model,task,class,AP,AP50,AR100", "alpha,mask,disc,41.000,51.000,46.000"]
     assert not list(folder.rglob("*.partial"))
 
 
-def test_table_has_mean_and_spread_and_marks_the_best(example_report):
-    header, alpha, beta = table(markdown(example_report))
+def test_the_page_loads_nothing_and_stays_small(example_report, tmp_path):
+    _, text = written(example_report, tmp_path)
+    page = Page(text)
+    assert page.sources and all(x.startswith("data:image/") for x in page.sources)
+    assert "default-src 'none'" in text
+    assert len(text) < 2_000_000
+
+
+def test_the_page_says_who_won_and_by_how_much(example_report, tmp_path):
+    sentence = "alpha has the highest mask AP, 41.0: 3.0 more than beta."
+    text, page = written(example_report, tmp_path)
+    assert sentence in text and sentence in page
+    example_report["models"][1]["metrics"] = example_report["models"][0]["metrics"]
+    text, _ = written(example_report, tmp_path)
+    assert "have the same mask AP, 41.0" in text
+
+
+def test_table_has_mean_and_spread_and_marks_the_best(example_report, tmp_path):
+    header, alpha, beta = table(written(example_report, tmp_path)[0])
     row = dict(zip(header, alpha))
     assert row["mask AP"] == "**41.0** ± 1.4"
-    assert row["time per image, ms batch 1"] == "**30.0**"
+    assert row["ms, batch 1"] == "**30.0**"
     assert row["GFLOPs"] == "1.50", "equal for all: nothing is best"
-    assert row["memory, MB inference"] == "120", "above the baseline"
-    assert row["training total, min"] == number(400 * 0.25 / 60)
+    assert row["inference, MB"] == "120", "above the baseline"
+    assert row["training, min"] == number(400 * 0.25 / 60)
     assert dict(zip(header, beta))["mask AP"] == "38.0 ± 1.4"
 
 
-def test_columns_without_any_value_are_left_out_and_single_ones_are_dashes(example_report):
+def test_columns_without_any_value_are_left_out_and_single_ones_are_dashes(
+    example_report, tmp_path
+):
     example_report["models"][1]["latency"] = []
     for model in example_report["models"]:
         model["memory"] = None
-    header, alpha, beta = table(markdown(example_report))
-    assert not [h for h in header if "memory" in h]
-    assert dict(zip(header, beta))["time per image, ms batch 8"] == "-"
+    header, alpha, beta = table(written(example_report, tmp_path)[0])
+    assert not [h for h in header if "MB" in h]
+    assert dict(zip(header, beta))["ms, batch 8"] == "-"
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("gallery", [True, False])
-def test_only_part_of_the_models_is_done(example_report, tmp_path, count, gallery):
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_is_not_measured_yet_is_left_out(example_report, tmp_path, count):
     for model in example_report["models"][count:]:
         model["status"] = "waiting"
-        for key in parts_of(model):
-            model[key] = empty(model[key])
+        for key in set(model) - {"name", "config", "architecture", "status"}:
+            value = model[key]
+            model[key] = [] if isinstance(value, list) else {} if isinstance(value, dict) else None
         for entry in example_report["gallery"]:
             entry["predictions"].pop(model["name"])
-    if not gallery or not count:
-        example_report["gallery"] = []
+    example_report["gallery"] = example_report["gallery"] if count else []
     example_report["finished"] = False
-    write_report(example_report, tmp_path)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    text, page = written(example_report, tmp_path)
     assert f"Not finished: {count} of 2 models" in text
-
-
-def test_any_part_of_a_model_may_be_missing(example_report):
-    model = example_report["models"][0]
-    for key in parts_of(model):
-        value, model[key] = model[key], None
-        markdown(example_report)
-        model[key] = empty(value)
-        markdown(example_report)
-        del model[key]
-        markdown(example_report)
-        model[key] = value
-
-
-@pytest.mark.parametrize("key", ["environment", "settings", "data", "differences", "gallery"])
-def test_any_part_of_the_report_may_be_missing(example_report, tmp_path, key):
-    del example_report[key]
-    write_report(example_report, tmp_path)
+    assert ("Nothing has been measured yet" in page) == (count == 0)
 
 
 def test_a_failed_model_is_named_with_its_error(example_report, tmp_path):
     example_report["models"][1].update(status="failed", error="out of <memory>")
-    write_report(example_report, tmp_path)
-    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    text, page = written(example_report, tmp_path)
     assert "**beta failed:** out of &lt;memory>" in text
     assert "1 failed" in text and "beta (failed)" in text
+    assert "out of &lt;memory&gt;" in page
 
 
-def test_names_cannot_break_the_text(example_report, tmp_path):
-    text = json.dumps(example_report).replace('"alpha"', json.dumps(NASTY))
-    report = json.loads(text.replace('"disc"', json.dumps(NASTY)))
-    write_report(report, tmp_path)
-    written = (tmp_path / "report.md").read_text(encoding="utf-8")
-    rows = table(written)
+def test_no_name_becomes_markup(example_report, tmp_path):
+    text = json.dumps(example_report)
+    for name in ('"alpha"', '"disc"', '"configs/alpha.yaml"', '"MODEL.FPN.OUT_CHANNELS"'):
+        text = text.replace(name, json.dumps(NASTY))
+    text, page = written(json.loads(text), tmp_path)
+    rows = table(text)
     assert len({len(row) for row in rows}) == 1, "a | in the name is no new cell"
-    assert "<b>" not in written and rows[1][0].startswith("&lt;b>&amp;")
+    assert "<script>" not in text and rows[1][0].startswith("&lt;script>")
+    plain = Page(written(example_report, tmp_path)[1])
+    parsed = Page(page)
+    assert parsed.tags == plain.tags, "no tag more than with harmless names"
+    assert NASTY in parsed.text
 
 
-def test_one_run_is_called_one_run(example_report):
+def test_one_run_is_called_one_run(example_report, tmp_path):
     assert not any("One training" in line for line in caveats(example_report))
     for model in example_report["models"]:
         model["seeds"] = [1]
@@ -129,40 +153,40 @@ def test_one_run_is_called_one_run(example_report):
             for stat in metrics.values():
                 stat.update(std=None, values=stat["values"][:1])
     assert any("One training" in line for line in caveats(example_report))
-    assert "±" not in "".join(map("".join, table(markdown(example_report))))
+    assert "±" not in "".join(map("".join, table(written(example_report, tmp_path)[0])))
 
 
-def test_differences_that_are_not_allowed_are_said(example_report):
-    assert "not allowed" not in markdown(example_report)
-    values = {"alpha": 0.1, "beta": 0.2}
-    example_report["differences"].append(
-        {"key": "SOLVER.BASE_LR", "values": values, "group": "forbidden", "reason": ""}
-    )
-    rows = table(markdown(example_report), "## Differences")
-    assert rows[1] == ["SOLVER.BASE_LR", "0.1", "0.2", "**not allowed in a fair comparison**"]
-    assert rows[2][:3] == ["MODEL.FPN.OUT_CHANNELS", "64", "-"]
-    assert any("differ in settings" in line for line in caveats(example_report))
+def test_differences_that_are_not_allowed_are_at_the_top(example_report, tmp_path):
+    unfair = {"key": "SOLVER.MAX_ITER", "values": {"alpha": 1, "beta": 2}, "reason": "because"}
+    example_report["differences"].append({**unfair, "allowed": False, "group": "forbidden"})
+    text, page = written(example_report, tmp_path)
+    assert "Not a fair comparison" in text and "| SOLVER.MAX_ITER | 1 | 2 |" in text
+    assert page.index("Not a fair comparison") < page.index('id="results"')
 
 
-def test_numbers_have_three_significant_digits():
-    values = [None, float("nan"), 0, 0.012345, 1.2345, 12.345, 123.45, 1234.5]
-    assert [number(v) for v in values] == [
-        "-",
-        "-",
-        "0.00",
-        "0.0123",
-        "1.23",
-        "12.3",
-        "123",
-        "1,234",
-    ]
-    assert number(12.345, 1) == "12.3"
+def test_learning_rates_have_a_table(example_report, tmp_path):
+    for model, values in zip(example_report["models"], [(30.0, 41.0), (38.0, None)]):
+        stats = [{"mean": v, "std": None, "values": [v]} for v in values]
+        model["rates"] = [{"rate": r, "AP": s} for r, s in zip((0.001, 0.002), stats)]
+    text, page = written(example_report, tmp_path)
+    header, alpha, beta = table(text, "Mask AP at each learning rate:")
+    assert header == ["model", "0.001", "0.002"]
+    assert (alpha, beta) == (["alpha", "30.0", "41.0"], ["beta", "38.0", "-"])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.00"), (1234.5, "1,234"), (12.345, "12.3"), (0.012345, "0.0123"), (None, "-")],
+)
+def test_numbers_have_three_significant_digits(value, text):
+    assert number(value) == text
+    assert number(float("nan")) == "-"
 
 
 def test_best_is_judged_by_the_digits_shown(example_report):
-    column = next(c for c in summary_columns(example_report) if c.title == "AP")
+    column = summary_columns(example_report)[0]
     models = example_report["models"]
-    for model, ap in zip(models, (40.01, 40.04)):
-        model["metrics"]["segm"]["AP"]["mean"] = ap
-    assert column.best(models) == set()
-    assert column.best([*models, {"metrics": {"segm": {"AP": {"mean": 39.0}}}}]) == {0, 1}
+    models[1]["metrics"]["segm"]["AP"]["mean"] = 41.04
+    assert column.best(models) == set(), "both are shown as 41.0"
+    models[1]["metrics"]["segm"]["AP"]["mean"] = 41.3
+    assert column.best(models) == {1}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from solo_d2.errors import UserError
-from solo_d2.tools.compare.runs import make_run, only_one, read_models
+from solo_d2.tools.compare.runs import make_runs, read_models
 
 
 def test_names_come_from_the_file_or_the_command(tiny_configs):
@@ -70,7 +70,7 @@ def test_iterations_are_for_all_stages_together(tiny_configs):
 
 def test_each_run_has_a_folder_and_each_stage_one_in_it(tiny_configs, tmp_path):
     words = [tiny_configs["solo"], f"two={tiny_configs['stage1']}+{tiny_configs['stage2']}"]
-    solo, two = (make_run(model, tmp_path, 5) for model in read_models(words))
+    solo, two = (make_runs(model, tmp_path, [5])[0] for model in read_models(words))
     assert solo.cfg.OUTPUT_DIR == str(tmp_path / "solo/seed5") and solo.cfg.SEED == 5
     assert [cfg.OUTPUT_DIR for cfg in two.cfgs] == [
         str(tmp_path / "two/seed5/stage1"),
@@ -80,21 +80,29 @@ def test_each_run_has_a_folder_and_each_stage_one_in_it(tiny_configs, tmp_path):
     assert two.weights == str(tmp_path / "two/seed5/stage2/model_final.pth")
 
 
+def test_each_rate_has_a_folder_and_later_stages_keep_their_proportion(tiny_configs, tmp_path):
+    (model,) = read_models([f"two={tiny_configs['stage1']}+{tiny_configs['stage2']}"])
+    runs = make_runs(model, tmp_path, [1, 2], (0.002, 0.004))
+    assert [(x.rate, x.seed) for x in runs] == [(0.002, 1), (0.002, 2), (0.004, 1), (0.004, 2)]
+    assert runs[2].folder == tmp_path / "two/rate0.004/seed1"
+    assert [x.SOLVER.BASE_LR for x in runs[2].cfgs] == pytest.approx([0.004, 0.002])
+
+
 def test_given_weights_are_evaluated_and_the_last_stage_has_them(tiny_configs, tmp_path):
     weights = tmp_path / "w.pth"
     torch.save({"model": {}}, weights)
     words = [f"two={tiny_configs['stage1']}+{tiny_configs['stage2']}", tiny_configs["solo"]]
     two, solo = read_models(words, [str(weights), "-"])
-    run = make_run(two, tmp_path, 1)
+    (run,) = make_runs(two, tmp_path, [1, 2])
     assert run.seed is None and run.folder == tmp_path / "two/evaluation"
     assert len(run.cfgs) == 1 and run.cfg.MODEL.WEIGHTS == run.weights == str(weights)
-    assert make_run(solo, tmp_path, 1).seed == 1
+    assert [x.seed for x in make_runs(solo, tmp_path, [1, 2])] == [1, 2]
 
 
 def prepared(tiny_configs, output, *opts, **options):
     """A run whose folder has the record of an earlier one."""
     (model,) = read_models([tiny_configs["solo"]], opts=opts, **options)
-    run = make_run(model, output, 1)
+    (run,) = make_runs(model, output, [1])
     run.folder.mkdir(parents=True, exist_ok=True)
     record = run.folder / "run.json"
     if not record.exists():
@@ -135,33 +143,20 @@ def test_weights_are_known_by_their_content(tiny_configs, tmp_path):
 
 def test_a_folder_of_something_else_is_not_touched(tiny_configs, tmp_path):
     (model,) = read_models([tiny_configs["solo"]])
-    run = make_run(model, tmp_path, 1)
+    (run,) = make_runs(model, tmp_path, [1])
     run.folder.mkdir(parents=True)
     (run.folder / "model_final.pth").write_bytes(b"precious")
     with pytest.raises(UserError, match="not made by a comparison"):
-        run.execute()
+        run.execute(lambda cfg: None)
     assert [p.name for p in run.folder.iterdir()] == ["model_final.pth"]
 
 
 def test_a_run_without_its_last_evaluation_is_not_finished(tiny_configs, tmp_path):
     run = prepared(tiny_configs, tmp_path)
     assert not run.is_finished()
-    checkpoint = {"model": {"w": torch.zeros(1)}, "iteration": 5}
     folder = Path(run.cfg.OUTPUT_DIR)
-    torch.save(checkpoint, folder / "model_final.pth")
-    (folder / "last_checkpoint").write_text("model_final.pth")
-    assert not run.is_finished()
     (folder / "results.json").write_text("{}")
     assert not run.is_finished()
     (folder / "inference").mkdir()
     run.detections_file.write_text("[]")
     assert run.is_finished()
-
-
-def test_two_comparisons_do_not_share_a_folder(tmp_path):
-    pytest.importorskip("fcntl")
-    with only_one(tmp_path):
-        with pytest.raises(UserError, match="another comparison"), only_one(tmp_path):
-            pass
-    with only_one(tmp_path):
-        pass

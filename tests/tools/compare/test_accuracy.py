@@ -1,11 +1,14 @@
+"""COCO's numbers of a run, its curves, and the images on which models differ."""
+
 import json
+import os
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from solo_d2.tools.compare import curves, results
+from solo_d2.tools.compare import accuracy, measure
 
 
 def write_lines(folder, *lines, rest=""):
@@ -22,19 +25,19 @@ def test_losses_and_validations_are_read_apart(tmp_path):
         {"iteration": 40, "segm/AP": float("nan"), "bbox/AP": 1.0},
         rest='{"iteration": 59, "tot',
     )
-    curve = curves.training_curve(tmp_path)
+    curve = accuracy.training_curve(tmp_path)
     assert curve == {
         "iteration": [19, 39],
         "losses": {"loss_a": [1.0, 0.5], "loss_b": [2.0, None], "total_loss": [3.0, None]},
         "validation": {"iteration": [24, 40], "segm/AP": [10.0, None], "bbox/AP": [12.0, 1.0]},
     }
     json.dumps(curve, allow_nan=False)
-    assert curves.iteration_time([tmp_path, tmp_path / "none"])["median"] == 1.0
+    assert measure.iteration_time(accuracy.read_metrics(tmp_path))["median"] == 1.0
 
 
 def test_no_training_has_no_curve(tmp_path):
-    assert curves.training_curve(tmp_path) is None
-    assert curves.iteration_time([tmp_path]) is None
+    assert accuracy.training_curve(tmp_path) is None
+    assert measure.iteration_time(accuracy.read_metrics(tmp_path)) is None
 
 
 def rle(box, size=(20, 30)):
@@ -71,15 +74,17 @@ def data(tmp_path_factory):
     document = {"images": images, "annotations": annotations}
     document["categories"] = [{"id": c, "name": n} for c, n in zip(ids, ("cat", "dog", "emu"))]
     (folder / "x.json").write_text(json.dumps(document))
-    records = [{"image_id": x["id"], "file_name": str(folder / x["file_name"])} for x in images]
-    DatasetCatalog.register("comparison_test", lambda: records)
+    DatasetCatalog.register(
+        "comparison_test",
+        lambda: [{"image_id": x["id"], "file_name": str(folder / x["file_name"])} for x in images],
+    )
     MetadataCatalog.get("comparison_test").set(
         json_file=str(folder / "x.json"),
         image_root=str(folder),
         thing_classes=["cat", "dog", "emu"],
         thing_dataset_id_to_contiguous_id=ids,
     )
-    yield results.TestSet("comparison_test")
+    yield accuracy.TestSet("comparison_test")
     DatasetCatalog.pop("comparison_test")
     MetadataCatalog.pop("comparison_test")
 
@@ -89,42 +94,43 @@ def detection(image, category, box, score, **more):
     return {**found, "bbox": list(box), "segmentation": rle(box)}
 
 
+PER_CLASS = ("AP", "AP50", "AR100")
 PERFECT = [detection(i, c, box, 0.9) for i, c, box, crowd in OBJECTS if not crowd]
 
 
 def test_perfect_detections_are_worth_100_per_cent(data):
-    found = results.evaluate_detections(data, PERFECT)
+    found = accuracy.evaluate_detections(data, PERFECT)
     for task in ("segm", "bbox"):
         metrics = found["metrics"][task]
-        assert tuple(metrics) == results.METRICS
+        assert tuple(metrics) == accuracy.METRICS
         assert metrics["AP"] == metrics["APs"] == metrics["AR100"] == pytest.approx(100)
         assert metrics["AR1"] == pytest.approx(75)  # one of two cats in an image
         assert metrics["APl"] is None  # there are none
-        assert found["per_class"][task] == {
-            "cat": pytest.approx(100),
-            "dog": pytest.approx(100),
-            "emu": None,
-        }
+        assert found["per_class"][task]["cat"] == pytest.approx(dict.fromkeys(PER_CLASS, 100))
+        assert found["per_class"][task]["emu"] == dict.fromkeys(PER_CLASS)
+        assert found["best_f1"][task]["dog"] == {"f1": pytest.approx(1), "score": 0.9}
         curve = found["pr_curves"][task]
         assert curve["recall"][0] == 0 and curve["recall"][-1] == 1 and len(curve["recall"]) == 101
         assert curve["classes"].keys() == {"cat", "dog"}
         assert curve["all"] == {name: [1.0] * 101 for name in ("50", "75", "mean")}
     assert found["ious"] == {1: [1, 1, 1], 2: [1], 3: []}
+    assert found["confusion"] == [[2, 0, 0, 0], [0, 2, 0, 0], [0] * 4, [0] * 4]
 
 
 def test_no_detections_are_worth_nothing_where_there_are_objects(data):
-    found = results.evaluate_detections(data, [])
+    found = accuracy.evaluate_detections(data, [])
     metrics = found["metrics"]["segm"]
     assert metrics["AP"] == metrics["APs"] == metrics["AR100"] == 0
     assert metrics["APl"] is None
-    assert found["per_class"]["segm"] == {"cat": 0, "dog": 0, "emu": None}
+    assert [x["AP"] for x in found["per_class"]["segm"].values()] == [0, 0, None]
+    assert found["confusion"] == [[0, 0, 0, 2], [0, 0, 0, 2], [0] * 4, [0] * 4]
     assert found["pr_curves"]["segm"]["all"]["50"] == [0.0] * 101
     assert found["ious"] == {1: [0, 0, 0], 2: [0], 3: []}
 
 
 def test_a_curve_falls_where_the_errors_are(data):
     # the first cat is found, then an error, then a part of the second
-    found = results.evaluate_detections(
+    found = accuracy.evaluate_detections(
         data,
         [
             detection(1, 5, (0, 0, 10, 10), 0.9),
@@ -143,7 +149,7 @@ def test_a_curve_falls_where_the_errors_are(data):
 
 def test_masks_are_ranked_by_their_own_score(data):
     wrong, right = (0, 13, 5, 5), (0, 0, 10, 10)
-    found = results.evaluate_detections(
+    found = accuracy.evaluate_detections(
         data,
         [
             detection(2, 9, wrong, 0.9, mask_score=0.2),
@@ -151,15 +157,35 @@ def test_masks_are_ranked_by_their_own_score(data):
             detection(1, 5, right, 0.1, mask_score=0.8),
         ],
     )
-    assert found["per_class"]["segm"]["dog"] > found["per_class"]["bbox"]["dog"] > 0
+    assert found["per_class"]["segm"]["dog"]["AP"] > found["per_class"]["bbox"]["dog"]["AP"] > 0
     assert found["ious"][1][0] == 1  # confident by its mask's score
 
 
+def test_confusion_counts_classes_strays_and_misses_and_leaves_crowds_out(data):
+    found = accuracy.evaluate_detections(
+        data,
+        [
+            detection(1, 9, (0, 0, 10, 10), 0.9),  # a cat called a dog
+            detection(1, 5, (20, 12, 5, 5), 0.8),  # nothing there
+            detection(1, 5, (15, 0, 10, 10), 0.2),  # not confident
+            detection(2, 5, (12, 2, 8, 8), 0.9),  # the crowd, twice
+            detection(2, 5, (12, 2, 8, 8), 0.7),
+        ],
+    )
+    assert found["confusion"] == [[0, 1, 0, 1], [0, 0, 0, 2], [0] * 4, [1, 0, 0, 0]]
+
+
+def test_each_object_is_matched_once_by_the_best_but_a_crowd_again_and_again():
+    overlaps = np.array([[0.9, 0.2], [0.8, 0.6], [0.7, 0.7], [0.3, 0.4]])
+    assert accuracy.match(overlaps, [False, True]) == [0, 1, 1, None]
+    assert accuracy.match(np.zeros((2, 0)), []) == [None, None]
+
+
 def test_disagreement_is_the_span_of_the_models():
-    assert results.disagreement({"a": [1.0, 0.5], "b": [0.6, 0.5]}) == pytest.approx(0.2)
-    assert results.disagreement({"a": [0.5], "b": [0.1], "c": [0.3]}) == pytest.approx(0.4)
-    assert results.disagreement({"a": [0.5]}) is None
-    assert results.disagreement({"a": [], "b": []}) is None
+    assert accuracy.disagreement({"a": [1.0, 0.5], "b": [0.6, 0.5]}) == pytest.approx(0.2)
+    assert accuracy.disagreement({"a": [0.5], "b": [0.1], "c": [0.3]}) == pytest.approx(0.4)
+    assert accuracy.disagreement({"a": [0.5]}) is None
+    assert accuracy.disagreement({"a": [], "b": []}) is None
 
 
 def test_the_gallery_begins_with_the_largest_disagreement(data, tmp_path):
@@ -172,16 +198,15 @@ def test_the_gallery_begins_with_the_largest_disagreement(data, tmp_path):
         files[name].write_text(json.dumps(detections))
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text("{}")
-        accuracy = results.load_accuracy(data, files[name], tmp_path / name / "results.json")
-        ious[name] = accuracy["ious"]
+        found = accuracy.load_accuracy(data, files[name], tmp_path / name / "results.json")
+        ious[name] = found["ious"]
         assert ious[name].keys() == {1, 2, 3}
-    gallery = results.make_gallery(data, ious, files, count=3)
+    gallery = accuracy.choose_gallery(data, ious, files, count=3)
     assert [x["image_id"] for x in gallery] == [2, 1, 3]
     first = gallery[0]
     assert first["disagreement"] == 1 and first["ious"] == {"all": 1.0, "half": 0.0}
-    assert (first["height"], first["width"]) == (20, 30)
     assert first["file_name"].endswith("/2.png")
-    assert [(x["class"], x["crowd"]) for x in first["ground_truth"]] == [
+    assert [(x["class"], x["iscrowd"]) for x in first["ground_truth"]] == [
         ("dog", False),
         ("cat", True),
     ]
@@ -192,11 +217,11 @@ def test_the_gallery_begins_with_the_largest_disagreement(data, tmp_path):
     }
     assert gallery[1]["disagreement"] == 0
     assert gallery[2]["disagreement"] is None and gallery[2]["ious"]["all"] is None
-    assert [x["score"] for x in gallery[2]["predictions"]["half"]] == [0.2]
+    assert gallery[2]["predictions"]["half"] == []  # not confident
     json.dumps(gallery, allow_nan=False)
-    assert [x["image_id"] for x in results.make_gallery(data, ious, files, count=1)] == [2]
-    assert results.make_gallery(data, {}, {}, count=3) == []
-    one = results.make_gallery(data, {"half": ious["half"]}, {"half": files["half"]}, count=1)
+    assert [x["image_id"] for x in accuracy.choose_gallery(data, ious, files, count=1)] == [2]
+    assert accuracy.choose_gallery(data, {}, {}, count=3) == []
+    one = accuracy.choose_gallery(data, {"half": ious["half"]}, {"half": files["half"]}, count=1)
     assert one[0]["image_id"] == 2  # nobody to disagree with: the worst
 
 
@@ -204,20 +229,18 @@ def test_accuracy_is_computed_again_after_a_new_evaluation(data, tmp_path):
     file, done = tmp_path / "detections.json", tmp_path / "results.json"
     file.write_text("[]")
     done.write_text("{}")
-    assert results.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == 0
+    assert accuracy.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == 0
     file.write_text(json.dumps(PERFECT))
-    assert results.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == 0
+    assert accuracy.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == 0
     kept = tmp_path / "accuracy.json"
     stamp = kept.stat().st_mtime_ns + 10**9
-    import os
-
     os.utime(done, ns=(stamp, stamp))
-    assert results.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == pytest.approx(100)
+    assert accuracy.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == pytest.approx(100)
 
 
-def test_runs_are_summarised_with_their_sample_deviation():
-    found = results.summarize([{"AP": 1.0, "APl": None}, {"AP": 3.0, "APl": 2.0}])
+def test_runs_are_summarized_with_their_sample_deviation():
+    found = accuracy.summarize([{"AP": 1.0, "APl": None}, {"AP": 3.0, "APl": 2.0}])
     assert found["AP"] == {"mean": 2.0, "std": pytest.approx(2**0.5), "values": [1.0, 3.0]}
     assert found["APl"] == {"mean": None, "std": None, "values": [None, 2.0]}
-    assert results.summarize([{"AP": 1.0}])["AP"] == {"mean": 1.0, "std": None, "values": [1.0]}
-    assert results.summarize([]) == {}
+    assert accuracy.summarize([{"AP": 1.0}])["AP"] == {"mean": 1.0, "std": None, "values": [1.0]}
+    assert accuracy.summarize([]) == {}

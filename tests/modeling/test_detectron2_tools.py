@@ -1,0 +1,99 @@
+"""Detectron2's own analysis tools (tools/analyze_model.py) on every architecture."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.export import TracingAdapter
+from detectron2.modeling import build_model
+from detectron2.utils.analysis import (
+    FlopCountAnalysis,
+    activation_count_operators,
+    parameter_count,
+    parameter_count_table,
+)
+from fvcore.nn import flop_count_table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from solo_d2.config import load_config
+from solo_d2.modeling.num_classes import write_num_classes
+from solo_d2.modeling.solo.base import SOLOFamily
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "quick"
+FAMILY = ["solo_shapes", "decoupled_solo_shapes", "solov2_shapes"]
+TRACEABLE = [*FAMILY, "yolact_shapes", "centermask_shapes", "fcos_shapes"]
+INPUTS = [{"image": torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(0)) * 255}]
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_about_uncounted_operators():
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def built(name: str) -> nn.Module:
+    """The model of a config; SOLO's kin without training would find nothing and skip the masks."""
+    cfg = load_config(str(CONFIGS / f"{name}.yaml"), opts=["DATASETS.TRAIN", ()])
+    cfg.DATASETS.TEST = ()
+    cfg.MODEL.WEIGHTS = ""
+    write_num_classes(cfg, 3)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    if isinstance(model, SOLOFamily):
+        model.score_threshold, model.update_threshold = 0.005, 0.0
+        for parameter_name, parameter in model.head.named_parameters():
+            if "_pred." in parameter_name:
+                nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def dispatched_convolutions(model: nn.Module) -> int:
+    """Of what ran, counted by torch: a multiplication and its addition are two."""
+    with FlopCounterMode(display=False) as counter:
+        model(INPUTS)
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operator, count in counts.items() if "conv" in str(operator))
+
+
+@pytest.mark.parametrize("name", TRACEABLE)
+def test_detectron2_counts_operations_activations_and_parameters(name):
+    model = built(name)
+    flops = FlopCountAnalysis(model, INPUTS)
+    traced, ran = 2 * flops.by_operator()["conv"], dispatched_convolutions(model)
+    # tracing drops what does not reach the output, as masks where nothing is found
+    assert 0 < traced <= ran
+    if name in FAMILY:
+        unused = 0
+        if model.mask_branch is None:  # p5 is the input of no level here
+            unused = 2 * model.backbone.fpn_output5.weight.numel() * (96 // 32) * (128 // 32)
+        assert traced == ran - unused
+    assert activation_count_operators(model, INPUTS)["conv"] > 0
+    assert parameter_count(model)[""] == sum(x.numel() for x in model.parameters())
+    assert "backbone" in parameter_count_table(model, max_depth=2)
+    assert "backbone" in flop_count_table(flops)
+
+
+def test_adaptis_which_returns_more_than_tensors_is_counted_but_not_traced():
+    model = built("adaptis_shapes_stage2")
+    assert 0 < 2 * FlopCountAnalysis(model, INPUTS).by_operator()["conv"]
+    with pytest.raises(ValueError, match=r"^Model cannot be traced .* outputs .*\.$"):
+        activation_count_operators(model, INPUTS)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@torch.no_grad()
+def test_a_traced_model_gives_the_instances_of_the_eager_one(name):
+    model = built(name)
+    adapter = TracingAdapter(model, INPUTS)
+    traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    (result,) = adapter.outputs_schema(traced(*adapter.flattened_inputs))
+    (expected,) = model(INPUTS)
+    found, instances = result["instances"], expected["instances"]
+    assert len(instances) > 0
+    assert torch.equal(found.pred_masks, instances.pred_masks)
+    assert torch.equal(found.pred_classes, instances.pred_classes)
+    torch.testing.assert_close(found.scores, instances.scores)
