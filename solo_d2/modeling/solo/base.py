@@ -240,6 +240,10 @@ class SOLOFamily(InstanceSegmentor):
             size: height and width to resize to; by default at the level's ``mask_strides``.
         """
 
+    def dense(self, images: Tensor) -> GridOutputs:
+        """Raw outputs for normalized, padded images (N, 3, H, W); what an exported graph runs."""
+        return self.predict(self.backbone(images), (images.shape[-2], images.shape[-1]))
+
     def predict(self, features: dict[str, Tensor], input_size: tuple[int, int]) -> GridOutputs:
         """Raw outputs for the backbone's features of a padded input of the given size."""
         levels = self.resize_levels(features, input_size)

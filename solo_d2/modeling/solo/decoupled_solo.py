@@ -57,19 +57,32 @@ class DecoupledSOLO(SOLOFamily):
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         grid = self.num_grids[level]
+        columns, column_of = (cells % grid).unique(return_inverse=True)  # cells share lines
+        rows, row_of = (cells // grid).unique(return_inverse=True)
+        x, y = self.line_maps(outputs, image, level, columns, rows, size)
+        return x.index_select(0, column_of) * y.index_select(0, row_of)
+
+    def line_maps(
+        self,
+        outputs: DecoupledSOLOOutputs,
+        image: int,
+        level: int,
+        columns: Tensor,
+        rows: Tensor,
+        size: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Soft maps (n, H, W) of columns and of rows of a grid; arguments as ``soft_masks``."""
 
         def maps(feature: Tensor, conv: UpsampledConv2d, lines: Tensor) -> Tensor:
-            """The soft map of each cell's column or row; cells share lines."""
-            unique, line_of = lines.unique(return_inverse=True)
-            logits = conv.select(feature, unique)
+            logits = conv.select(feature, lines)
             # each is resized by itself, as published: the product of two resized maps differs from
             # the resized product
-            soft = resize(logits.sigmoid()[:, None], size or logits.shape[-2:])[:, 0]
-            return soft.index_select(0, line_of)
+            return resize(logits.sigmoid()[:, None], size or logits.shape[-2:])[:, 0]
 
-        x = maps(outputs.x_features[level][image], self.head.x_pred[level], cells % grid)
-        y = maps(outputs.y_features[level][image], self.head.y_pred[level], cells // grid)
-        return x * y
+        return (
+            maps(outputs.x_features[level][image], self.head.x_pred[level], columns),
+            maps(outputs.y_features[level][image], self.head.y_pred[level], rows),
+        )
 
 
 class DecoupledSOLOHead(CategoryHead):

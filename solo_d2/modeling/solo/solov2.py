@@ -80,8 +80,13 @@ class SOLOv2(SOLOFamily):
         cells: Tensor,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        feature = outputs.mask_features[image]
         kernels = outputs.kernels[level][image].flatten(1)[:, cells].T
+        return self.kernel_masks(outputs.mask_features[image], kernels, size)
+
+    def kernel_masks(
+        self, feature: Tensor, kernels: Tensor, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Soft masks (n, H, W) of kernels (n, D) over an image's mask feature (E, h, w)."""
         logits = dynamic_conv(feature, kernels, self.head.kernel_size).float()
         return resize(logits.sigmoid()[None], size or logits.shape[-2:])[0]
 
