@@ -46,7 +46,7 @@ def fast_nms(
     """
     top_k = min(top_k, len(boxes))
     top, index = scores.topk(top_k, dim=1)
-    keep = _not_overlapped(boxes, index, iou_threshold)
+    keep = not_overlapped(boxes, index, iou_threshold)
     if score_threshold > 0:
         keep &= top > score_threshold
     classes, rank = keep.nonzero(as_tuple=True)
@@ -68,7 +68,7 @@ def cross_class_fast_nms(
     """
     best, classes = scores.max(dim=0)
     top, index = best.topk(min(top_k, len(boxes)))
-    keep = _not_overlapped(boxes, index[None], iou_threshold)[0]
+    keep = not_overlapped(boxes, index[None], iou_threshold)[0]
     index = index[keep]
     return _best(Kept(index, classes[index], top[keep]), max_detections)
 
@@ -108,7 +108,7 @@ def traditional_nms(
     return _best(Kept(index_of, class_of, scores[class_of, index_of]), max_detections)
 
 
-def _not_overlapped(boxes: Tensor, index: Tensor, iou_threshold: float) -> Tensor:
+def not_overlapped(boxes: Tensor, index: Tensor, iou_threshold: float) -> Tensor:
     """(G, K) bool: no box of an earlier rank in the same group overlaps this one.
 
     Args:

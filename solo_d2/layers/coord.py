@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .symbolic import larger
+
 
 def append_coordinates(feature: Tensor, axes: str = "xy") -> Tensor:
     """Append channels with coordinates that run from -1 to 1 over the map, both ends exact.
@@ -22,4 +24,4 @@ def append_coordinates(feature: Tensor, axes: str = "xy") -> Tensor:
 def _steps(size: int, like: Tensor) -> Tensor:
     """As linspace(-1, 1, size), which would become a constant in an exported graph."""
     index = torch.arange(size, dtype=torch.float32, device=like.device)
-    return (2 * index / max(size - 1, 1) - 1).to(like.dtype)
+    return (2 * index / larger(size - 1, 1) - 1).to(like.dtype)

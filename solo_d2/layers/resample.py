@@ -1,9 +1,10 @@
 """Feature maps at other sizes."""
 
-import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from torch import Tensor
+
+from .symbolic import same_size
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -13,23 +14,9 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
         x: (N, C, h, w); N may be 0, C may not.
         size: height and width of the result.
     """
-    if has_size(x, size):
+    if same_size(x.shape[-2:], size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def has_size(x: Tensor, size: tuple[int, int]) -> bool:
-    """Whether the last two axes have this size; in an exported graph, whether they always do."""
-    if not is_exporting():
-        return x.shape[-2:] == size
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return all(statically_known_true(a == b) for a, b in zip(x.shape[-2:], size))
-
-
-def is_exporting() -> bool:
-    """Whether torch.export runs this, so that sizes may be symbols; not before torch 2.7."""
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
 def upsample2x(x: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ class Run:
         inputs = [{"image": network_input(golden["image"]), "height": height, "width": width}]
         predict, model.predict = model.predict, self.record
         self.output_size = (height, width)
+        self.images = model.preprocess_image(inputs)
         self.whole_route = model(inputs)[0]["instances"]
         model.predict = predict
         self.levels = model.fpn(self.features)
@@ -144,9 +145,9 @@ class Run:
             self.found[name], self.raw[name] = found, raw
             self.final[name] = model.postprocess(raw, height, width, size)
 
-    def record(self, features, images):
-        self.features, self.images = features, images
-        self.outputs = type(self.model).predict(self.model, features, images)
+    def record(self, features, input_size):
+        self.features = features
+        self.outputs = type(self.model).predict(self.model, features, input_size)
         return self.outputs
 
 
@@ -314,13 +315,13 @@ class Training:
         predict, model.predict = model.predict, self.record
         model.semantic_pred.register_forward_hook(self.record_semantic)
         self.inputs = training_inputs(golden)
+        self.images = model.preprocess_image(self.inputs)
         self.losses = model(self.inputs)
         sum(self.losses.values()).backward()
         model.predict = predict
 
-    def record(self, features, images):
-        self.images = images
-        self.outputs = type(self.model).predict(self.model, features, images)
+    def record(self, features, input_size):
+        self.outputs = type(self.model).predict(self.model, features, input_size)
         return self.outputs
 
     def record_semantic(self, module, inputs, output):

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
+from solo_d2.layers.symbolic import same_size
 
 # The two published sets of heads.
 VARIANTS = ("toy", "cityscapes")
@@ -400,7 +401,7 @@ class FeatureFusion(nn.Module):
 
 def resize_corners(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear with aligned corners, as everywhere in AdaptIS; (N, C, h, w)."""
-    if x.shape[-2:] == size:
+    if same_size(x.shape[-2:], size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 

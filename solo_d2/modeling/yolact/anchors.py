@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from solo_d2.layers.symbolic import larger
+
 # Scales of the encoded center and size (the "variances" of SSD).
 _CENTER_SCALE, _SIZE_SCALE = 0.1, 0.2
 # Largest decoded logarithm of a box's side over its anchor's: keeps boxes finite after divergence.
@@ -89,7 +91,7 @@ def make_anchors(
     device: torch.device | str,
 ) -> Tensor:
     """What ``AnchorGenerator`` returns, computed on the CPU."""
-    unit = max(input_size)
+    unit = larger(*input_size)
     # float64: rounded once, at the end, as in the published code
     exact = {"dtype": torch.float64, "device": "cpu"}
     levels = []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.resample import resize, upsample2x
+from solo_d2.layers.symbolic import larger
 
 
 class YOLACTOutputs(NamedTuple):
@@ -224,7 +225,8 @@ class MaskRater(nn.Module):
         """Soft masks (M, h, w), cropped but not thresholded -> (M, C), not negative."""
         h, w = masks.shape[-2:]
         # small inputs are padded at the right and bottom with zeros, as if cropped there
-        padding = (0, max(0, self.MIN_SIZE - w), 0, max(0, self.MIN_SIZE - h))
+        right, bottom = (larger(0, self.MIN_SIZE - length) for length in (w, h))
+        padding = (0, right, 0, bottom)
         x = F.pad(masks[:, None], padding)
         for i in range(len(self.WIDTHS)):
             x = getattr(self, f"conv{i}")(x)

@@ -113,13 +113,21 @@ class YOLACTDetector:
         with record_function("solo_d2.nms"):
             candidates = self.candidates(offsets, logits, outputs.anchors)
             found = self.suppress_boxes(candidates, unit=max(padded_size))
+        boxes = found.boxes * max(padded_size)
+        result = Instances(image_size, pred_boxes=Boxes(boxes))
+        result.scores, result.pred_classes = found.scores, found.classes
         prototypes = outputs.prototypes[image]
         coefficients = outputs.coefficients[image][found.anchors]
-        with record_function("solo_d2.masks"), torch.autocast(offsets.device.type, enabled=False):
-            result = Instances(image_size)
-            result.pred_boxes = Boxes(found.boxes * max(padded_size))
-            result.scores, result.pred_classes = found.scores, found.classes
-            return self.add_masks(result, prototypes, coefficients, padded_size, mask_rater)
+        with record_function("solo_d2.masks"):
+            result.pred_masks, ious = self.soft_masks(
+                boxes, found.classes, prototypes, coefficients, padded_size, mask_rater
+            )
+        if ious is not None:
+            result.mask_scores = result.scores * ious
+            if self.rescore_boxes:
+                result.scores = result.mask_scores
+                result = result[result.scores.argsort(descending=True)]
+        return result
 
     def candidates(self, offsets: Tensor, logits: Tensor, anchors: Tensor) -> Candidates:
         """The anchors whose best class exceeds the score threshold.
@@ -168,38 +176,39 @@ class YOLACTDetector:
             max_detections=self.max_detections,
         )
 
-    def add_masks(
+    def soft_masks(
         self,
-        result: Instances,
+        boxes: Tensor,
+        classes: Tensor,
         prototypes: Tensor,
         coefficients: Tensor,
         padded_size: tuple[int, int],
         mask_rater: MaskRater | None,
-    ) -> Instances:
-        """Add soft ``pred_masks`` at the size of the prototypes, and ``mask_scores``.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Soft masks at the size of the prototypes, and the IoU that the mask rater predicts.
 
         With crop "output" the masks are not cropped yet, but the mask rater sees them cropped.
 
         Args:
-            result: M instances without masks.
+            boxes: (M, 4) in pixels of the padded input.
+            classes: (M,).
             prototypes: (h, w, K).
             coefficients: (M, K).
             padded_size, mask_rater: as of a call.
+
+        Returns:
+            (M, h, w) in 0 to 1, and (M,) or, without a mask rater, None.
         """
-        masks = assemble_masks(prototypes, coefficients)
-        cropped = masks
-        if self.crop == "prototype" or (self.crop == "output" and mask_rater is not None):
-            size = tuple(prototypes.shape[:2])
-            boxes = scale_boxes(result.pred_boxes.tensor, padded_size, size)
-            cropped = masks * inside_boxes(boxes, size)
-        result.pred_masks = masks if self.crop == "output" else cropped
-        if mask_rater is not None:
-            ious = mask_rater(cropped).gather(1, result.pred_classes[:, None])[:, 0]
-            result.mask_scores = result.scores * ious
-            if self.rescore_boxes:
-                result.scores = result.mask_scores
-                result = result[result.scores.argsort(descending=True)]
-        return result
+        with torch.autocast(boxes.device.type, enabled=False):
+            masks = assemble_masks(prototypes, coefficients)
+            cropped = masks
+            if self.crop == "prototype" or (self.crop == "output" and mask_rater is not None):
+                size = (prototypes.shape[0], prototypes.shape[1])
+                cropped = masks * inside_boxes(scale_boxes(boxes, padded_size, size), size)
+            soft = masks if self.crop == "output" else cropped
+            if mask_rater is None:
+                return soft, None
+            return soft, mask_rater(cropped).gather(1, classes[:, None])[:, 0]
 
     def postprocess(
         self,

@@ -188,21 +188,24 @@ class YOLACT(InstanceSegmentor):
             batched_inputs = [{**x, **new} for x, new in zip(batched_inputs, resized)]
         return super().prepare_ground_truth(batched_inputs, images)
 
-    def predict(self, features: dict[str, Tensor], images: ImageList) -> YOLACTOutputs:
-        """Raw outputs for the backbone's features."""
+    def dense(self, images: Tensor) -> YOLACTOutputs:
+        """Raw outputs for normalized, padded images (N, 3, H, W); what an exported graph runs."""
+        return self.predict(self.backbone(images), (images.shape[-2], images.shape[-1]))
+
+    def predict(self, features: dict[str, Tensor], input_size: tuple[int, int]) -> YOLACTOutputs:
+        """Raw outputs for the backbone's features of a padded input of the given size."""
         with record_function("solo_d2.heads"):
             levels = self.fpn(features)
             offsets, logits, coefficients = self.head(levels)
             prototypes = self.protonet(levels[0])
             sizes = [tuple(level.shape[-2:]) for level in levels]
-            input_size = tuple(images.tensor.shape[-2:])
             anchors = self.anchor_generator(sizes, input_size, offsets.device)
         return YOLACTOutputs(offsets, logits, coefficients, prototypes, anchors, levels[0])
 
     def losses(
         self, images: ImageList, features: dict[str, Tensor], ground_truth: list[GroundTruth]
     ) -> dict[str, Tensor]:
-        outputs = self.predict(features, images)
+        outputs = self.predict(features, (images.tensor.shape[-2], images.tensor.shape[-1]))
         semantic_logits = self.semantic_pred(outputs.finest).float()
         named = self.criterion(outputs, semantic_logits, ground_truth, self.mask_iou_head)
         # connect features that the pyramid does not use: processes that train together must have
@@ -212,8 +215,8 @@ class YOLACT(InstanceSegmentor):
         return named
 
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
-        outputs = self.predict(features, images)
-        padded_size = tuple(images.tensor.shape[-2:])
+        padded_size = (images.tensor.shape[-2], images.tensor.shape[-1])
+        outputs = self.predict(features, padded_size)
         return [
             self.detector(outputs, i, size, padded_size, self.mask_iou_head)
             for i, size in enumerate(images.image_sizes)
