@@ -163,7 +163,7 @@ class FCOSProposalGenerator(nn.Module):
         Raises:
             ValueError: training without ``gt_instances``, or a class is none of the C classes.
         """
-        outputs = self.head([features[name] for name in self.in_features])
+        outputs = self.dense(features)
         if not self.training:
             return self.detect(outputs, images.image_sizes), {}
         if gt_instances is None:
@@ -173,6 +173,10 @@ class FCOSProposalGenerator(nn.Module):
         unused = [x for name, x in features.items() if name not in self.in_features]
         losses["loss_fcos_cls"] = losses["loss_fcos_cls"] + sum(x[:0].sum() for x in unused)
         return self.propose(outputs, images.image_sizes), losses
+
+    def dense(self, features: dict[str, Tensor]) -> FCOSOutputs:
+        """Raw outputs for the backbone's features; what an exported graph runs."""
+        return self.head([features[name] for name in self.in_features])
 
     @torch.no_grad()
     def propose(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[Instances]:

@@ -74,7 +74,7 @@ def _best_of_level(
     num_classes, width = class_logits.shape[1], class_logits.shape[3]
     # Nothing is computed of the other pairs, nearly all. Centerness is at most 1, so that a product
     # above the threshold needs a class probability above it.
-    above = (class_logits > _logit(score_threshold)).permute(0, 2, 3, 1).flatten(1)
+    above = (class_logits > logit(score_threshold)).permute(0, 2, 3, 1).flatten(1)
     candidates = []
     for i, pairs_above in enumerate(above):
         pair = pairs_above.nonzero()[:, 0]
@@ -87,12 +87,29 @@ def _best_of_level(
         if len(product) > topk:
             product, best = product.topk(topk)
             location, label = location[best], label[best]
-        column, row = location % width, location.div(width, rounding_mode="floor")
-        points = (torch.stack([column, row], dim=1) * stride + stride // 2).float()
-        pixels = distances[i].flatten(1)[:, location].T.float() * stride
-        boxes = distances_to_boxes(points, pixels)
+        boxes, points = boxes_at(location, distances[i], width=width, stride=stride)
         candidates.append(SelectedBoxes(boxes, product.sqrt(), label, points))
     return candidates
+
+
+def boxes_at(
+    location: Tensor, distances: Tensor, *, width: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """Boxes and their points (x, y) in input pixels.
+
+    Args:
+        location: (n,) row-major indices in a level.
+        distances: (4, H, W) of the level, see ``FCOSOutputs``.
+        width: W.
+        stride: of the level.
+
+    Returns:
+        (n, 4) and (n, 2), float32.
+    """
+    row = location.div(width, rounding_mode="floor")
+    points = (torch.stack([location - row * width, row], dim=1) * stride + stride // 2).float()
+    pixels = distances.flatten(1)[:, location].T.float() * stride
+    return distances_to_boxes(points, pixels), points
 
 
 def _suppress_boxes(found: SelectedBoxes, nms_threshold: float, topk: int) -> SelectedBoxes:
@@ -107,7 +124,7 @@ def _suppress_boxes(found: SelectedBoxes, nms_threshold: float, topk: int) -> Se
     return SelectedBoxes(*(field[keep] for field in found))
 
 
-def _logit(probability: float) -> float:
+def logit(probability: float) -> float:
     if not 0 < probability < 1:
         return -math.inf if probability <= 0 else math.inf
     return math.log(probability / (1 - probability))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 CRITERIA = ("ratio", "area")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign")
 # Boxes are clipped to this many sides of the image around it.
-_MAX_REACH = 16
+MAX_REACH = 16
 
 
 def assign_by_ratio(
@@ -91,7 +91,7 @@ class AdaptiveROIPooler(nn.Module):
             (R, channels, S, S) float32, in the order of the boxes.
         """
         # RoIAlign's samples grow with a box's area, which has no limit in a model that diverges.
-        limit = _MAX_REACH * max(max(size) for size in image_sizes)
+        limit = MAX_REACH * max(max(size) for size in image_sizes)
         box_lists = [Boxes(boxes.tensor.clamp(-limit, limit)) for boxes in box_lists]
         levels = self.assign(box_lists, image_sizes)
         order = levels.argsort(stable=True)
