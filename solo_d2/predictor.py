@@ -22,7 +22,8 @@ from .drawing import draw_instances, draw_points
 from .errors import UserError
 from .files import atomic_write
 from .images import MAX_PIXELS, as_rgb
-from .modeling import AdaptIS, AdaptISPredictor
+from .modeling import AdaptISPredictor
+from .modeling.adaptis import ObjectFinder
 from .modeling.num_classes import dataset_num_classes, get_value, num_classes_keys
 from .modeling.own_keys import all_keys_honored
 from .modeling.prepare import prepare
@@ -130,7 +131,7 @@ class Predictor:
     @property
     def takes_points(self) -> bool:
         """Whether ``set_image`` and ``click`` work."""
-        return isinstance(self.model, AdaptIS)
+        return isinstance(self.model, ObjectFinder)
 
     @overload
     def predict(self, image: list | tuple) -> list[Result]: ...

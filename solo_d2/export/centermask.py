@@ -49,9 +49,7 @@ class CenterMaskGraph(Graph):
             raise UserError("TEST.DETECTIONS_PER_IMAGE must be positive for an export, not 0")
         super().__init__(model)
         self.detector, self.heads = detector, heads
-        self.limit = min(
-            detector.max_detections, detector.pre_nms_topk * len(detector.strides)
-        )
+        self.limit = min(detector.max_detections, detector.pre_nms_topk * len(detector.strides))
         names = ["boxes", "scores", "classes", "locations", "valid"]
         if heads.mask_on:
             names.append("masks")

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 # Where eager takes every candidate above a threshold, a graph takes so many of the best.

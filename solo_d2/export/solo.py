@@ -59,7 +59,9 @@ class SOLOGraph(Graph):
         pair_scores, pairs = best_pairs(model.category_scores(outputs)[0], self.candidates)
         cells, classes = pairs // model.num_classes, pairs % model.num_classes
         stride = min(model.mask_strides)
-        masks = self.soft_masks(outputs, cells, (image.shape[-2] // stride, image.shape[-1] // stride))
+        masks = self.soft_masks(
+            outputs, cells, (image.shape[-2] // stride, image.shape[-1] // stride)
+        )
         area, maskness = score_masks(masks, model.mask_threshold)
         valid = (pair_scores > model.score_threshold) & (area > self.stride_of_cell[cells])
         scores = pair_scores * maskness

@@ -1,5 +1,7 @@
 """Feature maps and points in them."""
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -16,16 +18,16 @@ def read_at_points(feature: Tensor, points: Tensor, scale: float = 1.0) -> Tenso
         (B * N, C), image by image. No gradient flows to the points.
     """
     b, c, h, w = feature.shape
-    last = torch.tensor([h - 1, w - 1], dtype=torch.float32, device=feature.device)
-    position = torch.minimum((points.detach().float() * scale).clamp(min=0), last)
-    low = position.floor()
-    fraction = position - low
-    (r0, c0), (r1, c1) = low.long().unbind(-1), torch.minimum(low + 1, last).long().unbind(-1)
+    axes = []
+    for length, positions in zip((h, w), (points.detach().float() * scale).unbind(-1)):
+        position = positions.clamp(min=0, max=length - 1)
+        low = position.floor()
+        fraction, high = position - low, (low + 1).clamp(max=length - 1)
+        axes.append([(low.long(), 1 - fraction), (high.long(), fraction)])
     image = torch.arange(b, device=feature.device)[:, None]
     vectors = feature.new_zeros((), dtype=torch.float32)
-    for row, wr in ((r0, 1 - fraction[..., 0]), (r1, fraction[..., 0])):
-        for column, wc in ((c0, 1 - fraction[..., 1]), (c1, fraction[..., 1])):
-            vectors = vectors + (wr * wc)[..., None] * feature[image, :, row, column]
+    for (row, wr), (column, wc) in product(*axes):
+        vectors = vectors + (wr * wc)[..., None] * feature[image, :, row, column]
     return vectors.reshape(-1, c).to(feature.dtype)
 
 

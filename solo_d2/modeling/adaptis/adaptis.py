@@ -20,20 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
-
-from solo_d2.layers.masks import chunk_length, tight_boxes
-from solo_d2.layers.resample import resize
 
 from ..num_classes import resolve_num_classes
 from ..segmentor import GroundTruth, InstanceSegmentor
 from .automatic import ProposalSelection, RandomSelection
 from .criterion import InstanceCriterion, ProposalCriterion, mask_iou
-from .embedded import EmbeddedImage, ImageEmbedding
+from .embedded import EncodedImages, ImageEmbedding
+from .finder import ObjectFinder
 from .head import FeatureFusion, Heads, build_heads, check_choice, resize_corners, valid_cells
-from .panoptic import FoundInstances, PanopticAssembler, PanopticInstances
+from .panoptic import PanopticAssembler, PanopticInstances
 from .targets import (
     IGNORE,
     PointSampler,
@@ -56,7 +54,7 @@ class PointGroundTruth(NamedTuple):
 
 
 @META_ARCH_REGISTRY.register()
-class AdaptIS(InstanceSegmentor):
+class AdaptIS(InstanceSegmentor, ObjectFinder):
     """A point in, an object out. Without points it chooses them itself.
 
     Inside, points are (row, column) in pixels of the network's input. In the input dicts,
@@ -265,8 +263,7 @@ class AdaptIS(InstanceSegmentor):
             image_sizes: heights and widths without padding.
             padded: height and width of the batch.
         """
-        chosen = [features[name] for name in self.in_features]
-        feature = chosen[0] if self.fusion is None else self.fusion(chosen)
+        feature = self.fuse(features)
         if self.training:
             # unused features are connected too, for processes that train together need a gradient
             # for every parameter
@@ -275,7 +272,17 @@ class AdaptIS(InstanceSegmentor):
         valid = None
         if any(tuple(size) != tuple(padded) for size in image_sizes):
             map_size = (feature.shape[-2], feature.shape[-1])
-            valid = valid_cells(image_sizes, map_size, 1 / self.stride, feature.device)
+            sizes = torch.tensor([[int(x) for x in size] for size in image_sizes])
+            valid = valid_cells(sizes.to(feature.device), map_size, 1 / self.stride)
+        return self.embedding_of(feature, valid)
+
+    def fuse(self, features: dict[str, Tensor]) -> Tensor:
+        """The feature map (N, channels, h, w) of the backbone's features."""
+        chosen = [features[name] for name in self.in_features]
+        return chosen[0] if self.fusion is None else self.fusion(chosen)
+
+    def embedding_of(self, feature: Tensor, valid: Tensor | None) -> ImageEmbedding:
+        """What the decoder takes; ``valid`` as in ``ImageEmbedding``."""
         control = self.controller.prepare(feature)
         return ImageEmbedding(feature, control, self.selection_head.prepare(feature), valid)
 
@@ -390,124 +397,43 @@ class AdaptIS(InstanceSegmentor):
         masks = torch.stack([x.masks for x in drawn])
         return torch.stack([x.points for x in drawn]), masks.flatten(0, 1)
 
-    # ---- inference
+    # ---- inference; see ``ObjectFinder``
 
-    def embedded_images(
-        self, images: ImageList, features: dict[str, Tensor]
-    ) -> list[EmbeddedImage]:
-        """Each image of a batch by itself.
+    def encode(self, images: Tensor, image_sizes: list[tuple[int, int]]) -> EncodedImages:
+        padded = (images.shape[-2], images.shape[-1])
+        return self.encode_features(self.backbone(images), image_sizes, padded)
 
-        Args:
-            images: see ``preprocess_image``.
-            features: of the backbone. The mirror images' are computed here.
-        """
-        padded = (images.tensor.shape[-2], images.tensor.shape[-1])
-        views = [self.embed(features, images.image_sizes, padded)]
-        semantic, proposals = self._maps(views[0], padded)
-        if self.flip:
-            mirrored = self.embed(self.backbone(images.tensor.flip(-1)), images.image_sizes, padded)
-            if mirrored.valid is not None:  # the padding is at the left
-                mirrored = mirrored._replace(valid=mirrored.valid.flip(-1))
-            views.append(mirrored)
-            mirrored_semantic, mirrored_proposals = self._maps(mirrored, padded)
-            semantic = (semantic + mirrored_semantic.flip(-1)) / 2
-            if proposals is not None and mirrored_proposals is not None:
-                proposals = (proposals + mirrored_proposals.flip(-1)) / 2
-        return [
-            EmbeddedImage(
-                decode=self.decode,
-                views=[_image_of(view, i) for view in views],
-                semantic=semantic[i, :, :h, :w].contiguous(),
-                proposals=None if proposals is None else proposals[i, :h, :w].contiguous(),
-                size=(h, w),
-                padded_size=padded,
-                stride=self.stride,
-                mirror_offset=0 if self.flip_original else 1,
-            )
-            for i, (h, w) in enumerate(images.image_sizes)
-        ]
+    def encode_features(
+        self,
+        features: dict[str, Tensor],
+        image_sizes: list[tuple[int, int]],
+        padded: tuple[int, int],
+    ) -> EncodedImages:
+        """Embedding and dense maps; arguments as ``embed``."""
+        embedding = self.embed(features, image_sizes, padded)
+        return EncodedImages(embedding, *self.maps(embedding.feature, padded))
 
-    def _maps(self, view: ImageEmbedding, padded: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def maps(self, feature: Tensor, padded: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Semantic probabilities (N, C, H, W), and the proposal map (N, H, W) if it is used."""
-        semantic = self.semantic_head(view.feature).float().softmax(dim=1)
+        semantic = self.semantic_head(feature).float().softmax(dim=1)
         proposals = None
         if self.use_proposals:
             assert self.proposal_head is not None
-            logits = resize_corners(self.proposal_head(view.feature).float(), padded)
+            logits = resize_corners(self.proposal_head(feature).float(), padded)
             proposals = logits[:, 0].sigmoid() ** 2
         return resize_corners(semantic, padded), proposals
 
-    @torch.no_grad()
-    def embed_image(self, image: Tensor) -> EmbeddedImage:
-        """One image (3, H, W), as in an input dict, ready for points."""
-        images = self.preprocess_image([{"image": image}])
-        (embedded,) = self.embedded_images(images, self.backbone(images.tensor))
-        return embedded
-
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         """``FoundInstances`` of each image."""
-        return [self._find(image) for image in self.embedded_images(images, features)]
-
-    def _find(self, image: EmbeddedImage) -> FoundInstances:
-        things = image.semantic[self.assembler.num_stuff :]
-        if image.proposals is not None:
-            threshold = self.proposal_selection.mask_threshold
-            masks = self.proposal_selection(image.proposals, things, image)
-        else:
-            threshold = self.random_selection.mask_threshold
-            # the same points in every run
-            generator = torch.Generator().manual_seed(0)
-            masks = self.random_selection(things, image, generator)
-            (h, w), (padded_h, padded_w) = image.size, image.padded_size
-            masks = nn.functional.pad(masks, (0, padded_w - w, 0, padded_h - h))
-        chunks = masks.split(chunk_length(image.semantic[0].numel()))
-        classes, scores = self.assembler.vote(map(image.enlarge, chunks), things, threshold)
-        return FoundInstances(
-            image.size,
-            semantic=image.semantic,
-            mask_threshold=threshold,
-            pred_masks=masks,
-            scores=scores,
-            pred_classes=classes,
-        )
+        padded = (images.tensor.shape[-2], images.tensor.shape[-1])
+        encoded = self.encode_features(features, images.image_sizes, padded)
+        return [self.find(image) for image in self.embedded_images(images, encoded)]
 
     def postprocess(
         self, instances: Instances, height: int, width: int, padded_size: tuple[int, int]
     ) -> PanopticInstances:
         """See ``PanopticAssembler``."""
         return self.assembler(instances, (height, width), padded_size)
-
-    @torch.no_grad()
-    def describe(self, image: EmbeddedImage, probs: Tensor) -> Instances:
-        """Instances of soft masks, in their order, none suppressed.
-
-        Args:
-            image: of ``embed_image``.
-            probs: (M, height, width) of ``EmbeddedImage.prompt``.
-
-        Returns:
-            Instances with ``pred_masks``, ``pred_boxes``, ``scores``, ``pred_classes`` and
-            ``mask_probabilities``, which exceed ``mask_threshold`` in the masks. A mask may be
-            empty; then its score is 0.
-        """
-        size = (probs.shape[-2], probs.shape[-1])
-        things = resize(image.semantic[None], size)[0, self.assembler.num_stuff :]
-        chunks = probs.split(chunk_length(size[0] * size[1]))
-        classes, scores = self.assembler.vote(chunks, things, self.mask_threshold)
-        masks = probs > self.mask_threshold
-        return Instances(
-            size,
-            pred_masks=masks,
-            pred_boxes=Boxes(tight_boxes(masks)),
-            scores=scores,
-            pred_classes=classes,
-            mask_probabilities=probs,
-        )
-
-
-def _image_of(embedding: ImageEmbedding, index: int) -> ImageEmbedding:
-    """One image of a batch."""
-    return ImageEmbedding(*(None if x is None else x[index : index + 1] for x in embedding))
 
 
 def _is_logged() -> bool:

@@ -20,10 +20,18 @@ _CPU_CHUNK_BYTES = 4 * 1024**2
 class ImageEmbedding(NamedTuple):
     """What is computed once for a batch of images, whatever the points."""
 
-    feature: Tensor  # (N, channels, h, w)
+    feature: Tensor | None  # (N, channels, h, w); None of an exported encoder, which keeps it
     control: Tensor  # (N, ., h, w), of ``controller.prepare``
     selection: Tensor  # (N, ., h, w), of ``selection_head.prepare``
     valid: Tensor | None  # (N, 1, h, w) bool, cells that are not padding; None: there is none
+
+
+class EncodedImages(NamedTuple):
+    """What the network says about a batch before points are known."""
+
+    embedding: ImageEmbedding
+    semantic: Tensor  # (N, C, H, W) probabilities
+    proposals: Tensor | None  # (N, H, W) squared probabilities, if they are used
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class SelectionHead(nn.Module):
         x = F.conv2d(coordinates, weight, padding=1)
         x = x + (prepared if len(prepared) == 1 else prepared.repeat_interleave(num_points, dim=0))
         x = self.convs[0].activate(x)
-        if valid is not None:
+        if valid is not None and len(valid) > 1:
             valid = valid.repeat_interleave(num_points, dim=0)
         adain = dict(zip(self.adain_after, self.adain))
         for number, conv in enumerate(self.convs, start=1):
@@ -428,17 +428,20 @@ def init_uniform(module: nn.Module) -> None:
 
 
 def valid_cells(
-    image_sizes: Sequence[tuple[int, int]],
+    image_sizes: Tensor,
     map_size: tuple[int, int],
     scale: float,
-    device: torch.device,
 ) -> Tensor:
-    """(N, 1, h, w) bool: cells whose position lies in the image, not in the padding."""
-    rows = torch.arange(map_size[0], device=device) / scale
-    columns = torch.arange(map_size[1], device=device) / scale
-    # sizes are tensors while a graph is traced
-    sizes = torch.tensor([[int(x) for x in size] for size in image_sizes], device=device)
-    inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
+    """(N, 1, h, w) bool: cells whose position lies in the image, not in the padding.
+
+    Args:
+        image_sizes: (N, 2) heights and widths without padding.
+        map_size: h and w.
+        scale: cells per image pixel.
+    """
+    rows, columns = (torch.arange(n, device=image_sizes.device) / scale for n in map_size)
+    in_row, in_column = rows < image_sizes[:, :1], columns < image_sizes[:, 1:]
+    inside = in_row[:, :, None] & in_column[:, None, :]
     return inside[:, None]
 
 

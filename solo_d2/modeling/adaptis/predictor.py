@@ -10,8 +10,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import Tensor
 
-from .adaptis import AdaptIS
 from .embedded import EmbeddedImage
+from .finder import ObjectFinder
 
 
 class AdaptISPredictor:
@@ -21,7 +21,7 @@ class AdaptISPredictor:
     ``set_image`` only.
     """
 
-    def __init__(self, model: AdaptIS, *, resize: T.Augmentation, input_format: str):
+    def __init__(self, model: ObjectFinder, *, resize: T.Augmentation, input_format: str):
         """
         Args:
             model: in eval mode.
@@ -31,7 +31,7 @@ class AdaptISPredictor:
         Raises:
             ValueError: the model takes no points, or ``input_format`` has an unsupported value.
         """
-        if not isinstance(model, AdaptIS):
+        if not isinstance(model, ObjectFinder):
             raise ValueError(f"points need an AdaptIS model, not {type(model).__name__}")
         if input_format not in ("RGB", "BGR"):
             raise ValueError(f"input_format must be one of RGB, BGR, not {input_format!r}")
@@ -42,7 +42,7 @@ class AdaptISPredictor:
         self._size = (0, 0)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, model: AdaptIS) -> "AdaptISPredictor":
+    def from_config(cls, cfg: CfgNode, model: ObjectFinder) -> "AdaptISPredictor":
         """Resizes as Detectron2's ``DefaultPredictor`` does for the same config."""
         size = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST)
         resize = T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)
