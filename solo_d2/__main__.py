@@ -11,6 +11,7 @@ VERBS = {
     "check": "list every problem of a COCO json file and its images",
     "compare": "train, evaluate and time several models, and report on them",
     "click": "measure how well AdaptIS segments objects from one click each",
+    "export": "write a model as ONNX or torch.export file, and compare it with the model",
     "benchmark": "time a model's parts",
     "convert": "turn a published checkpoint into one of solo_d2",
     "env": "print installed versions and how to install what is missing",

@@ -20,6 +20,7 @@ from .checkpoint.load import load_weights_file
 from .config import load_config, use_available_device
 from .drawing import draw_instances, draw_points
 from .errors import UserError
+from .export.exported import SUFFIXES, open_exported
 from .files import atomic_write
 from .images import MAX_PIXELS, as_rgb
 from .modeling import AdaptISPredictor
@@ -96,6 +97,7 @@ class Predictor:
         names: of the classes.
         category_ids: of the classes, as in the COCO json of the data set.
         max_pixels: larger images are refused; 0 for no limit.
+        resize, input_format: how ``network_input`` is made.
     """
 
     def __init__(
@@ -123,8 +125,8 @@ class Predictor:
         self.names = list(names)
         self.category_ids = list(category_ids or range(1, len(self.names) + 1))
         self.max_pixels = max_pixels
-        self._resize = resize
-        self._input_format = input_format
+        self.resize = resize
+        self.input_format = input_format
         self._points: AdaptISPredictor | None = None
         self._image: np.ndarray | None = None
 
@@ -153,7 +155,7 @@ class Predictor:
     def _predict_one(self, image: Any) -> Result:
         pixels = as_rgb(image, max_pixels=self.max_pixels)
         height, width = pixels.shape[:2]
-        inputs = {"image": self._network_input(pixels), "height": height, "width": width}
+        inputs = {"image": self.network_input(pixels), "height": height, "width": width}
         with torch.no_grad():
             (output,) = self.model([inputs])
         if "instances" not in output:
@@ -173,7 +175,7 @@ class Predictor:
             raise UserError(f"points need an AdaptIS model, not {type(self.model).__name__}")
         if self._points is None:
             self._points = AdaptISPredictor(
-                self.model, resize=self._resize, input_format=self._input_format
+                self.model, resize=self.resize, input_format=self.input_format
             )
         self._image = None  # a bad image does not leave the one before it
         image = as_rgb(image, max_pixels=self.max_pixels)
@@ -203,10 +205,10 @@ class Predictor:
     ) -> Result:
         return Result(image, instances.to("cpu"), self.names, self.category_ids, points)
 
-    def _network_input(self, image_rgb: np.ndarray) -> torch.Tensor:
-        """(3, H', W') float32."""
-        image = image_rgb if self._input_format == "RGB" else image_rgb[:, :, ::-1]
-        transform = self._resize.get_transform(image)
+    def network_input(self, image_rgb: np.ndarray) -> torch.Tensor:
+        """What the model takes for an image (H, W, 3): (3, H', W') float32."""
+        image = image_rgb if self.input_format == "RGB" else image_rgb[:, :, ::-1]
+        transform = self.resize.get_transform(image)
         if isinstance(transform, T.ResizeTransform):
             # a very long image would be left with no pixel across
             transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
@@ -224,8 +226,9 @@ def load(
     """Load a trained model.
 
     Args:
-        source: the output folder of a training, a checkpoint in such a folder, or a config: a yaml
-            file, the name of a packaged one, or a config object, which is not changed.
+        source: the output folder of a training, a checkpoint in such a folder, a file of
+            ``solo-d2 export``, or a config: a yaml file, the name of a packaged one, or a config
+            object, which is not changed.
         weights: of the model; by default those of the folder, or MODEL.WEIGHTS of the config.
         opts: config keys and values in turn.
         allow_pickle: load weights that can run code; only for files that you trust.
@@ -235,6 +238,11 @@ def load(
             of it, or the number of classes is unknown.
         ValueError: the config has an unsupported value.
     """
+    for path in (source, weights):
+        if not isinstance(path, CfgNode) and Path(path).suffix in SUFFIXES:
+            if path is weights or weights or opts:
+                raise UserError(f"{path} is exported with its config; give it without another one")
+            return load_exported(path, allow_pickle=allow_pickle)
     cfg, file = _find(source, str(weights), opts)
     if not file:
         raise UserError(f"no weights: give them, or set MODEL.WEIGHTS in the config ({source})")
@@ -263,6 +271,18 @@ def load(
         input_format=cfg.INPUT.FORMAT,
         names=names or [str(i) for i in range(get_value(cfg, num_classes_keys(cfg)[0]))],
         category_ids=ids,
+    )
+
+
+def load_exported(path: str | Path, *, allow_pickle: bool = False) -> Predictor:
+    """Load a file of ``solo-d2 export``; arguments and errors are those of ``open_exported``."""
+    model = open_exported(path, allow_pickle=allow_pickle)
+    return Predictor(
+        model,
+        resize=model.metadata.augmentation(),
+        input_format=model.metadata.channel_order,
+        names=model.metadata.class_names,
+        category_ids=model.metadata.category_ids,
     )
 
 

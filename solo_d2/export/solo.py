@@ -28,8 +28,8 @@ class SOLOGraph(Graph):
         """
         if model.nms_type != "matrix":
             raise UserError(
-                f"MODEL.SOLO.NMS_TYPE {model.nms_type!r} cannot be exported: greedy mask NMS has no "
-                "fixed number of rounds; set it to 'matrix'"
+                f"MODEL.SOLO.NMS_TYPE {model.nms_type!r} cannot be exported: greedy mask NMS has "
+                "no fixed number of rounds; set it to 'matrix'"
             )
         if model.head.category_align == "adaptive_pool":
             raise UserError(

@@ -38,8 +38,9 @@ class YOLACTGraph(Graph):
         if detector.nms_type == "cross_class":
             limit = min(limit, self.top_k) if detector.limit_cross_class else self.top_k
         else:
-            limit = min(limit, self.top_k * model.num_classes)
+            limit = min(limit, self.top_k * model.head.num_classes)
         self.limit = limit
+        self.padding = -model.input_size % max(1, model.backbone.size_divisibility)
         names = ("boxes", "scores", "classes", "masks", "valid")
         self.output_names = names if model.mask_iou_head is None else (*names, "mask_scores")
 
@@ -50,6 +51,7 @@ class YOLACTGraph(Graph):
     def options(self) -> dict[str, Any]:
         return {
             "input_size": self.model.input_size,
+            "padded_side": self.model.input_size + self.padding,
             "mask_threshold": self.model.mask_threshold,
             "crop": self.model.detector.crop,
             "box_rounding": self.model.detector.box_rounding,
@@ -96,8 +98,7 @@ class YOLACTGraph(Graph):
         if not side:
             return self.normalized(image)
         x = self.normalized(resize(image, (side, side)))
-        padding = -side % max(1, self.model.backbone.size_divisibility)
-        return F.pad(x, (0, padding, 0, padding)) if padding else x
+        return F.pad(x, (0, self.padding, 0, self.padding)) if self.padding else x
 
     def suppress(self, boxes: Tensor, scores: Tensor) -> Kept:
         """``fast_nms`` or ``cross_class_fast_nms`` with a fixed number of results.

@@ -1,0 +1,155 @@
+"""Whether an exported file says what its model says, on one image."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from solo_d2.modeling.adaptis import ObjectFinder
+
+from .exported import ExportedDetector
+
+# More than this is not float noise.
+SCORE_TOLERANCE = 1e-4
+BOX_TOLERANCE = 0.05  # pixels
+MASK_TOLERANCE = 1e-3  # of soft masks
+_POINTS = 5  # along each side, for AdaptIS
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two results for one image, instance by instance; see ``compare``."""
+
+    eager: int  # number of instances
+    exported: int
+    matched: int
+    identical_masks: int  # of the matched
+    differing_pixels: int  # of the matched
+    score: float  # worst differences of the matched
+    box: float
+    soft_mask: float
+
+    @property
+    def equal(self) -> bool:
+        """Up to float noise."""
+        return (
+            self.eager == self.exported == self.matched
+            and self.score <= SCORE_TOLERANCE
+            and self.box <= BOX_TOLERANCE
+            and self.soft_mask <= MASK_TOLERANCE
+        )
+
+    def table(self) -> str:
+        """Two lines: titles and figures."""
+        columns = {
+            "eager": self.eager,
+            "exported": self.exported,
+            "matched": self.matched,
+            "masks identical": self.identical_masks,
+            "pixels that differ": self.differing_pixels,
+            "score": f"{self.score:.1e}",
+            "box": f"{self.box:.1e}",
+            "soft mask": f"{self.soft_mask:.1e}",
+        }
+        widths = [max(len(title), len(str(value))) for title, value in columns.items()]
+        lines = (columns, columns.values())
+        return "\n".join(
+            "  ".join(str(x).rjust(width) for x, width in zip(line, widths)) for line in lines
+        )
+
+
+@torch.no_grad()
+def raw_instances(model: nn.Module, image: Tensor) -> Instances:
+    """Instances in the network's frame with soft masks; of AdaptIS, those under a grid of points.
+
+    Args:
+        model: eager, in eval mode, or exported.
+        image: (3, h, w) as the network takes it.
+    """
+    if isinstance(model, ExportedDetector):
+        return model.raw(image)
+    if isinstance(model, ObjectFinder):
+        height, width = image.shape[-2:]
+        steps = (torch.arange(_POINTS) + 0.5) / _POINTS
+        points = torch.cartesian_prod(steps * width, steps * height)
+        found = model.embed_image(image)
+        instances = model.describe(found, found.prompt(points, height, width))
+        instances.pred_masks = instances.mask_probabilities
+        instances.remove("pred_boxes")  # those of the masks
+        return instances
+    if isinstance(model, GeneralizedRCNN):
+        (instances,) = model.inference([{"image": image}], do_postprocess=False)
+        return instances
+    images = model.preprocess_image([{"image": image}])
+    (instances,) = model.inference(images, model.backbone(images.tensor))
+    return instances
+
+
+def compare(
+    eager: Instances, exported: Instances, *, mask_threshold: float = 0.5, in_order: bool = False
+) -> Agreement:
+    """Match instances of the same class and score, best mask first, and measure what differs.
+
+    Scores within the tolerance of each other count as tied, so that their order is free.
+
+    Args:
+        eager, exported: of ``raw_instances``.
+        mask_threshold: of the pixels that are compared.
+        in_order: match those of the same position: the results of points.
+    """
+    free = list(range(len(exported)))
+    pairs = []
+    for i in range(len(eager)):
+        tied = [j for j in free if j == i] if in_order else _tied(eager, i, exported, free)
+        if tied:
+            best = min(tied, key=lambda j: _differences(eager, i, exported, j)["soft_mask"])
+            free.remove(best)
+            pairs.append((i, best))
+    differences = [_differences(eager, i, exported, j) for i, j in pairs]
+    pixels = [_differing_pixels(eager, i, exported, j, mask_threshold) for i, j in pairs]
+
+    def worst(name: str) -> float:
+        return max((x[name] for x in differences), default=0.0)
+
+    return Agreement(
+        eager=len(eager),
+        exported=len(exported),
+        matched=len(pairs),
+        identical_masks=pixels.count(0),
+        differing_pixels=sum(pixels),
+        score=worst("score"),
+        box=worst("box"),
+        soft_mask=worst("soft_mask"),
+    )
+
+
+def _tied(eager: Instances, i: int, exported: Instances, free: list[int]) -> list[int]:
+    close = (exported.scores - eager.scores[i]).abs() <= SCORE_TOLERANCE
+    same = close & (exported.pred_classes == eager.pred_classes[i])
+    return [j for j in free if same[j]]
+
+
+def _differences(eager: Instances, i: int, exported: Instances, j: int) -> dict[str, float]:
+    def largest(a: Any, b: Any) -> float:
+        return float((a[i].float() - b[j].float()).abs().max())
+
+    result = {"score": largest(eager.scores, exported.scores), "box": 0.0, "soft_mask": 0.0}
+    if eager.has("mask_scores"):
+        result["score"] = max(result["score"], largest(eager.mask_scores, exported.mask_scores))
+    if eager.has("pred_boxes"):
+        result["box"] = largest(eager.pred_boxes.tensor, exported.pred_boxes.tensor)
+    if eager.has("pred_masks"):
+        result["soft_mask"] = largest(eager.pred_masks, exported.pred_masks)
+    return result
+
+
+def _differing_pixels(
+    eager: Instances, i: int, exported: Instances, j: int, threshold: float
+) -> int:
+    if not eager.has("pred_masks"):
+        return 0
+    masks = eager.pred_masks[i] > threshold, exported.pred_masks[j] > threshold
+    return int((masks[0] ^ masks[1]).sum())
