@@ -27,7 +27,13 @@ Run = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 class ExportedModel(nn.Module, ABC):
-    """A file in place of the network; options are those of the model it was exported from."""
+    """A file in place of the network; options are those of the model it was exported from.
+
+    Attributes:
+        architecture: ``Metadata.architecture`` of the files that a class reads.
+    """
+
+    architecture: str
 
     def __init__(self, run: Run, metadata: Metadata):
         super().__init__()
@@ -92,6 +98,8 @@ class ExportedDetector(ExportedModel):
 
 
 class ExportedSOLO(ExportedDetector):
+    architecture = "SOLO"
+
     def instances(self, results: dict[str, Tensor], size: tuple[int, int]) -> Instances:
         return Instances(
             size,
@@ -113,6 +121,8 @@ class ExportedSOLO(ExportedDetector):
 
 
 class ExportedYOLACT(ExportedDetector):
+    architecture = "YOLACT"
+
     def __init__(self, run: Run, metadata: Metadata):
         super().__init__(run, metadata)
         options = metadata.options
@@ -139,6 +149,8 @@ class ExportedYOLACT(ExportedDetector):
 
 
 class ExportedCenterMask(ExportedDetector):
+    architecture = "CenterMask"
+
     def instances(self, results: dict[str, Tensor], size: tuple[int, int]) -> Instances:
         found = Instances(size, pred_boxes=Boxes(results["boxes"]), scores=results["scores"])
         found.pred_classes, found.locations = results["classes"], results["locations"]
@@ -156,6 +168,8 @@ class ExportedCenterMask(ExportedDetector):
 
 class ExportedAdaptIS(ExportedModel, ObjectFinder):
     """Takes points too; the search for objects runs here, on the graph's maps."""
+
+    architecture = "AdaptIS"
 
     def __init__(self, run: Run, metadata: Metadata, decoder: Run):
         super().__init__(run, metadata)
@@ -208,18 +222,21 @@ def open_exported(path: str | Path, *, allow_pickle: bool = False) -> ExportedMo
         UserError: a file is missing, damaged or not exported by solo_d2, a package is missing, or
             reading may run code.
     """
-    known = {
-        "SOLO": ExportedSOLO,
-        "YOLACT": ExportedYOLACT,
-        "CenterMask": ExportedCenterMask,
-    }
     run, metadata = _open(Path(path), allow_pickle)
-    if metadata.architecture in known:
-        return known[metadata.architecture](run, metadata)
-    if metadata.architecture == "AdaptIS":
+    decoder = None
+    if metadata.architecture == ExportedAdaptIS.architecture:
         decoder, _ = _open(decoder_path(path), allow_pickle)
+    return exported_model(run, metadata, decoder)
+
+
+def exported_model(run: Run, metadata: Metadata, decoder: Run | None = None) -> ExportedModel:
+    """The model of a graph; ``decoder`` is that of AdaptIS."""
+    if metadata.architecture == ExportedAdaptIS.architecture and decoder is not None:
         return ExportedAdaptIS(run, metadata, decoder)
-    raise UserError(f"{path}: unknown architecture {metadata.architecture}")
+    for known in (ExportedSOLO, ExportedYOLACT, ExportedCenterMask):
+        if metadata.architecture == known.architecture:
+            return known(run, metadata)
+    raise UserError(f"an export of {metadata.architecture} is no model by itself")
 
 
 def _open(path: Path, allow_pickle: bool) -> tuple[Run, Metadata]:

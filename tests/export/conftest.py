@@ -1,13 +1,20 @@
-"""Tiny models of every architecture, on a backbone of a few convolutions, for quick exports."""
+"""Tiny models of every architecture, on a backbone of a few convolutions: exports take seconds."""
 
 import re
+from collections.abc import Callable
 
+import pytest
 import torch
+from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from torch import nn
 
 from solo_d2.config import load_config
+from solo_d2.export.check import raw_instances
+from solo_d2.export.files import build_graph, describe
+from solo_d2.export.graph import Graph
+from solo_d2.export.metadata import Metadata
 from solo_d2.modeling.num_classes import num_classes_keys
 
 NUM_CLASSES = 3
@@ -38,9 +45,11 @@ class TinyPyramid(Backbone):
         return features
 
 
-@BACKBONE_REGISTRY.register()
 def build_tiny_pyramid(cfg, input_shape):
     return TinyPyramid()
+
+
+BACKBONE_REGISTRY.register(build_tiny_pyramid)
 
 
 SOLO = {
@@ -119,6 +128,7 @@ def tiny_config(name: str, **options):
         "MODEL.DEVICE": "cpu",
         "MODEL.MASK_ON": True,
         "MODEL.BACKBONE.NAME": "build_tiny_pyramid",
+        "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
         **SETTINGS[name],
         **{key.replace("__", "."): value for key, value in options.items()},
     }
@@ -133,21 +143,91 @@ def tiny_model(name: str, **options) -> nn.Module:
     """In eval mode, with weights that tell places and classes apart."""
     torch.manual_seed(0)
     model = build_model(tiny_config(name, **options)).eval()
-    for parameter_name, parameter in model.named_parameters():
-        if re.search(r"(kernel|mask|x|y|category|box|coefficient)_pred\.weight", parameter_name):
-            nn.init.normal_(parameter, std=0.3)
-        elif re.search(r"class_logits\.weight|centerness\.weight|offset\.weight", parameter_name):
-            nn.init.normal_(parameter, std=0.2)
-        elif re.search(r"(box_pred|mask_iou_head.predictor)\.bias", parameter_name):
-            nn.init.constant_(parameter, 1.0)
-        elif re.search(r"category_pred\.bias|proposal_generator.*class_logits\.bias", parameter_name):
-            nn.init.constant_(parameter, -1.0)
-        elif parameter_name == "semantic_head.predictor.bias":
-            parameter.data[1:] += 1.0
-        elif parameter_name == "selection_head.predictor.bias":
-            parameter.data += 2.0
+    for pattern, std in ((r"box_pred", 0.02), (r"(kernel|category|coefficient)_pred", 0.1)):
+        for weight in _parameters(model, rf"{pattern}\.weight"):
+            nn.init.normal_(weight, std=std)
+    for weight in _parameters(model, r"((mask|x|y)_pred\.\d|offset|predictor|_logits)\.weight"):
+        nn.init.normal_(weight, std=0.2)
+    for bias in _parameters(model, r"((mask|x|y)_pred\.\d|category_pred)\.bias"):
+        nn.init.zeros_(bias)
+    for bias in _parameters(model, r"box_pred\.bias|mask_iou_head\.predictor\.bias"):
+        nn.init.constant_(bias, 0.5)
+    if name.startswith("AdaptIS"):
+        factor, offset = model.selection_head.rescale
+        nn.init.constant_(model.selection_head.predictor.bias, -offset / factor)
+        nn.init.constant_(model.proposal_head.predictor.bias, 1.5)
     return model
+
+
+def _parameters(model: nn.Module, pattern: str) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if re.search(pattern, name)]
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return torch.rand(3, *size, generator=torch.Generator().manual_seed(seed)) * 255
+
+
+def metadata_of(graph: Graph, **options) -> Metadata:
+    return describe(
+        graph,
+        class_names=["disc", "square", "star"],
+        category_ids=[7, 8, 9],
+        channel_order="RGB",
+        resize=T.ResizeShortestEdge(96, 200),
+        **options,
+    )
+
+
+def set_threshold(model: nn.Module, value: float) -> None:
+    """Of the scores of candidates."""
+    if hasattr(model, "detector"):
+        model.detector.score_threshold = value
+    elif hasattr(model, "proposal_generator"):
+        model.proposal_generator.score_threshold_test = value
+    else:
+        model.score_threshold = value
+
+
+def bisect(is_high: Callable[[float], bool], steps: int = 24) -> tuple[float, float]:
+    """(a value for which it is false, a slightly higher one for which it is true) in [0, 1]."""
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_high(middle) else (middle, high)
+    return low, high
+
+
+class Scenes:
+    """Images in which a model finds much, something and nothing; sets its score threshold."""
+
+    def __init__(self, model: nn.Module, size: tuple[int, int] = (96, 160)):
+        self.many = noise(size)
+        self.none = model.pixel_mean.expand(3, *size).clone()
+
+        def is_clear(threshold: float) -> bool:
+            set_threshold(model, threshold)
+            return len(raw_instances(model, self.none)) == 0
+
+        set_threshold(model, bisect(is_clear)[1] + 1e-3)
+
+        def mixed(share: float) -> torch.Tensor:
+            return torch.lerp(self.none, self.many, share)
+
+        _, share = bisect(lambda x: len(raw_instances(model, mixed(x))) > 0)
+        self.few = mixed(share)
+        self.found = [len(raw_instances(model, x)) for x in (self.none, self.few, self.many)]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """What this file has, for the tests."""
+    import types
+
+    return types.SimpleNamespace(
+        model=tiny_model,
+        config=tiny_config,
+        noise=noise,
+        metadata=metadata_of,
+        Scenes=Scenes,
+        graph=build_graph,
+    )
