@@ -95,8 +95,10 @@ def test_adaptis_finds_the_same_objects_by_itself_with_mirror_images(tiny):
 
 
 @pytest.mark.parametrize("name", SOLO_KIN)
-def test_of_more_candidates_than_a_graph_holds_it_takes_the_best(tiny, name):
-    model = tiny.model(name, MODEL__SOLO__MAX_CANDIDATES_TEST=0)
+def test_of_more_candidates_than_a_graph_holds_it_takes_the_best(tiny, name, monkeypatch):
+    monkeypatch.setattr("solo_d2.export.solo.MAX_CANDIDATES", 60)
+    limits = {"MAX_CANDIDATES_TEST": 0, "TOPK_CANDIDATES_TEST": 60}
+    model = tiny.model(name, **{f"MODEL__SOLO__{key}": value for key, value in limits.items()})
     model.score_threshold = 0.0
     graph = in_torch(tiny, model)
     limit = graph.metadata.options["candidates"]
@@ -125,7 +127,8 @@ def test_of_more_candidates_than_a_graph_holds_it_takes_the_best(tiny, name):
         (
             "FCOS",
             {"MODEL__ROI_HEADS__NAME": "StandardROIHeads", "MODEL__PROPOSAL_GENERATOR__NAME": "RPN"}
-            | {"MODEL__RPN__IN_FEATURES": ["p3"], "MODEL__ANCHOR_GENERATOR__SIZES": [[32]]},
+            | {"MODEL__RPN__IN_FEATURES": ["p3"], "MODEL__ROI_BOX_HEAD__NAME": "FastRCNNConvFCHead"}
+            | {"MODEL__ANCHOR_GENERATOR__SIZES": [[32]], "MODEL__ROI_BOX_HEAD__NUM_FC": 1},
             "CenterMask and FCOS",
         ),
     ],
