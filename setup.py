@@ -57,6 +57,12 @@ setup(
             "altair>=5.4",  # its charts: interactive ones, PNG and SVG from one description
             "vl-convert-python>=1.6",  # altair's PNG and SVG, and its JavaScript for offline pages
         ],
+        # solo-d2 export, and predicting with its files; tested with torch 2.14
+        "export": [
+            "onnx>=1.18",  # the file format
+            "onnxscript>=0.7",  # torch.onnx.export translates operators with it
+            "onnxruntime>=1.23",  # runs the files
+        ],
         "video": ["av>=12"],  # predict writes H.264, which browsers play; 100 MB
     },
 )
