@@ -11,6 +11,16 @@ def is_exporting() -> bool:
     return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
 
 
+def refuse_export(name: str) -> None:
+    """
+    Raises:
+        ValueError: torch.export records a whole model, which selects by counts that depend on the
+            image.
+    """
+    if is_exporting():
+        raise ValueError(f"torch.export cannot record {name}; run: python -m solo_d2 export --help")
+
+
 def same_size(a: Sequence[int], b: Sequence[int]) -> bool:
     """Whether two sizes are equal; while exporting, whether they are for every input size."""
     if not is_exporting():

@@ -16,6 +16,7 @@ from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from solo_d2.layers.symbolic import refuse_export
 from solo_d2.postprocessing import postprocess
 
 from .own_keys import warn_about_own_keys
@@ -109,6 +110,7 @@ class InstanceSegmentor(nn.Module, ABC):
         Raises:
             ValueError: an annotation is missing or wrong, or the weights cannot be used.
         """
+        refuse_export(type(self).__name__)
         images = self.preprocess_image(batched_inputs)
         with record_function("solo_d2.backbone"):
             features = self.backbone(images.tensor)

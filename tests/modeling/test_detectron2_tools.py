@@ -50,6 +50,16 @@ def built(name: str) -> nn.Module:
     return model
 
 
+def excited(name: str) -> nn.Module:
+    """The same, and every architecture finds something."""
+    model = built(name)
+    if name == "yolact_shapes":
+        nn.init.normal_(model.head.class_logits.weight, std=0.3)
+    elif name in ("centermask_shapes", "fcos_shapes"):
+        nn.init.zeros_(model.proposal_generator.head.class_logits.bias)
+    return model
+
+
 @torch.no_grad()
 def dispatched_convolutions(model: nn.Module) -> int:
     """Of what ran, counted by torch: a multiplication and its addition are two."""
@@ -84,16 +94,26 @@ def test_adaptis_which_returns_more_than_tensors_is_counted_but_not_traced():
         activation_count_operators(model, INPUTS)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", TRACEABLE)
 @torch.no_grad()
 def test_a_traced_model_gives_the_instances_of_the_eager_one(name):
-    model = built(name)
+    """What Detectron2's export_model.py does for --export-method tracing --format torchscript."""
+    model = excited(name)
     adapter = TracingAdapter(model, INPUTS)
     traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
     (result,) = adapter.outputs_schema(traced(*adapter.flattened_inputs))
     (expected,) = model(INPUTS)
     found, instances = result["instances"], expected["instances"]
     assert len(instances) > 0
-    assert torch.equal(found.pred_masks, instances.pred_masks)
+    if instances.has("pred_masks"):
+        assert torch.equal(found.pred_masks, instances.pred_masks)
     assert torch.equal(found.pred_classes, instances.pred_classes)
     torch.testing.assert_close(found.scores, instances.scores)
+
+
+@pytest.mark.parametrize("name", ["solov2_shapes", "centermask_shapes"])
+@torch.no_grad()
+def test_torch_export_of_a_whole_model_names_the_command_that_works(name):
+    adapter = TracingAdapter(built(name), INPUTS)
+    with pytest.raises(Exception, match="run: python -m solo_d2 export"):
+        torch.export.export(adapter, adapter.flattened_inputs, strict=False)

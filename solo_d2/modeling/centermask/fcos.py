@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 
+from solo_d2.layers.symbolic import refuse_export
+
 from ..num_classes import resolve_num_classes
 from .head import FCOSHead, FCOSOutputs
 from .inference import SelectedBoxes, select_boxes
@@ -163,6 +165,7 @@ class FCOSProposalGenerator(nn.Module):
         Raises:
             ValueError: training without ``gt_instances``, or a class is none of the C classes.
         """
+        refuse_export("a model with FCOS")
         outputs = self.dense(features)
         if not self.training:
             return self.detect(outputs, images.image_sizes), {}
