@@ -137,8 +137,9 @@ def _differences(eager: Instances, i: int, exported: Instances, j: int) -> dict[
         return float((a[i].float() - b[j].float()).abs().max())
 
     result = {"score": largest(eager.scores, exported.scores), "box": 0.0, "soft_mask": 0.0}
-    if eager.has("mask_scores"):
-        result["score"] = max(result["score"], largest(eager.mask_scores, exported.mask_scores))
+    if eager.has("mask_scores"):  # they have no upper bound
+        rated = largest(eager.mask_scores, exported.mask_scores)
+        result["score"] = max(result["score"], rated / max(1.0, float(eager.mask_scores[i])))
     if eager.has("pred_boxes"):
         result["box"] = largest(eager.pred_boxes.tensor, exported.pred_boxes.tensor)
     if eager.has("pred_masks"):

@@ -111,6 +111,9 @@ def export(
 
     Returns:
         The files.
+
+    Raises:
+        UserError: a package is missing, or the model cannot take images of any size.
     """
     size = metadata.size or [9 * graph.divisibility, 11 * graph.divisibility]
     if metadata.size is None and graph.divisibility < 32:
@@ -129,7 +132,7 @@ def export(
         ).to_json()
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(part, example, dynamic_shapes=part_shapes, strict=False)
+            program = _record(part, example, part_shapes)
             content = _onnx_bytes(part, program, text, half) if format == "onnx" else b""
             with atomic_write(part_path) as file:
                 if format == "onnx":
@@ -137,6 +140,18 @@ def export(
                 else:
                     torch.export.save(program, file, extra_files={KEY: text})
     return [job[3] for job in jobs]
+
+
+def _record(graph: Graph, example: tuple[torch.Tensor, ...], shapes: tuple[Any, ...]) -> Any:
+    try:
+        return torch.export.export(graph, example, dynamic_shapes=shapes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        if "Constraints violated" not in str(error):
+            raise
+        raise UserError(
+            f"the layers of {type(graph.model.backbone).__name__} depend on the image's size, so "
+            "the file can take only one; name it with --size H W"
+        ) from error
 
 
 def round_weights(model: nn.Module) -> None:

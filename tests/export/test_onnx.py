@@ -132,6 +132,16 @@ def test_one_size_and_half_weights(tiny, tmp_path):
     assert found.equal and found.eager > 0
 
 
+def test_a_network_that_depends_on_the_size_needs_one(tiny, tmp_path):
+    unet = {"BACKBONE__NAME": "build_adaptis_unet_backbone", "UNET__LEVELS": 3, "UNET__WIDTH": 4}
+    options = {"ADAPTIS__IN_FEATURES": ["unet"], "ADAPTIS__HEAD": "toy"} | unet
+    model = tiny.model("AdaptIS", **{f"MODEL__{key}": value for key, value in options.items()})
+    graph = build_graph(model)
+    with pytest.raises(UserError, match="--size H W"):
+        export(graph, tiny.metadata(graph), tmp_path / "model.onnx")
+    assert not any(tmp_path.iterdir())
+
+
 def test_what_is_no_exported_file_is_one_line(tmp_path):
     bad = tmp_path / "bad.onnx"
     bad.write_bytes(b"nothing")
