@@ -53,11 +53,7 @@ BACKBONE_REGISTRY.register(build_tiny_pyramid)
 
 
 SOLO = {
-    "MODEL.SOLO.IN_FEATURES": ["p2", "p3", "p5"],
-    "MODEL.SOLO.STRIDES": [8, 8, 32],
-    "MODEL.SOLO.SCALE_RANGES": [[1, 96], [48, 192], [96, 2048]],
-    "MODEL.SOLO.NUM_GRIDS": [10, 8, 4],
-    "MODEL.SOLOV2.MASK_IN_FEATURES": ["p2", "p3"],
+    "MODEL.SOLO.NUM_GRIDS": [9, 8, 6, 5, 4],
     "MODEL.SOLO.CONV_DIM": 32,
     "MODEL.SOLO.NUM_CONVS": 1,
     "MODEL.SOLOV2.MASK_DIM": 32,
