@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -31,6 +32,7 @@ class Architecture(NamedTuple):
     has_masks: bool = True
     ranks_masks: bool = False  # has mask_scores beside scores
     tight_boxes: bool = True  # boxes are those of the masks
+    random: bool = False  # draws points at inference
 
 
 RESNET = {
@@ -103,8 +105,7 @@ ADAPTIS = {
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ADAPTIS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
     "MODEL.ADAPTIS.FUSE_DIM": 16,
-    "MODEL.ADAPTIS.HEAD": "sep",
-    "MODEL.ADAPTIS.CONTROLLER": "fc",
+    "MODEL.ADAPTIS.HEAD": "cityscapes",
     "MODEL.ADAPTIS.NUM_POINTS": 4,
     "MODEL.ADAPTIS.CONV_DIM": 8,
     "MODEL.ADAPTIS.SEMANTIC_DIM": 8,
@@ -133,8 +134,12 @@ def excite_fcos(model):
 def excite_adaptis(model):
     """A part of the image is taken for things, and every mask for good."""
     with torch.no_grad():
-        model.semantic_head.predictor.bias[1:] += 1.0
-        model.selection_head.predictor.bias += 2.0
+        model.semantic_head.predictor.bias[1] += 1.0
+    model.selection_head.rescale = (3.0, 1.0)
+    low = {"mask_threshold": 0.5, "max_occupied": 0.99, "min_things_prob": 0.1, "min_value": 0.01}
+    model.proposal_selection = replace(model.proposal_selection, **low)
+    model.random_selection = replace(model.random_selection, min_things_prob=0.1, min_free=0.05)
+    model.assembler = replace(model.assembler, stuff_prob_mult=0.5)
 
 
 SOLO_LOSSES = {"loss_category", "loss_mask"}
@@ -171,7 +176,9 @@ ARCHITECTURES = {
         ranks_masks=True,
         tight_boxes=False,
     ),
-    "AdaptIS": Architecture(ADAPTIS, {"loss_instance", "loss_semantic"}, excite_adaptis),
+    "AdaptIS": Architecture(
+        ADAPTIS, {"loss_instance", "loss_semantic"}, excite_adaptis, random=True
+    ),
     "AdaptIS proposals": Architecture(
         {**ADAPTIS, "MODEL.ADAPTIS.STAGE": "proposals"}, {"loss_proposal"}, excite_adaptis
     ),
@@ -410,6 +417,8 @@ class TestInference:
         check_output(architecture, instances, size)
 
     def test_images_of_one_size_give_the_results_of_one_by_one(self, architecture, excited):
+        if architecture.random:
+            pytest.skip("draws other points for each image")
         inputs = images_of([SIZE] * 3)
         excited.eval()
         with torch.no_grad():
@@ -420,7 +429,9 @@ class TestInference:
             assert_same(a, b, exact=False)
 
     def test_results_do_not_depend_on_the_chunks(self, architecture, excited, monkeypatch):
+        torch.manual_seed(0)
         (whole,) = run(excited)
+        torch.manual_seed(0)
         monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * 16 * 24 * 4)
         (chunked,) = run(excited)
         assert_same(whole, chunked, exact=True)
