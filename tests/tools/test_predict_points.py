@@ -23,7 +23,7 @@ MODEL:
   WEIGHTS: ""
   BACKBONE: {NAME: "build_adaptis_unet_backbone"}
   UNET: {WIDTH: 4, LEVELS: 3}
-  ADAPTIS: {CONV_DIM: 4, SEMANTIC_DIM: 4}
+  ADAPTIS: {HEAD: cityscapes, CONV_DIM: 8, SEMANTIC_DIM: 4}
   PIXEL_STD: [127.5, 127.5, 127.5]
 DATASETS:
   TRAIN: ()
