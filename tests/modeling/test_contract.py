@@ -129,6 +129,9 @@ def excite_yolact(model):
 def excite_fcos(model):
     nn.init.constant_(model.proposal_generator.head.class_logits.bias, 0.0)
     nn.init.constant_(model.proposal_generator.head.box_pred.bias, 1.5)
+    if model.roi_heads.mask_on:  # untrained masks are at the threshold everywhere
+        nn.init.normal_(model.roi_heads.mask_head.predictor.weight, std=1.0)
+        nn.init.constant_(model.roi_heads.mask_head.predictor.bias, 0.5)
 
 
 def excite_adaptis(model):
@@ -329,12 +332,16 @@ def check_output(architecture: Architecture, instances: Instances, size) -> None
         assert torch.equal(boxes, tight)
 
 
-def assert_same(a: Instances, b: Instances, *, exact: bool) -> None:
-    assert torch.equal(a.pred_classes, b.pred_classes)
-    torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+def share_with_partner(a: Instances, b: Instances) -> float:
+    """Of the instances of ``a``, how many ``b`` has too: class, score, box and mask."""
+    same = a.pred_classes[:, None] == b.pred_classes
+    same &= (a.scores[:, None] - b.scores).abs() < 1e-4
+    boxes = (a.pred_boxes.tensor[:, None] - b.pred_boxes.tensor).abs().amax(dim=-1)
+    same &= boxes <= 1
     if a.has("pred_masks"):
-        different = (a.pred_masks ^ b.pred_masks).float().mean()
-        assert different == 0 if exact else different < 1e-3
+        masks, others = a.pred_masks.flatten(1).float(), b.pred_masks.flatten(1).float()
+        same &= torch.cdist(masks, others, p=1) <= 1e-3 * masks.shape[1]
+    return same.any(dim=1).float().mean().item()
 
 
 class TestTraining:
@@ -379,7 +386,7 @@ class TestTraining:
             pytest.skip("this stage does not look at classes")
         batch = copy.deepcopy(BATCHES["one ordinary image"])
         batch[0]["instances"].gt_classes[:] = wrong
-        with pytest.raises(ValueError, match=rf"{wrong}.*{NUM_CLASSES}"):
+        with pytest.raises(ValueError, match=rf"{wrong}.*gt_classes|gt_classes.*{wrong}"):
             losses_of(model, batch)
 
     def test_an_input_without_annotations_is_an_error(self, architecture, model):
@@ -420,14 +427,15 @@ class TestInference:
         if architecture.random:
             pytest.skip("draws other points for each image")
         inputs = images_of([SIZE] * 3)
-        # rounding would turn near-ties at a threshold into other results
-        model = copy.deepcopy(excited).double()
+        excited.eval()
         with torch.no_grad():
-            together = [x["instances"] for x in model(inputs)]
-            alone = [model([x])[0]["instances"] for x in inputs]
+            together = [x["instances"] for x in excited(inputs)]
+            alone = [excited([x])[0]["instances"] for x in inputs]
         assert all(len(x) for x in alone)
         for a, b in zip(together, alone):
-            assert_same(a, b, exact=False)
+            # rounding turns near-ties at a threshold or in an order into other results
+            assert abs(len(a) - len(b)) <= 0.05 * len(b)
+            assert share_with_partner(a, b) >= 0.95
 
     def test_results_do_not_depend_on_the_chunks(self, architecture, excited, monkeypatch):
         torch.manual_seed(0)
@@ -435,7 +443,10 @@ class TestInference:
         torch.manual_seed(0)
         monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * 16 * 24 * 4)
         (chunked,) = run(excited)
-        assert_same(whole, chunked, exact=True)
+        assert torch.equal(whole.pred_classes, chunked.pred_classes)
+        torch.testing.assert_close(whole.scores, chunked.scores)
+        if architecture.has_masks:
+            assert torch.equal(whole.pred_masks, chunked.pred_masks)
 
     def test_mixed_precision_finds_something(self, architecture, excited):
         with torch.autocast("cpu", dtype=torch.bfloat16):
