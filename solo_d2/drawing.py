@@ -17,11 +17,11 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from detectron2.structures.masks import polygons_to_bitmask
 from PIL import Image, ImageDraw
 
+from .data.images import read_image
 from .label_layout import font, letters_mask, place_labels
 
 _FILL = 0.4  # opacity of a mask
@@ -170,7 +170,7 @@ def comparison_grid(
         raise ValueError(f"{len(records)} records but {len(predictions)} predictions")
     rows = []
     for record, prediction in zip(records, predictions):
-        image = read_image(record["file_name"], format="RGB")
+        image = read_image(record["file_name"])
         instances = prediction["instances"] if isinstance(prediction, Mapping) else prediction
         instances = instances[instances.scores >= score_threshold]
         panels = _panels(image, record.get("annotations", []), instances, names, height)
@@ -207,7 +207,7 @@ def _panels(
         ([_annotated_region(a, h, w) for a in annotations], truth),
         (_predicted_regions(instances, range(len(instances))), texts),
     ):
-        scaled = [_scale(region, size[0] / w, size[1] / h) for region in regions]
+        scaled = [_scale(region, (w, h), size) for region in regions]
         panels.append(_draw(small, scaled, [instance_color(i) for i in range(len(scaled))], labels))
     return panels
 
@@ -257,12 +257,17 @@ def _box_region(box: np.ndarray) -> _Region:
     return _Region(x1, y1, x2 - x1, y2 - y1, None)
 
 
-def _scale(region: _Region, x: float, y: float) -> _Region:
-    left, top = round(region.left * x), round(region.top * y)
+def _scale(region: _Region, old: tuple[int, int], new: tuple[int, int]) -> _Region:
+    """The region in an image of another width and height; at least a pixel, if it had one."""
+    if region.mask is not None and not region.mask.size:
+        return region
+    x, y = new[0] / old[0], new[1] / old[1]
+    left = min(round(region.left * x), new[0] - 1)
+    top = min(round(region.top * y), new[1] - 1)
     width = max(1, round((region.left + region.width) * x) - left)
     height = max(1, round((region.top + region.height) * y) - top)
     mask = region.mask
-    if mask is not None and mask.size:
+    if mask is not None:
         mask = cv2.resize(mask * 255, (width, height), interpolation=cv2.INTER_LINEAR)
         mask = (mask > 127).astype(np.uint8)
     return _Region(left, top, width, height, mask)

@@ -202,6 +202,19 @@ def test_grid_takes_images_of_any_ratio_without_annotations_or_predictions(tmp_p
     assert grid.shape[1] <= 3 * 2 * 60 + 40
 
 
+@pytest.mark.parametrize("size", [(500, 333), (999, 17)])
+def test_grid_takes_masks_without_a_pixel_and_of_one_in_a_corner(tmp_path, size):
+    height, width = size
+    boxes = [(0, 0, 0, 0), (width - 1, height - 1, width, height)]
+    plain, drawn = (
+        comparison_grid(
+            [record(tmp_path, *size)], [predict(*size, b)], NAMES, score_threshold=0.5, height=64
+        )
+        for b in ([], boxes)
+    )
+    assert (plain != drawn).any()
+
+
 def test_grid_of_nothing_is_a_picture_too():
     assert comparison_grid([], [], NAMES, score_threshold=0.5).size > 0
 
