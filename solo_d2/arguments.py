@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .errors import UnsafeFileError, is_user_error, one_line
+
 # Detectron2's config; those of solo_d2 are below the same.
 CONFIG_ROOTS = frozenset(
     "CUDNN_BENCHMARK DATALOADER DATASETS FLOAT32_PRECISION GLOBAL INPUT MODEL OUTPUT_DIR SEED "
@@ -36,6 +38,21 @@ def parse(
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return options
+
+
+def print_error(error: Exception, options: argparse.Namespace) -> None:
+    """Say on one line what the user can mend; any other error is raised again.
+
+    Args:
+        error: that ended the command.
+        options: of the command, to name the one that helps, if it has that.
+    """
+    if not is_user_error(error):
+        raise error
+    hint = ""
+    if isinstance(error, UnsafeFileError) and hasattr(options, "allow_pickle"):
+        hint = "; if you trust the file, add --allow-pickle"
+    print(f"error: {one_line(error)}{hint}", file=sys.stderr)
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

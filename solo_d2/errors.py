@@ -8,6 +8,10 @@ class UserError(Exception):
     """Something in the config, the files or the command is wrong; the message is one line."""
 
 
+class UnsafeFileError(UserError):
+    """Reading the file may run code from it."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error on one line, also of one that crossed a process boundary."""
     # KeyError puts its message in quotes.

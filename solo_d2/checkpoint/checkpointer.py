@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
 
-from .fit import belongs, counted, describe_shapes, listed, nonfinite
+from .fit import belongs, counted, describe_shapes, listed, nonfinite, wrong_types
 from .load import adapt_to_model, load_weights_file
 
 
@@ -115,8 +115,11 @@ class Checkpointer(DetectionCheckpointer):
         complete = self.require_complete or bool(resumed)
         self._load_weights(path, weights, checkpoint.get("solo_d2") or {}, complete=complete)
         for key in resumed:
+            state, own = checkpoint.pop(key), self.checkpointables[key].state_dict()
+            if wrong := next(wrong_types(state, own, key), ""):
+                raise UserError(f"weights {path}: its {wrong}")
             try:
-                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+                self.checkpointables[key].load_state_dict(state)
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
                     f"weights {path}: its {key!r} is not of this training ({one_line(error)})"

@@ -1,7 +1,8 @@
 """How the tensors of a file fit those of a model, in numbers and in words."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -51,6 +52,29 @@ def _num_classes(shapes: Mapping[str, tuple[Shape, Shape]], in_model: int) -> in
         return theirs[0] - 1
     per_class, rest = divmod(ours[0], in_model)  # several where there are anchors or boxes
     return 0 if rest or theirs[0] % per_class else theirs[0] // per_class
+
+
+def wrong_types(found: Any, own: Any, name: str) -> Iterator[str]:
+    """What a saved state has of another type than the own state has under the same name.
+
+    Args:
+        found: a state dict from a file, or an entry of one.
+        own: what it would replace; an entry that is None says nothing about types.
+        name: of it, for the messages.
+    """
+    if own is None:
+        return
+    expected = (int, float) if type(own) is float else type(own)
+    if isinstance(own, Mapping) and isinstance(found, Mapping):
+        for key in own.keys() & found.keys():
+            yield from wrong_types(found[key], own[key], f"{name}.{key}")
+    elif not isinstance(found, expected):
+        yield f"{name} is of type {type(found).__name__}, not {type(own).__name__}"
+    elif isinstance(own, list) and len(own) != len(found):
+        yield f"{name} has {len(found)} entries, not {len(own)}"
+    elif isinstance(own, list):
+        for index, pair in enumerate(zip(found, own)):
+            yield from wrong_types(*pair, f"{name}[{index}]")
 
 
 def nonfinite(weights: Mapping[str, Tensor]) -> list[str]:

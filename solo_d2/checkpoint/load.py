@@ -14,7 +14,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from solo_d2.errors import UserError, one_line
+from solo_d2.errors import UnsafeFileError, UserError, one_line
 
 from .rename_rules import find_new_name, is_dropped, join, recognize
 
@@ -60,9 +60,8 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
     try:
         content = _read(local, allow_pickle)
     except _NeedsCode as error:
-        raise UserError(
-            f"weights {path}: reading it may run code from it ({error}); if you trust it, predict "
-            "and convert read it with --allow-pickle"
+        raise UnsafeFileError(
+            f"weights {path}: reading it may run code from it ({error})"
         ) from None
     except OSError:
         raise
@@ -178,6 +177,8 @@ def _with_state_dict(content: Any, path: str | Path) -> dict[str, Any]:
             value = torch.from_numpy(np.array(value))
         if not isinstance(value, Tensor):
             raise UserError(f"weights {path}: {name} is a {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise UserError(f"weights {path}: {name} is sparse, quantized or complex")
         tensors[name] = value
     return {**checkpoint, "model": tensors}
 

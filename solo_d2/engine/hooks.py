@@ -155,6 +155,8 @@ class KeepBest(HookBase):
         return {"best": self.best, "best_iter": self.best_iter, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state["best"], int | float | None):
+            raise TypeError(f"the best {self._metric} is {state['best']!r}, not a number")
         self.best, self.best_iter = state["best"], state["best_iter"]
         self.waited = state["waited"]
 

@@ -2,7 +2,6 @@
 
 import argparse
 import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +16,9 @@ from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from solo_d2.arguments import add_model_arguments, parse
+from solo_d2.arguments import add_model_arguments, parse, print_error
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.config import load_config, use_available_device
-from solo_d2.errors import is_user_error, one_line
 from solo_d2.images import as_rgb
 from solo_d2.modeling.own_keys import all_keys_honored
 from solo_d2.modeling.prepare import prepare
@@ -39,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = random_input(height, width, options.instances, _num_classes(model))
         image = _read(options.image, options.size, cfg.INPUT.FORMAT) if options.image else None
     except Exception as error:
-        if not is_user_error(error):
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print_error(error, options)
         return 2
     print(f"{options.config_file}, {options.size[0]} x {options.size[1]}, {cfg.MODEL.DEVICE}")
     benchmark(model, inputs, image, only=options.only, rows=options.rows)

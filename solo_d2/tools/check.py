@@ -21,6 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
 
+from solo_d2.arguments import print_error
 from solo_d2.config import load_config
 from solo_d2.data.annotations import to_rle
 from solo_d2.data.catalog import CocoLoader
@@ -350,8 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = {"summary": summary(reports), "data_sets": to_json(reports)}
             with atomic_write(options.json) as file:
                 file.write(json.dumps(content, indent=1).encode())
-    except (UserError, OSError, ValueError, KeyError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        print_error(error, options)
         return EXIT_USAGE
     for report in reports:
         print(to_text(report, cfg))

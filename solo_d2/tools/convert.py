@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from solo_d2.arguments import print_error
 from solo_d2.checkpoint.architecture import config_with_classes, differing_settings
 from solo_d2.checkpoint.convert import convert_checkpoint, find_configs, num_classes_for
 from solo_d2.checkpoint.load import load_weights_file
 from solo_d2.checkpoint.rename_rules import recognize
 from solo_d2.checkpoint.sources import SOURCES, Source
 from solo_d2.config import load_config
-from solo_d2.errors import UserError, one_line
+from solo_d2.errors import UserError
 from solo_d2.files import atomic_write
 from solo_d2.modeling.num_classes import get_value
 
@@ -26,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         _run(options)
-    except (UserError, OSError, ValueError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        print_error(error, options)
         return 1
     return 0
 

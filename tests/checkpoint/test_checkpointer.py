@@ -207,7 +207,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         ({"solo_d2": {"thing_classes": ["cat", 3]}}, "its class name is of type int, not str"),
         ({"solo_d2": {"architecture": 7}}, "its architecture is of type int, not str"),
         ({"iteration": "seven"}, "its iteration is of type str, not int"),
-        ({"optimizer": {"state": 3}}, "its 'optimizer' is not of this training"),
+        ({"optimizer": {"state": {}}}, "its 'optimizer' is not of this training"),
+        ({"optimizer": None}, "its optimizer is of type NoneType, not dict"),
+        ({"optimizer": {"state": 3}}, "its optimizer.state is of type int, not dict"),
+        ({"optimizer": {"param_groups": []}}, "its optimizer.param_groups has 0 entries, not 1"),
+        (
+            {"optimizer": {"param_groups": [{"lr": "x"}]}},
+            r"its optimizer.param_groups\[0\].lr is of type str, not float",
+        ),
     ],
 )
 def test_wrong_types_beside_the_tensors_are_one_line(tmp_path, entries, complaint):

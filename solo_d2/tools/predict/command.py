@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from solo_d2.arguments import add_model_arguments, parse
-from solo_d2.errors import UserError, is_user_error, one_line
+from solo_d2.arguments import add_model_arguments, parse, print_error
+from solo_d2.errors import UserError, one_line
 from solo_d2.images import UnreadableError
 from solo_d2.predictor import Result, load
 
@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--points needs AdaptIS, not {type(predictor.model).__name__}")
         folder.mkdir(parents=True, exist_ok=True)
     except Exception as error:
-        if not is_user_error(error):
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print_error(error, options)
         return EXIT_USAGE
 
     def predict(image: str | np.ndarray) -> Result:
