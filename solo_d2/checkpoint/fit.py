@@ -64,17 +64,16 @@ def wrong_types(found: Any, own: Any, name: str) -> Iterator[str]:
     """
     if own is None:
         return
-    expected = (int, float) if type(own) is float else type(own)
     if isinstance(own, Mapping) and isinstance(found, Mapping):
         for key in own.keys() & found.keys():
             yield from wrong_types(found[key], own[key], f"{name}.{key}")
-    elif not isinstance(found, expected):
-        yield f"{name} is of type {type(found).__name__}, not {type(own).__name__}"
-    elif isinstance(own, list) and len(own) != len(found):
-        yield f"{name} has {len(found)} entries, not {len(own)}"
-    elif isinstance(own, list):
+    elif isinstance(own, list) and isinstance(found, list):
+        if len(own) != len(found):
+            yield f"{name} has {len(found)} entries, not {len(own)}"
         for index, pair in enumerate(zip(found, own)):
             yield from wrong_types(*pair, f"{name}[{index}]")
+    elif not isinstance(found, (int, float) if type(own) is float else type(own)):
+        yield f"{name} is of type {type(found).__name__}, not {type(own).__name__}"
 
 
 def nonfinite(weights: Mapping[str, Tensor]) -> list[str]:
