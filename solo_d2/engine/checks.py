@@ -24,6 +24,8 @@ _LIMITS = {
     "SOLVER.CHECKPOINT_PERIOD": (1, "a positive number of iterations"),
     "SOLVER.WARMUP_ITERS": (0, "0 or more iterations"),
     "SOLVER.REFERENCE_WORLD_SIZE": (0, "a number of GPUs, or 0 to scale nothing"),
+    "MODEL.FPN.OUT_CHANNELS": (1, "a positive number of channels"),
+    "MODEL.BACKBONE.FREEZE_AT": (0, "0 (nothing), 1 (the stem) to 5 (everything)"),
     "DATALOADER.NUM_WORKERS": (0, "0 or more processes"),
     "TEST.PATIENCE": (0, "a number of evaluations, or 0 for no early stop"),
     "TEST.VIS_IMAGES": (0, "0 or more images"),

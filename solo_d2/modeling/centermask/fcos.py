@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 
 from ..num_classes import resolve_num_classes
+from ..options import check_at_least, check_fractions
 from .head import FCOSHead, FCOSOutputs
 from .inference import SelectedBoxes, select_boxes
 from .losses import BOX_LOSSES
@@ -87,11 +88,9 @@ class FCOSProposalGenerator(nn.Module):
                 f"box_loss_type must be one of {', '.join(BOX_LOSSES)}, not {box_loss_type!r}"
             )
         _check_levels(in_features, strides, borders)
-        _check_at_least(1, num_classes=num_classes, pre_nms_topk=pre_nms_topk)
-        _check_at_least(
-            0, radius=radius, max_proposals=max_proposals, max_detections=max_detections
-        )
-        _check_fractions(
+        check_at_least(1, num_classes=num_classes, pre_nms_topk=pre_nms_topk)
+        check_at_least(0, radius=radius, max_proposals=max_proposals, max_detections=max_detections)
+        check_fractions(
             score_threshold_train=score_threshold_train,
             score_threshold_test=score_threshold_test,
             nms_threshold=nms_threshold,
@@ -302,18 +301,6 @@ def features_by_name(
     if len(set(channels.values())) != 1:
         raise ValueError(f"{key} must all have the same number of channels: {channels}")
     return [shapes[name] for name in names]
-
-
-def _check_at_least(lowest: float, **options: float) -> None:
-    for name, value in options.items():
-        if not value >= lowest:
-            raise ValueError(f"{name} must be {lowest} or more, not {value!r}")
-
-
-def _check_fractions(**options: float) -> None:
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, not {value!r}")
 
 
 def _check_levels(

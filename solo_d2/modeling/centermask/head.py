@@ -8,6 +8,8 @@ from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..options import check_channels
+
 
 class FCOSOutputs(NamedTuple):
     """Outputs of ``FCOSHead``, per level."""
@@ -41,7 +43,7 @@ class FCOSHead(nn.Module):
             prior_prob: probability of each class before training.
 
         Raises:
-            ValueError: ``prior_prob`` or a number of convolutions has an unsupported value.
+            ValueError: an argument has an unsupported value.
         """
         super().__init__()
         if not 0 < prior_prob < 1:
@@ -51,6 +53,7 @@ class FCOSHead(nn.Module):
                 "num_class_convs and num_box_convs must be 0 or more, "
                 f"not {num_class_convs!r} and {num_box_convs!r}"
             )
+        check_channels(norm, in_channels=in_channels)
         self.class_tower = _tower(num_class_convs, in_channels, norm)
         self.box_tower = _tower(num_box_convs, in_channels, norm)
         self.class_logits = _conv3x3(in_channels, num_classes)

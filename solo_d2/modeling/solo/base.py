@@ -34,7 +34,7 @@ from solo_d2.layers.nms import MATRIX_NMS_KERNELS, point_nms
 from solo_d2.layers.resample import resize
 
 from ..num_classes import resolve_num_classes
-from ..options import check_choice
+from ..options import check_at_least, check_choice, check_fractions
 from ..segmentor import GroundTruth, InstanceSegmentor
 from .head import CategoryHead
 from .inference import NMS_TYPES, ScoredMasks, detect_masks, suppress_masks
@@ -126,6 +126,16 @@ class SOLOFamily(InstanceSegmentor):
         check_choice("mask_loss_type", mask_loss_type, tuple(MASK_LOSSES))
         check_choice("nms_type", nms_type, NMS_TYPES)
         check_choice("nms_kernel", nms_kernel, MATRIX_NMS_KERNELS)
+        check_at_least(0, max_positives=max_positives, max_candidates=max_candidates)
+        check_at_least(0, topk_candidates=topk_candidates, max_detections=max_detections)
+        check_at_least(0, center_sigma=center_sigma, focal_loss_gamma=focal_loss_gamma)
+        check_at_least(
+            0, category_loss_weight=category_loss_weight, mask_loss_weight=mask_loss_weight
+        )
+        check_fractions(score_threshold=score_threshold, mask_threshold=mask_threshold)
+        check_fractions(update_threshold=update_threshold, nms_threshold=nms_threshold)
+        if not nms_sigma > 0:
+            raise ValueError(f"nms_sigma must be positive, not {nms_sigma!r}")
         self._check_levels(backbone, head, head_in_features, strides, scale_ranges)
         if (mask_branch is not None) != self.has_mask_branch:
             needed = "needs a" if self.has_mask_branch else "has no"

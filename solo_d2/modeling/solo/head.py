@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.resample import ALIGNMENTS, align_to_grid
 
-from ..options import check_choice
+from ..options import check_channels, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class TowerSpec:
         check_choice("deform", self.deform, ("none", "last", "all"))
         if self.num_convs < 1:
             raise ValueError(f"num_convs must be at least 1, not {self.num_convs!r}")
+        check_channels(self.norm, conv_dim=self.conv_dim)
 
     def build(self, in_channels: int) -> nn.Sequential:
         convs = []
@@ -83,12 +84,14 @@ class CategoryHead(nn.Module):
             prior_prob: probability of each class before training.
 
         Raises:
-            ValueError: ``category_align`` or ``num_grids`` has an unsupported value.
+            ValueError: an argument has an unsupported value.
         """
         super().__init__()
         check_choice("category_align", category_align, tuple(ALIGNMENTS))
         if not all(grid >= 1 for grid in num_grids):
             raise ValueError(f"num_grids must all be at least 1, not {list(num_grids)}")
+        if not 0 < prior_prob < 1:
+            raise ValueError(f"prior_prob must be between 0 and 1, not {prior_prob!r}")
         self.num_grids = list(num_grids)
         self.category_align = category_align
         self.coord_conv = coord_conv

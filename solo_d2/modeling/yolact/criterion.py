@@ -9,6 +9,7 @@ from torch.profiler import record_function
 from solo_d2.layers.boxes import box_areas
 from solo_d2.layers.distributed import normalizer
 
+from ..options import check_at_least
 from ..segmentor import GroundTruth
 from .anchors import encode
 from .head import MaskRater, YOLACTOutputs, assemble_masks, inside_boxes, scale_boxes
@@ -57,11 +58,14 @@ class YOLACTCriterion(nn.Module):
             ValueError: an option has an unsupported value.
         """
         super().__init__()
+        check_at_least(0, box_loss_weight=box_loss_weight, class_loss_weight=class_loss_weight)
+        check_at_least(
+            0, mask_loss_weight=mask_loss_weight, semantic_loss_weight=semantic_loss_weight
+        )
         low, high = iou_thresholds
         if not 0 <= low <= high <= 1:
             raise ValueError(f"iou_thresholds must ascend within 0 to 1, not {(low, high)}")
-        if masks_to_train < 0:
-            raise ValueError(f"masks_to_train must be 0 or more, not {masks_to_train}")
+        check_at_least(0, masks_to_train=masks_to_train)
         self.num_classes = num_classes
         self.iou_thresholds = (low, high)
         self.crowd_threshold = crowd_threshold

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from solo_d2.layers.resample import resize, upsample2x
 
+from ..options import check_at_least, check_channels
+
 
 class YOLACTOutputs(NamedTuple):
     """Raw outputs, float32."""
@@ -95,6 +97,7 @@ class YOLACTPyramid(nn.Module):
                 f"num_levels must be at least {len(in_features)}, the number of in_features, "
                 f"not {num_levels}"
             )
+        check_channels(norm, out_channels=out_channels)
         self.in_features = list(in_features)
         self.num_levels = num_levels
         first = int(math.log2(strides[0]))
@@ -148,6 +151,8 @@ class YOLACTHead(nn.Module):
             norm: of the shared convolution.
         """
         super().__init__()
+        check_at_least(1, num_prototypes=num_prototypes)
+        check_at_least(0, predictor_gain=predictor_gain)
         self.num_anchors = num_anchors
         self.num_classes = num_classes
         self.shared = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)

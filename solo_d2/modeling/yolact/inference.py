@@ -10,6 +10,7 @@ from torch.profiler import record_function
 from solo_d2.layers.box_nms import Kept, cross_class_fast_nms, fast_nms, traditional_nms
 from solo_d2.layers.masks import upsample_to_binary
 
+from ..options import check_at_least, check_choice, check_fractions
 from .anchors import decode
 from .head import MaskRater, YOLACTOutputs, assemble_masks, inside_boxes, scale_boxes
 
@@ -78,11 +79,9 @@ class YOLACTDetector:
             ("crop", crop, CROPS),
             ("box_rounding", box_rounding, BOX_ROUNDINGS),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        for name, limit in (("top_k", top_k), ("max_detections", max_detections)):
-            if limit < 1:
-                raise ValueError(f"{name} must be at least 1, not {limit}")
+            check_choice(name, value, known)
+        check_at_least(1, top_k=top_k, max_detections=max_detections)
+        check_fractions(score_threshold=score_threshold, nms_threshold=nms_threshold)
         self.score_threshold = score_threshold
         self.nms_type = nms_type
         self.nms_threshold = nms_threshold
