@@ -261,7 +261,7 @@ def _evaluate(cfg: CfgNode, _: int) -> None:
     try:
         _set_up(cfg)
         model = Trainer.build_model(cfg)
-        build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
+        build_checkpointer(cfg, model, require_complete=True).load(cfg.MODEL.WEIGHTS)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(one_line(error)) from error
     write_results(Trainer.test(cfg, model), cfg.OUTPUT_DIR)
