@@ -58,15 +58,20 @@ def print_error(error: Exception, options: argparse.Namespace) -> None:
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(config keys, each with the word that follows it; all other words).
 
-    A key is a word that begins with the name of a config section, and is not a file.
+    A key is a word that begins with the name of a config section, and is not a file. The last one
+    has no value if none follows, or an option.
     """
-    opts, others = [], []
-    remaining = iter(words)
-    for word in remaining:
-        if word.split(".")[0] in CONFIG_ROOTS and not Path(word).exists():
-            opts += [word, *(value for value in [next(remaining, None)] if value is not None)]
-        else:
+    opts: list[str] = []
+    others: list[str] = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if word.split(".")[0] not in CONFIG_ROOTS or Path(word).exists():
             others.append(word)
+        elif not remaining or remaining[0].startswith("--"):
+            return [*opts, word], [*others, *remaining]
+        else:
+            opts += [word, remaining.pop(0)]
     return opts, others
 
 

@@ -48,6 +48,10 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     solver = cfg.SOLVER
     if not 0 < solver.BASE_LR < float("inf"):
         raise UserError(f"SOLVER.BASE_LR is {solver.BASE_LR!r}, but must be a positive number")
+    if cfg.MODEL.FPN.FUSE_TYPE not in ("sum", "avg"):
+        raise UserError(
+            f"MODEL.FPN.FUSE_TYPE is {cfg.MODEL.FPN.FUSE_TYPE!r}, but must be 'sum' or 'avg'"
+        )
     reference = solver.REFERENCE_WORLD_SIZE or world_size
     if solver.IMS_PER_BATCH % reference:
         of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "processes"

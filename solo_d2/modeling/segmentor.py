@@ -61,8 +61,16 @@ class InstanceSegmentor(nn.Module, ABC):
                 affine parameters are still trained.
             mask_threshold: a pixel belongs to an instance where its soft mask exceeds this.
             num_classes: training fails for a class that is not below this; None: no check.
+
+        Raises:
+            ValueError: ``pixel_mean`` or ``pixel_std`` has an unsupported value.
         """
         super().__init__()
+        if len(pixel_mean) != len(pixel_std) or not all(std > 0 for std in pixel_std):
+            raise ValueError(
+                "pixel_mean and pixel_std need a number per channel, and the latter a positive "
+                f"one, not {[*pixel_mean]} and {[*pixel_std]}"
+            )
         self.backbone = prepare(backbone)
         self.freeze_bn_stats = freeze_bn_stats
         self.mask_threshold = mask_threshold

@@ -1,6 +1,5 @@
 """No command runs code from a file that it is given as weights, whatever its suffix."""
 
-import importlib.util
 import pickle
 from pathlib import Path
 
@@ -10,10 +9,9 @@ from PIL import Image
 
 import solo_d2
 from solo_d2.errors import UserError
-from solo_d2.tools import benchmark, click, convert, predict
+from solo_d2.tools import benchmark, click, convert, predict, train
 from solo_d2.tools.compare import cli as compare
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SOLO, ADAPTIS = "quick/solov2_shapes.yaml", "quick/adaptis_mobilenetv2_shapes_stage2.yaml"
 SMALL = "MODEL.DEVICE cpu DATASETS.SHAPES.TRAIN_IMAGES 2 DATASETS.SHAPES.VAL_IMAGES 1".split()
 
@@ -23,14 +21,6 @@ def shapes_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOLO_D2_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-@pytest.fixture(scope="module")
-def train_net():
-    spec = importlib.util.spec_from_file_location("train_net", REPOSITORY / "train_net.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.run
 
 
 class RunsCode:
@@ -77,9 +67,7 @@ def words_of(command, file, folder):
     "command",
     ["train", "evaluate", "resume", "predict", "benchmark", "convert", "click", "compare"],
 )
-def test_it_is_refused_with_the_option_that_the_command_has(
-    command, hostile, train_net, tmp_path, capfd
-):
+def test_it_is_refused_with_the_option_that_the_command_has(command, hostile, tmp_path, capfd):
     file, touched = hostile
     if command == "compare" and file.suffix not in (".pyth", ".pkl"):
         pytest.skip("starts a process; reads its file as evaluate does")
@@ -89,7 +77,7 @@ def test_it_is_refused_with_the_option_that_the_command_has(
         "convert": convert.main,
         "click": click.main,
         "compare": compare.main,
-    }.get(command, train_net)
+    }.get(command, train.main)
     assert main([str(word) for word in words_of(command, file, tmp_path)]) in (1, 2)
     lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
     assert len(lines) == 1 and str(file) in lines[0] and "may run code" in lines[0]

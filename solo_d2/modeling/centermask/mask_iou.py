@@ -13,6 +13,8 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..options import check_at_least
+
 
 class MaskIoUHead(nn.Module):
     """Predicts the IoU of a mask with its object, for every class that the object may have."""
@@ -34,8 +36,12 @@ class MaskIoUHead(nn.Module):
             num_classes: C.
             num_conv, conv_dim: 3x3 convolutions, the last of stride 2.
             fc_dim: units of the two linear layers.
+
+        Raises:
+            ValueError: an argument has an unsupported value.
         """
         super().__init__()
+        check_at_least(1, num_conv=num_conv, conv_dim=conv_dim, fc_dim=fc_dim)
         self.convs: list[Conv2d] = []
         channels = in_channels + 1
         for k in range(1, num_conv + 1):

@@ -319,7 +319,9 @@ def test_two_processes_have_the_losses_of_the_joined_batch(monkeypatch):
         ("ANCHOR_SIZES", [24], "num_levels must be at least 3, .* not 1"),
         ("ANCHOR_ASPECT_RATIOS", [0.0], "aspect_ratios must be positive"),
         ("INPUT_SIZE", -1, "input_size must be 0 or more, not -1"),
-        ("MASKS_TO_TRAIN", -1, "masks_to_train must be 0 or more, not -1"),
+        ("MASKS_TO_TRAIN", -1, "masks_to_train must be at least 0, not -1"),
+        ("NUM_PROTOTYPES", 0, "num_prototypes must be at least 1, not 0"),
+        ("NMS_THRESH_TEST", -1.0, "nms_threshold must be from 0 to 1, not -1.0"),
         ("TOPK_CANDIDATES_TEST", 0, "top_k must be at least 1, not 0"),
     ],
 )
