@@ -119,7 +119,8 @@ class InstanceMapper(DatasetMapper):
         augmented = T.AugInput(image, boxes=np.array(boxes).reshape(-1, 4), sem_seg=semantic)
         transforms = self.augmentations(augmented)
         image_shape = augmented.image.shape[:2]
-        pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        # a copy: of one row or column, a flipped view counts as contiguous, which torch refuses
+        pixels = augmented.image.transpose(2, 0, 1).copy()
         example["image"] = torch.as_tensor(pixels)
         if augmented.sem_seg is not None:
             example["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))

@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from solo_d2.errors import UserError
 from solo_d2.modeling.num_classes import get_value
+from solo_d2.modeling.options import check_choice
 from solo_d2.modeling.own_keys import refuse_test_time_augmentation
 
 try:
@@ -26,9 +27,21 @@ _LIMITS = {
     "SOLVER.REFERENCE_WORLD_SIZE": (0, "a number of GPUs, or 0 to scale nothing"),
     "MODEL.FPN.OUT_CHANNELS": (1, "a positive number of channels"),
     "MODEL.BACKBONE.FREEZE_AT": (0, "0 (nothing), 1 (the stem) to 5 (everything)"),
+    "INPUT.MAX_SIZE_TRAIN": (1, "a positive number of pixels"),
+    "INPUT.MIN_SIZE_TEST": (0, "a number of pixels, or 0 to leave images as they are"),
+    "INPUT.MAX_SIZE_TEST": (1, "a positive number of pixels"),
+    "DATASETS.OVERFIT_IMAGES": (0, "0 or more images"),
     "DATALOADER.NUM_WORKERS": (0, "0 or more processes"),
     "TEST.PATIENCE": (0, "a number of evaluations, or 0 for no early stop"),
     "TEST.VIS_IMAGES": (0, "0 or more images"),
+}
+
+_CHOICES = {
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "INPUT.FORMAT": ("RGB", "BGR", "L", "YUV-BT.601"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
 }
 
 
@@ -48,10 +61,9 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     solver = cfg.SOLVER
     if not 0 < solver.BASE_LR < float("inf"):
         raise UserError(f"SOLVER.BASE_LR is {solver.BASE_LR!r}, but must be a positive number")
-    if cfg.MODEL.FPN.FUSE_TYPE not in ("sum", "avg"):
-        raise UserError(
-            f"MODEL.FPN.FUSE_TYPE is {cfg.MODEL.FPN.FUSE_TYPE!r}, but must be 'sum' or 'avg'"
-        )
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if not sizes or min(sizes) < 0:
+        raise UserError(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, but must be numbers of pixels")
     reference = solver.REFERENCE_WORLD_SIZE or world_size
     if solver.IMS_PER_BATCH % reference:
         of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "processes"
@@ -65,6 +77,8 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
             f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}"
         )
     try:
+        for key, choices in _CHOICES.items():
+            check_choice(key, get_value(cfg, key), choices)
         refuse_test_time_augmentation(cfg)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -184,3 +184,13 @@ def test_deep_images_are_scaled_in_training_and_evaluation(tmp_path, is_train):
     cfg = load_config(opts=["INPUT.MIN_SIZE_TRAIN", (24,), "INPUT.MIN_SIZE_TEST", 24])
     image = InstanceMapper(cfg, is_train=is_train)(record)["image"]
     assert image.shape == (3, 24, 24) and image.unique().tolist() == [99]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1)])
+def test_an_image_of_one_row_or_column_is_flipped(mapper, tmp_path, size):
+    mapper.augmentations = T.AugmentationList([T.RandomFlip(prob=1.0)])
+    pixels = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "height": size[0], "width": size[1]}
+    flipped = mapper(record)["image"].numpy()
+    assert (flipped == pixels[:, ::-1, ::-1].transpose(2, 0, 1)).all()

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import resize, upsample2x
 
+from ..options import check_at_least, check_channels
 from .base import SOLOFamily
 from .head import (
     CategoryHead,
@@ -110,7 +111,7 @@ class SOLOv2Head(CategoryHead):
             kernel_size: side of the dynamic kernels, odd.
 
         Raises:
-            ValueError: ``kernel_size`` is even.
+            ValueError: an argument has an unsupported value.
         """
         super().__init__(
             in_channels=in_channels,
@@ -121,6 +122,7 @@ class SOLOv2Head(CategoryHead):
             coord_conv=coord_conv,
             prior_prob=prior_prob,
         )
+        check_at_least(1, mask_dim=mask_dim)
         if kernel_size % 2 != 1:
             raise ValueError(f"kernel_size must be odd, not {kernel_size!r}")
         self.kernel_size = kernel_size
@@ -175,6 +177,7 @@ class MaskFeatureBranch(nn.Module):
             ValueError: a feature is missing, or the strides or channels do not fit together.
         """
         super().__init__()
+        check_channels(norm, conv_dim=conv_dim, out_dim=out_dim)
         channels = shared_channels(input_shape, in_features)
         strides = [input_shape[name].stride for name in in_features]
         if strides != [strides[0] * 2**i for i in range(len(strides))]:

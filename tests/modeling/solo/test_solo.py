@@ -302,6 +302,7 @@ WRONG_OPTIONS = {
     "nms_type": ("MODEL.SOLO.NMS_TYPE", "matrx", "matrix, mask"),
     "nms_kernel": ("MODEL.SOLO.NMS_KERNEL", "gauss", "gaussian, linear"),
     "kernel_size": ("MODEL.SOLOV2.KERNEL_SIZE", 2, "odd"),
+    "out_dim": ("MODEL.SOLOV2.MASK_DIM", 48, "a multiple of 32"),
     "in_features": ("MODEL.SOLOV2.MASK_IN_FEATURES", ["p2", "p4"], "double"),
 }
 
