@@ -21,3 +21,18 @@ def prepare(model: Module) -> Module:
         The module itself.
     """
     return fold_frozen_batch_norms(model).to(memory_format=torch.channels_last)
+
+
+def check_precision(dtype: torch.dtype, device: torch.device) -> None:
+    """
+    Args:
+        dtype, device: of a model's weights.
+
+    Raises:
+        ValueError: the weights were converted to half precision.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"the model was converted to {dtype}; keep its weights in float32 and call it "
+            f"within torch.autocast({device.type!r}, dtype={dtype}) instead"
+        )

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from solo_d2.postprocessing import postprocess
 
 from .own_keys import warn_about_own_keys
-from .prepare import prepare
+from .prepare import check_precision, prepare
 
 
 class GroundTruth(NamedTuple):
@@ -159,12 +159,7 @@ class InstanceSegmentor(nn.Module, ABC):
         Raises:
             ValueError: the weights were converted to half precision.
         """
-        dtype = self.pixel_mean.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"the model was converted to {dtype}; keep its weights in float32 and call it "
-                f"within torch.autocast({self.device.type!r}, dtype={dtype}) instead"
-            )
+        check_precision(self.pixel_mean.dtype, self.device)
         images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(

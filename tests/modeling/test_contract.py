@@ -405,11 +405,31 @@ class TestInference:
     def test_weights_that_are_not_finite_are_no_silent_failure(self, architecture):
         model = tiny_model(architecture).eval()
         architecture.excite(model)
-        parameter = next(p for n, p in model.named_parameters() if n.startswith("backbone."))
-        nn.init.constant_(parameter, float("nan"))
-        try:
-            (instances,) = run(model)
-        except ValueError as error:
-            assert "finite" in str(error)
-        else:
-            assert all(x.isfinite().all() for x in (instances.scores, instances.pred_boxes.tensor))
+        for parameter in model.backbone.parameters():
+            nn.init.constant_(parameter, float("nan"))
+        with pytest.raises(ValueError, match="not finite"):
+            run(model)
+
+    def test_one_weight_that_is_not_finite_gives_an_error_or_finite_results(self, architecture):
+        for part in ("backbone.", ""):
+            model = tiny_model(architecture).eval()
+            architecture.excite(model)
+            named = [
+                x for x in model.named_parameters() if x[0].startswith("backbone.") == (part != "")
+            ]
+            nn.init.constant_(named[0][1], float("nan"))
+            try:
+                (instances,) = run(model)
+            except ValueError as error:
+                assert "finite" in str(error)
+            else:
+                found = (instances.scores, instances.pred_boxes.tensor)
+                assert all(x.isfinite().all() for x in found)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_weights_are_refused_with_what_to_do(self, architecture, dtype):
+        model = tiny_model(architecture).to(dtype)
+        with pytest.raises(ValueError, match=rf"{dtype}.*torch\.autocast\('cpu', dtype={dtype}\)"):
+            run(model)
+        with pytest.raises(ValueError, match=rf"converted to {dtype}"):
+            losses_of(model, BATCHES["one ordinary image"])

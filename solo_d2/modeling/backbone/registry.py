@@ -4,12 +4,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor
 
 from ..own_keys import warn_about_own_keys
-from ..prepare import prepare
+from ..prepare import check_precision, prepare
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)
 Builder = Callable[[CfgNode, ShapeSpec], BackboneT]
@@ -25,10 +27,19 @@ def register_backbone(build: Builder[BackboneT]) -> Builder[BackboneT]:
     @wraps(build)
     def build_prepared(cfg: CfgNode, input_shape: ShapeSpec) -> BackboneT:
         warn_about_own_keys(cfg)
-        return prepare(build(cfg, input_shape))
+        backbone = prepare(build(cfg, input_shape))
+        backbone.register_forward_pre_hook(_refuse_half)
+        return backbone
 
     BACKBONE_REGISTRY.register(build_prepared)
     return build_prepared
+
+
+def _refuse_half(backbone: Backbone, args: tuple[Tensor, ...]) -> None:
+    """For R-CNNs; an ``InstanceSegmentor`` looks for itself, whatever its backbone is."""
+    weight = next(backbone.parameters())
+    if args[0].dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+        check_precision(weight.dtype, weight.device)
 
 
 def check_freeze_at(freeze_at: int) -> None:

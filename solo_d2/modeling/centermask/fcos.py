@@ -187,8 +187,17 @@ class FCOSProposalGenerator(nn.Module):
         ]
 
     def detect(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[Instances]:
-        """The boxes that are found."""
+        """The boxes that are found.
+
+        Raises:
+            ValueError: the outputs are inf or NaN.
+        """
         found = self._select(outputs, self.score_threshold_test, self.max_detections)
+        boxes = [image.boxes for image in found]
+        # NaN scores find nothing, NaN distances find boxes that are nowhere
+        suspects = [torch.cat(boxes), *(() if all(map(len, boxes)) else outputs.class_logits)]
+        if not all(x.isfinite().all() for x in suspects):
+            raise ValueError("the outputs are not finite: weights have inf or NaN values")
         return [
             Instances(
                 size,
