@@ -22,6 +22,9 @@ except ImportError:  # Windows
 _LIMITS = {
     "SOLVER.MAX_ITER": (1, "a positive number of iterations"),
     "SOLVER.IMS_PER_BATCH": (1, "a positive number of images"),
+    "SOLVER.BASE_LR_END": (0, "0 or more"),
+    "SOLVER.MOMENTUM": (0, "0 or more"),
+    "SOLVER.WEIGHT_DECAY": (0, "0 or more"),
     "SOLVER.CHECKPOINT_PERIOD": (1, "a positive number of iterations"),
     "SOLVER.WARMUP_ITERS": (0, "0 or more iterations"),
     "SOLVER.REFERENCE_WORLD_SIZE": (0, "a number of GPUs, or 0 to scale nothing"),

@@ -18,7 +18,7 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from solo_d2.arguments import parse, print_error
@@ -199,17 +199,14 @@ def _check_images(report: Report, images: list[dict], root: Path, decode: bool) 
 def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> None:
     name = image["file_name"]
     try:
-        with Image.open(path) as file:
-            size, mode = file.size, file.mode
-            turn = orientation(file, decode=decode)
+        size, mode, turn = _header(path, decode=decode)
         if decode or mode.startswith(("I", "F")):  # of which the range of values must be known
             read_image(path)
     except FileNotFoundError:
         report.add(REFUSED, "missing images", name)
         return
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not an image" if "cannot identify" in str(error) else one_line(error)
-        report.add(REFUSED, "unreadable images", f"{name} ({reason})")
+        report.add(REFUSED, "unreadable images", f"{name} ({one_line(error)})")
         return
     if mode.startswith(("I", "F")):
         what = "images of more than 8 bits: 16 bits are divided by 257, floats multiplied by 255"
@@ -225,6 +222,16 @@ def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> No
         report.add(REFUSED, "images whose size in the json is that before a turn by EXIF", sizes)
     else:
         report.add(REFUSED, "images of another size than in the json", sizes)
+
+
+def _header(path: Path, *, decode: bool) -> tuple[tuple[int, int], str, int]:
+    """Width and height, Pillow's mode, and EXIF orientation of an image file."""
+    try:
+        with Image.open(path) as file:
+            return file.size, file.mode, orientation(file, decode=decode)
+    except UnidentifiedImageError:  # what OpenCV reads instead has more than 8 bits
+        height, width = read_image(path).shape[:2]
+        return (width, height), "F", 1
 
 
 def _check_annotations(report: Report, coco: CocoFile) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -352,6 +353,9 @@ def test_images_of_more_than_8_bits(document, write):
     Image.fromarray(deep).save(files[1] / "a.png")
     effect, what, offenders = only_finding(check_one(files))
     assert (effect, offenders) == (REPAIRED, ["a.png"]) and "divided by 257" in what
+    color = np.full((HEIGHT, WIDTH, 3), 0.5, np.float32)  # which Pillow cannot read
+    (files[1] / "a.png").write_bytes(cv2.imencode(".tif", color)[1])
+    assert only_finding(check_one(files)) == (REPAIRED, what, ["a.png"])
     Image.fromarray(deep.astype(np.float32)).save(files[1] / "a.png", format="TIFF")
     effect, what, (offender,) = only_finding(check_one(files))
     assert (effect, what) == (REFUSED, "unreadable images") and "500 to 500" in offender
