@@ -32,7 +32,9 @@ def find_configs(weights: Mapping[str, Tensor], source: Source) -> list[Match]:
         try:
             _check(shapes, source, nearest.config())
         except UserError as error:
-            raise UserError(f"fits no packaged config; of {nearest.name}, {error}") from None
+            raise UserError(
+                f"fits no packaged config; compared with {nearest.name}, {error}"
+            ) from None
     return matches
 
 

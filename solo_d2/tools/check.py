@@ -103,7 +103,7 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
         reports[-1].add(REFUSED, "data sets with other classes", mismatch)
     training = [report for report in reports if report.is_training]
     if training and not any(report.objects for report in training):
-        training[0].add(REFUSED, "training data without any object", training[0].json_file)
+        training[0].add(REFUSED, "training data without objects", training[0].json_file)
     for train in training:
         for test in reports:
             if "DATASETS.TEST" in test.keys and {train.name, test.name} <= paths.keys():
@@ -164,13 +164,17 @@ def _read(report: Report, source: Source, *, masks: bool) -> CocoFile | None:
             tolerant=True,
         )
     except ValueError as error:
-        report.add(REFUSED, "file that is no COCO json", one_line(error))
+        report.add(REFUSED, "file that is not a COCO json", one_line(error))
         return None
     for (effect, what), offenders in coco.findings.items():
         report.findings[effect, what] = offenders
     if source.classes is not None and source.classes != coco.classes:
         expected = {"the data set as registered": source.classes, report.json_file: coco.classes}
-        report.add(REFUSED, "file with other classes than registered", class_mismatch(expected))
+        report.add(
+            REFUSED,
+            "file with other classes than the registered data set",
+            class_mismatch(expected),
+        )
     return coco
 
 
@@ -185,7 +189,7 @@ def _check_images(report: Report, images: list[dict], root: Path, decode: bool) 
         if name in paths:
             report.add(REMARK, "images listed more than once", name)
         if os.path.isabs(name) or ".." in Path(name).parts:
-            report.add(REMARK, "file names that leave the image folder", name)
+            report.add(REMARK, "file names that lead out of the image folder", name)
         paths[name] = root / name
     if not root.is_dir():
         report.add(REFUSED, "missing image folder", str(root))
@@ -218,12 +222,12 @@ def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> No
     sizes = f"{name} ({stated[0]} x {stated[1]} in the json, {turned[0]} x {turned[1]} as read)"
     if turned == stated:
         if turn != 1:
-            what = "images turned by EXIF when read: their masks must be for the turned image"
+            what = "images rotated by EXIF when read: their masks must fit the rotated image"
             report.add(REMARK, what, name)
     elif size == stated:
-        report.add(REFUSED, "images whose size in the json is that before a turn by EXIF", sizes)
+        report.add(REFUSED, "images whose size in the json is that before EXIF rotation", sizes)
     else:
-        report.add(REFUSED, "images of another size than in the json", sizes)
+        report.add(REFUSED, "images with another size than in the json", sizes)
 
 
 def _check_annotations(report: Report, coco: CocoFile) -> None:
@@ -237,7 +241,7 @@ def _check_annotations(report: Report, coco: CocoFile) -> None:
             points = np.concatenate([np.asarray(p, dtype=float) for p in segmentation])
             points, sides = points.reshape(-1, 2), (image["width"], image["height"])
             if (points < -_TOLERANCE).any() or (points > np.add(sides, _TOLERANCE)).any():
-                report.add(REMARK, "polygons that leave the image", who)
+                report.add(REMARK, "polygons that extend beyond the image", who)
         keys = ("image_id", "category_id", "segmentation" if segmentation else "bbox")
         content = json.dumps([annotation[key] for key in keys])
         if content in seen:

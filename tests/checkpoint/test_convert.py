@@ -88,7 +88,9 @@ def test_missing_and_unknown_tensors_are_named(key_table, table):
     source = recognize(weights)
     lost = [name for name in weights if not name.endswith("num_batches_tracked")][-1]
     kept = {name: value for name, value in weights.items() if name != lost}
-    with pytest.raises(UserError, match=rf"in {TABLES[table][1]}\w*\.yaml, missing: \S+$") as error:
+    with pytest.raises(
+        UserError, match=rf"with {TABLES[table][1]}\w*\.yaml, missing: \S+$"
+    ) as error:
         find_configs(kept, source)
     assert str(error.value).endswith(rename_key(lost, source.rules))
     with pytest.raises(UserError, match="unused.* new.weight"):

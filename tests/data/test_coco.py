@@ -160,9 +160,9 @@ RUNS = [2 * HEIGHT + 3, 20, *[20, 20] * 9, 37 + 48 * HEIGHT - 20]
         ({"bbox": [2 / WIDTH, 3 / HEIGHT, 10 / WIDTH, 20 / HEIGHT]}, "boxes unlike their masks"),
         ({"bbox": [2, 13, 12, 33]}, "boxes unlike their masks"),
         ({"bbox": ["2", 3, "10", 20]}, "boxes whose numbers are texts"),
-        ({"area": -7}, "areas that are no numbers of pixels"),
-        ({"area": 1e300}, "areas that are no numbers of pixels"),
-        ({"area": "many"}, "areas that are no numbers of pixels"),
+        ({"area": -7}, "areas that are not a number of pixels"),
+        ({"area": 1e300}, "areas that are not a number of pixels"),
+        ({"area": "many"}, "areas that are not a number of pixels"),
         ({"area": "200"}, "areas that are texts"),
         ({"iscrowd": "0"}, "iscrowd not 0 or 1"),
         ({"iscrowd": "false"}, "iscrowd not 0 or 1"),
@@ -295,7 +295,7 @@ def test_an_annotation_with_id_zero_counts_in_the_evaluation(document, write, ca
     document["annotations"][0]["id"] = 0
     with caplog.at_level(logging.WARNING):
         records, metadata = load(document, write)
-    assert "all are renumbered" in caplog.text
+    assert "all renumbered" in caplog.text
     evaluator = COCOEvaluator("custom", tasks=("segm",), distributed=False)
     evaluator.reset()
     perfect = Instances((HEIGHT, WIDTH))
@@ -419,8 +419,11 @@ def test_a_missing_key_is_named(document, write, section, key):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"segmentation": "[[1, 1, 9, 1, 9, 9]]"}, "segmentation is no list of polygons or RLE"),
-        ({"segmentation": [{"x": 1}]}, "segmentation is no list of polygons or RLE"),
+        (
+            {"segmentation": "[[1, 1, 9, 1, 9, 9]]"},
+            "segmentation is neither a list of polygons nor an RLE",
+        ),
+        ({"segmentation": [{"x": 1}]}, "segmentation is neither a list of polygons nor an RLE"),
         ({"segmentation": [[1, 1, 9, 1, 9, None]]}, "coordinate None"),
         ({"segmentation": [[1, 1, 9, 1, 9, "x"]]}, "coordinate 'x'"),
         ({"segmentation": [[1, 1, 9, 1, 9, float("inf")]]}, "coordinate inf"),
@@ -445,7 +448,7 @@ def test_a_malformed_annotation_is_named(document, write, change, complaint):
 @pytest.mark.parametrize(
     ("section", "change", "complaint"),
     [
-        ("images", {"id": [3]}, "images[0] has the id [3], no number or text"),
+        ("images", {"id": [3]}, "images[0] has the id [3], neither a number nor a text"),
         ("images", {"id": 1.5}, "images[0] has the id 1.5"),
         ("images", {"id": True}, "images[0] has the id True"),
         ("images", {"height": 0}, "height 0, width 60 are not"),
@@ -453,7 +456,7 @@ def test_a_malformed_annotation_is_named(document, write, change, complaint):
         ("images", {"width": "wide"}, "width 'wide' are not"),
         ("images", {"file_name": 3}, "file_name 3"),
         ("images", {"file_name": "a\0.png"}, "file_name 'a\\x00.png'"),
-        ("categories", {"name": ["cat"]}, "category 9 has the name ['cat'], no text"),
+        ("categories", {"name": ["cat"]}, "category 9 has the name ['cat'], not a text"),
     ],
 )
 def test_an_image_or_category_without_a_meaning_is_named(
