@@ -151,22 +151,24 @@ def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any,
 
 
 def _decompress(counts: str) -> list[int | None]:
-    """The runs of a compressed RLE: five bits per character; from the fourth on, differences."""
-    runs: list[Any] = []
-    value = shift = 0
-    for character in counts:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64:
-            return [None]
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:  # more to come
-            continue
-        if bits & 16:  # the sign
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return [None] if shift else runs  # ends within a number
+    """The runs of a compressed RLE: five bits per character; from the fourth on, differences.
+
+    [None] if the text is not a compressed RLE.
+    """
+    bits = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)  # the others have more to come
+    if not len(ends) or ends[-1] != len(bits) - 1 or bits.min() < 0 or bits.max() > 63:
+        return [None]
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 8:  # more bits than any run needs
+        return [None]
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((bits & 31) << shifts, starts)
+    runs -= np.where(bits[ends] & 16, 1 << (5 * lengths), 0)  # the sign
+    for parity in (1, 2):
+        runs[parity::2] = runs[parity::2].cumsum()
+    return runs.tolist()
 
 
 def box_of(

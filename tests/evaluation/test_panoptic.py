@@ -221,6 +221,27 @@ def test_a_panoptic_picture_is_the_truth_where_there_is_one(data_set, tmp_path):
     assert results["PQ"] == results["PQ_st"] == results["PQ_th"] == pytest.approx(100)
 
 
+def test_a_set_may_know_its_classes_only_when_it_is_loaded():
+    """As ``register_coco_instances`` leaves it; nothing is written into its metadata."""
+    name, box = "panoptic_test_lazy", mask((0, 4), (0, 4))
+    record = {"file_name": "x", "height": SIZE[0], "width": SIZE[1]}
+    record["annotations"] = [annotation(box, category=1)]
+
+    def load():
+        MetadataCatalog.get(name).thing_classes = ["a", "b"]
+        return [record]
+
+    DatasetCatalog.register(name, load)
+    try:
+        evaluator = PanopticEvaluator(name)
+        evaluator.process([record], [{"panoptic_seg": prediction(BACKGROUND, (box, True, 1))}])
+        assert evaluator.evaluate()["panoptic_seg"]["PQ"] == pytest.approx(100)
+        assert MetadataCatalog.get(name).get("stuff_classes") is None
+    finally:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
+
+
 def test_reset_forgets(evaluate, data_set):
     record = {"file_name": "x", "height": SIZE[0], "width": SIZE[1], "annotations": []}
     evaluator = PanopticEvaluator(data_set([record]))

@@ -68,7 +68,7 @@ def build(weights):
         result = model.load_state_dict(state_dict, strict=False)
         assert not result.unexpected_keys
         missing = [k for k in result.missing_keys if "num_batches_tracked" not in k]
-        assert missing in ([], ["proposal_criterion.iou_threshold.value"])
+        assert missing in ([], ["iou_threshold.value"])
         return model.eval()
 
     return make

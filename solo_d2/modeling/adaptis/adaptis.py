@@ -145,7 +145,8 @@ class AdaptIS(InstanceSegmentor):
         self.proposal_selection = proposal_selection
         self.random_selection = random_selection
         self.assembler = assembler
-        if self.proposal_head is not None:
+        if self.proposal_head is not None and proposal_criterion is not None:
+            self.iou_threshold = proposal_criterion.iou_threshold
             self.requires_grad_(False)
             self.proposal_head.requires_grad_(True)
 

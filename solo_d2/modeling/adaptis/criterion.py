@@ -69,7 +69,7 @@ class InstanceCriterion:
         }
 
 
-class ProposalCriterion(nn.Module):
+class ProposalCriterion:
     """The loss of the second stage: how good a mask does each point on an object give?"""
 
     def __init__(
@@ -84,13 +84,13 @@ class ProposalCriterion(nn.Module):
         Raises:
             ValueError: ``targets`` has an unsupported value.
         """
-        super().__init__()
         check_choice("targets", targets, tuple(PROPOSAL_TARGETS))
         self.rule = PROPOSAL_TARGETS[targets]
         self.dense = dense
+        # the model registers it, too, as a part of its state
         self.iou_threshold = AdaptiveThreshold(initial_threshold)
 
-    def forward(
+    def __call__(
         self,
         logits: Tensor,
         points: Tensor,

@@ -7,16 +7,15 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from example_inputs import BATCHES, NONE, SIZE, example
 from torch import nn
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.config import add_point_rend_config
-from solo_d2.layers.masks import tight_boxes
 
-SIZE = (64, 96)
 LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "loss_mask", "loss_maskiou"}
 
 
@@ -65,55 +64,6 @@ def storage():
         yield storage
 
 
-def example(masks: torch.Tensor, boxes=None, size=SIZE) -> dict:
-    """A training input with the given masks and, by default, their tight boxes."""
-    instances = Instances(size)
-    instances.gt_boxes, instances.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0).long()
-    if len(masks):  # like Detectron2's mapper: without annotations there is no gt_masks
-        instances = Instances(size)
-        boxes = tight_boxes(masks) if boxes is None else torch.as_tensor(boxes).float()
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.arange(len(masks)) % 3
-        instances.gt_masks = BitMasks(masks)
-    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(1)) * 255
-    return {"image": image, "instances": instances}
-
-
-def rectangle(x1, y1, x2, y2, size=SIZE) -> torch.Tensor:
-    mask = torch.zeros(1, *size, dtype=torch.bool)
-    mask[:, y1:y2, x1:x2] = True
-    return mask
-
-
-NONE = torch.zeros(0, *SIZE, dtype=torch.bool)
-EMPTY = torch.zeros(1, *SIZE, dtype=torch.bool)
-ORDINARY = rectangle(10, 10, 50, 50)
-
-
-def many(n: int) -> torch.Tensor:
-    corners = torch.randint(0, 56, (n, 2), generator=torch.Generator().manual_seed(2)).tolist()
-    return torch.cat([rectangle(x, y, x + 8, y + 8) for x, y in corners])
-
-
-BATCHES = {
-    "one ordinary image": [example(ORDINARY)],
-    "no instance at all": [example(NONE), example(NONE)],
-    "half-empty": [example(ORDINARY), example(NONE)],
-    "mask empty after cropping": [example(EMPTY, boxes=[[10, 10, 50, 50]])],
-    "1-pixel mask": [example(rectangle(5, 5, 6, 6))],
-    "mask outside of its box": [example(ORDINARY, boxes=[[60, 20, 90, 50]])],
-    "zero-area box": [example(ORDINARY, boxes=[[10, 10, 10, 50]])],
-    "inverted box": [example(ORDINARY, boxes=[[50, 50, 10, 10]])],
-    "box out of the image": [example(ORDINARY, boxes=[[200, 200, 260, 260]])],
-    "300 instances": [example(many(300))],
-    "huge box": [example(ORDINARY, boxes=[[-500, -500, 500, 500]])],
-    "images of different sizes": [
-        example(ORDINARY),
-        example(rectangle(0, 0, 30, 30, size=(33, 70)), size=(33, 70)),
-    ],
-}
-
-
 def losses_of(model, batch) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
@@ -127,14 +77,6 @@ def assert_every_parameter_has_a_finite_gradient(model):
         if parameter.requires_grad:
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
-
-
-@pytest.mark.parametrize("name", BATCHES)
-def test_training_gives_finite_losses_whose_gradient_reaches_every_parameter(model, name):
-    losses = losses_of(model, BATCHES[name])
-    assert set(losses) == LOSSES
-    assert all(torch.isfinite(loss) and loss >= 0 for loss in losses.values())
-    assert_every_parameter_has_a_finite_gradient(model)
 
 
 def test_without_objects_only_the_classes_are_learned(model):
@@ -152,19 +94,6 @@ def test_the_first_steps_have_no_proposals(append, storage):
     assert storage.latest()["roi_head/num_fg_samples"][0] == append
     assert (losses["loss_mask"] > 0) == append
     assert_every_parameter_has_a_finite_gradient(model)
-
-
-def test_an_image_without_masks_is_named_as_the_reason(model):
-    batch = copy.deepcopy(BATCHES["one ordinary image"])
-    batch[0]["instances"].remove("gt_masks")
-    with pytest.raises(ValueError, match="gt_masks"):
-        losses_of(model, batch)
-
-
-def test_training_without_instances_is_an_error(model):
-    model.train()
-    with pytest.raises(ValueError, match="instances"):
-        model([{"image": torch.zeros(3, *SIZE)}])
 
 
 def test_half_precision_trains_with_losses_of_full_precision(model):
@@ -185,15 +114,6 @@ def test_two_processes_with_the_same_batch_have_the_losses_of_one(model, monkeyp
     actual = losses_of(model, batch)
     for name in LOSSES:
         assert actual[name].item() == pytest.approx(expected[name].item())
-
-
-def test_masks_train_from_polygons_as_from_bitmasks(model):
-    batch = copy.deepcopy(BATCHES["one ordinary image"])
-    x1, y1, x2, y2 = batch[0]["instances"].gt_boxes.tensor[0].tolist()
-    batch[0]["instances"].gt_masks = PolygonMasks([[[x1, y1, x2, y1, x2, y2, x1, y2]]])
-    polygons, bitmasks = losses_of(model, batch), losses_of(model, BATCHES["one ordinary image"])
-    for name in LOSSES:
-        assert polygons[name].item() == pytest.approx(bitmasks[name].item(), rel=0.02)
 
 
 def test_the_iou_loss_trains_the_mask_head_too(model):
@@ -462,14 +382,6 @@ def test_a_backbone_without_the_levels_of_fcos_is_refused_by_key():
         tiny_model(
             MODEL__BACKBONE__NAME="build_resnet_backbone", MODEL__RESNETS__OUT_FEATURES=["res4"]
         )
-
-
-@pytest.mark.parametrize("label", [-1, 3])
-def test_a_class_that_does_not_exist_is_named(model, label):
-    batch = copy.deepcopy([example(NONE), example(torch.cat([ORDINARY, ORDINARY]))])
-    batch[1]["instances"].gt_classes[1] = label
-    with pytest.raises(ValueError, match=f"0 to 2, but an object of image 1 .* has {label}"):
-        losses_of(model, batch)
 
 
 @pytest.mark.parametrize("name", ["MaskRCNNConvUpsampleHead", "PointRendMaskHead"])
