@@ -168,7 +168,7 @@ RUNS = [2 * HEIGHT + 3, 20, *[20, 20] * 9, 37 + 48 * HEIGHT - 20]
         ({"iscrowd": "false"}, "iscrowd not 0 or 1"),
         ({"iscrowd": False}, "iscrowd not 0 or 1"),
         ({"iscrowd": -1}, "iscrowd not 0 or 1"),
-        ({"segmentation": SQUARE[0]}, "polygons without a list"),
+        ({"segmentation": SQUARE[0]}, "polygons without an enclosing list"),
         (
             {"segmentation": [[[2, 3], [12, 3], [12, 23], [2, 23]]]},
             "points are pairs",

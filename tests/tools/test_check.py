@@ -186,7 +186,7 @@ def test_images_of_another_size(document, write):
     assert offenders == ["a.png (60 x 40 in the json, 60 x 41 as read)"]
 
 
-def save_turned(path, size, orientation, **options):
+def save_rotated(path, size, orientation, **options):
     image = Image.new("RGB", size)
     exif = image.getexif()
     exif[0x0112] = orientation
@@ -196,21 +196,21 @@ def save_turned(path, size, orientation, **options):
 @pytest.mark.parametrize(("name", "format"), [("a.png", "JPEG"), ("a.png", "PNG")])
 def test_images_that_exif_turns(document, write, name, format):
     files = write(document)
-    save_turned(files[1] / name, (HEIGHT, WIDTH), 6, format=format)
+    save_rotated(files[1] / name, (HEIGHT, WIDTH), 6, format=format)
     effect, what, offenders = only_finding(check_one(files))
     assert (effect, offenders) == (REMARK, ["a.png"])
-    assert "turned by EXIF" in what
-    # the json has the size of the file, Detectron2 reads a turned image
-    save_turned(files[1] / name, (WIDTH, HEIGHT), 8, format=format)
+    assert "rotated by EXIF" in what
+    # the json has the size of the file, Detectron2 reads a rotated image
+    save_rotated(files[1] / name, (WIDTH, HEIGHT), 8, format=format)
     effect, what, offenders = only_finding(check_one(files))
     assert effect == REFUSED
-    assert "before a turn by EXIF" in what
+    assert "before EXIF rotation" in what
     assert offenders == ["a.png (60 x 40 in the json, 40 x 60 as read)"]
 
 
 def test_exif_of_an_upright_image_is_nothing(document, write):
     files = write(document)
-    save_turned(files[1] / "a.png", (WIDTH, HEIGHT), 1)
+    save_rotated(files[1] / "a.png", (WIDTH, HEIGHT), 1)
     assert findings(check_one(files)) == {}
 
 

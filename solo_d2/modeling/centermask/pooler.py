@@ -1,4 +1,4 @@
-"""RoIAlign on the level that fits a box (CenterMask, section 3.2)."""
+"""RoIAlign from the level that fits a box (CenterMask, section 3.2)."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 CRITERIA = ("ratio", "area")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign")
-# Boxes are clipped to this many sides of the image around it.
+# Boxes are clipped to this many image sides around the image.
 _MAX_REACH = 16
 
 
@@ -36,7 +36,7 @@ def assign_by_ratio(
 
 
 class AdaptiveROIPooler(nn.Module):
-    """RoIAlign from one level per box; like Detectron2's pooler, with a choice of the level."""
+    """RoIAlign from one level per box; like Detectron2's pooler, with a choice of level rule."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class AdaptiveROIPooler(nn.Module):
         """
         Args:
             output_size: S.
-            strides: of the levels, each twice the one before.
+            strides: strides of the levels, each twice the previous one.
             criterion: "ratio", see ``assign_by_ratio``, or "area", the rule of FPN.
-            sampling_ratio: samples per side of a cell; 0: as many as it has pixels.
-            pooler_type: "ROIAlignV2", or "ROIAlign", whose boxes are half a pixel off.
+            sampling_ratio: samples per side of a cell; 0: one per pixel.
+            pooler_type: "ROIAlignV2", or "ROIAlign", whose boxes are off by half a pixel.
 
         Raises:
             ValueError: an option has an unsupported value.
@@ -90,16 +90,16 @@ class AdaptiveROIPooler(nn.Module):
         Returns:
             (R, channels, S, S) float32, in the order of the boxes.
         """
-        # RoIAlign's samples grow with a box's area, which has no limit in a model that diverges.
+        # RoIAlign's cost grows with the area of a box, which is unlimited in a diverging model.
         limit = _MAX_REACH * max(max(size) for size in image_sizes)
         box_lists = [Boxes(boxes.tensor.clamp(-limit, limit)) for boxes in box_lists]
         levels = self.assign(box_lists, image_sizes)
         order = levels.argsort(stable=True)
         counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1)
         rois = convert_boxes_to_pooler_format(box_lists)[order].split(counts.tolist())
-        # Features in half precision are pooled as float32: RoIAlign brings the boxes to their type,
-        # which has but 11 bits for a coordinate. A level without boxes is pooled from too: that
-        # connects it to the losses.
+        # Features in half precision are pooled as float32: RoIAlign would convert the boxes to
+        # their type, which has only 11 bits for a coordinate. Levels without boxes are pooled too,
+        # which connects them to the losses.
         pooled = torch.cat([f(y.float(), r) for f, y, r in zip(self.aligns, x, rois)])
         return pooled.new_empty(pooled.shape).index_copy(0, order, pooled)
 
