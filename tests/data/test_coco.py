@@ -108,7 +108,7 @@ def test_missing_keys_are_completed_for_the_evaluator_too(document, write, key, 
         records, metadata = load(document, write)
     (warning,) = caplog.messages
     noun = {"iscrowd": "iscrowd", "area": "areas", "bbox": "boxes"}[key]
-    assert f"repaired {noun} missing, taken f" in warning and ": 2." in warning
+    assert f"repaired {noun} missing, taken " in warning and ": 2." in warning
     assert metadata.json_file != str(write(document)[0])
     assert metadata.json_file in warning
     assert evaluator_annotations("custom") == expected["annotations"]

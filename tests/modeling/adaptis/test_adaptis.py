@@ -201,7 +201,7 @@ def test_given_points_take_the_place_of_drawn_ones():
 def test_images_too_small_for_batch_norm_are_named_with_their_size():
     model = tiny_model({**UNET, "MODEL.UNET.LEVELS": 5, "MODEL.UNET.WIDTH": 4}).train()
     tiny = annotations((14, 12))
-    with pytest.raises(ValueError, match="too small to train: of a batch with 12 x 14 pixels"):
+    with pytest.raises(ValueError, match="too small to train: a batch with 12 x 14 pixels"):
         model([{"image": image((14, 12)), "instances": tiny}])
     check_step(model, batch((14, 12), (14, 12)))
 
@@ -575,7 +575,7 @@ def test_a_wrong_rule_fails_when_the_model_is_built():
 
 @pytest.mark.parametrize("numbers", [[0], [5]])
 def test_adain_follows_a_layer_that_exists(numbers):
-    with pytest.raises(ValueError, match="adain_after must be numbers within 1 and 4"):
+    with pytest.raises(ValueError, match="adain_after must be numbers from 1 to 4"):
         SelectionHead(8, 8, adain_after=numbers)
 
 

@@ -206,7 +206,7 @@ def test_excluded_pixels_are_in_no_mask_and_a_point_on_them_finds_nothing():
     [
         ({"labels": [1]}, r"labels must be \(2,\), not \(1,\)"),
         ({"labels": [1, 2]}, r"labels must be 0 or 1, not \[1, 2\]"),
-        ({"labels": [0, 0]}, "labels must have a 1: a point on the object"),
+        ({"labels": [0, 0]}, "labels must contain a 1, for a point on the object"),
         ({"exclude": np.zeros((3, 4), bool)}, r"exclude must be \(40, 56\), not \(3, 4\)"),
     ],
 )
