@@ -107,7 +107,7 @@ def test_missing_optional_package_is_no_problem(run_without):
 def test_too_old_version_is_named_with_the_least_one(monkeypatch):
     monkeypatch.setattr(env, "REQUIREMENTS", (env.Requirement("tqdm", "tqdm", "999.0"),))
     _, (problem, command) = env.report()
-    assert "is too old, 999.0 is the least" in problem
+    assert "is too old; it needs 999.0 or newer" in problem
     assert "tqdm>=999.0" in command
 
 
