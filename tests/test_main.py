@@ -1,4 +1,4 @@
-"""The front door: which verbs there are, and what an unknown one gets."""
+"""The command line's verbs, and the error for an unknown one."""
 
 import importlib.util
 

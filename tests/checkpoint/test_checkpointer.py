@@ -122,7 +122,7 @@ def test_the_backbone_of_another_detector_is_taken(tmp_path, caplog):
 
 @pytest.mark.parametrize("layers", [0, 2])
 def test_another_architecture_is_one_line_with_both(tmp_path, layers):
-    """Nothing of the heads fits, and of the backbone less than a half."""
+    """No head tensor fits, and less than half of the backbone."""
     state = Other().state_dict()
     state = {
         (
@@ -249,7 +249,7 @@ def test_a_missing_file_is_named_and_no_file_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("query", [False, True])
 def test_names_of_detectron2s_old_zoo_are_matched_on_request(tmp_path, query):
-    """As Detectron2 does, by the ends of the names, for a pickle that says so or by the path."""
+    """As in Detectron2: by suffix, if the pickle or the path asks for it."""
     state = {name: value.numpy() for name, value in Toy().state_dict().items()}
     path = tmp_path / "zoo.pkl"
     content = {"model": state, "__author__": "somebody", "matching_heuristics": not query}

@@ -47,7 +47,7 @@ def test_a_good_file_becomes_records_and_metadata(document, write, caplog):
     assert caplog.records == []
     assert metadata.thing_classes == ["dog", "cat"]
     assert metadata.thing_dataset_id_to_contiguous_id == {4: 0, 9: 1}
-    assert metadata.json_file == str(json_file)  # nothing to tidy: the evaluator reads the file
+    assert metadata.json_file == str(json_file)  # nothing to repair: the evaluator reads the file
     assert metadata.image_root == str(folder)
     assert metadata.evaluator_type == "coco"
     assert [(r["image_id"], r["file_name"]) for r in records] == [
@@ -69,7 +69,7 @@ def test_records_pass_through_detectron2s_mapper(document, write):
     instances = mapper(records[0])["instances"]
     assert instances.gt_classes.tolist() == [1, 0]
     assert instances.gt_masks.tensor.sum((1, 2)).tolist() == [200, 200]
-    assert len(mapper(records[1])["instances"]) == 0  # a crowd only
+    assert len(mapper(records[1])["instances"]) == 0  # only a crowd
 
 
 def test_loading_twice_gives_the_same(document, write):
@@ -96,7 +96,7 @@ def test_no_annotations_is_ordinary(document, write):
     assert len(metadata.thing_classes) == 2
 
 
-# --- what is skipped or repaired, in training and evaluation alike
+# --- entries that are skipped or repaired, in training and in evaluation
 
 
 @pytest.mark.parametrize("key", ["iscrowd", "area", "bbox"])
@@ -186,7 +186,7 @@ RUNS = [2 * HEIGHT + 3, 20, *[20, 20] * 9, 37 + 48 * HEIGHT - 20]
     ],
 )
 def test_what_has_a_single_meaning_is_repaired(document, write, change, what, caplog):
-    """The first annotation is [2, 3, 10, 20], a rectangle, whatever its file says."""
+    """The first annotation is always read as the rectangle [2, 3, 10, 20]."""
     document["annotations"][0].update(change)
     with caplog.at_level(logging.WARNING):
         records, metadata = load(document, write)
@@ -201,7 +201,7 @@ def test_what_has_a_single_meaning_is_repaired(document, write, change, what, ca
     truth = evaluator_annotations("custom")
     assert truth[0]["area"] == 200
     assert len({a["id"] for a in truth}) == 3
-    # what the evaluator reads needs no repair
+    # the evaluator's file needs no repair
     again = read_coco(metadata.json_file, metadata.image_root)
     assert again.findings == {} and not again.changed
 
@@ -290,7 +290,7 @@ def test_one_warning_counts_everything(document, write, caplog):
 
 
 def test_an_annotation_with_id_zero_counts_in_the_evaluation(document, write, caplog):
-    """pycocotools takes the match with a ground truth of id 0 for none."""
+    """pycocotools treats a match with a ground truth of id 0 as no match."""
     document["annotations"] = document["annotations"][:1]
     document["annotations"][0]["id"] = 0
     with caplog.at_level(logging.WARNING):

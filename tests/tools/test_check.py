@@ -29,9 +29,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not wri
 
 @pytest.fixture(autouse=True)
 def catalogs(tmp_path, monkeypatch):
-    """A cache of the test's own, and the catalogs as they were afterwards."""
+    """A separate cache for the test; the catalogs are restored afterwards."""
     monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(coco_module, "_USUAL_CROWDS", 0.5)  # of three annotations one may be
+    monkeypatch.setattr(
+        coco_module, "_USUAL_CROWDS", 0.5
+    )  # one of three annotations may be a crowd
     before = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
     yield
     DatasetCatalog.data, MetadataCatalog.data = before
@@ -76,7 +78,7 @@ def document():
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a document and its images, of a color of the set's own."""
+    """Writes a document and its images, with a color that differs from set to set."""
 
     def write(document, name="train", color=0):
         folder = tmp_path / name
@@ -444,7 +446,7 @@ def test_ids_and_sizes_of_other_types(document, write):
 
 
 def test_all_problems_are_reported_at_once(document, write):
-    """The registration of the same file stops at the first."""
+    """Registering the same file stops at the first problem."""
     document["annotations"][0]["category_id"] = 5
     document["annotations"][1]["image_id"] = 70
     document["annotations"][2]["segmentation"] = []
@@ -528,7 +530,7 @@ def test_the_embedded_set_is_drawn_and_clean():
 
 
 def test_find_sources_agrees_with_the_loader(document, write):
-    """What is checked is what Detectron2 loads."""
+    """The checked data sets are those that Detectron2 loads."""
     register_coco_json("mine", *write(document))
     cfg = config()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("mine",)
@@ -568,7 +570,7 @@ def test_objects_that_lose_their_cell_and_what_would_help(crowded, write):
     best = cells.advice[0]
     assert best.key == "MODEL.SOLO.NUM_GRIDS"
     assert best.occupancy.lost < lost
-    # following the advice gives just what it promised
+    # following the advice has the promised effect
     cfg.merge_from_list([best.key, str(best.value)])
     (after,) = check(cfg)
     assert after.cells.occupancy == best.occupancy

@@ -1,4 +1,4 @@
-"""What env and the import of solo_d2 say about a machine that lacks something."""
+"""The messages of env and of the import of solo_d2 if something is missing."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run_without(tmp_path):
-    """Run Python with some modules made impossible to import; returns the finished process."""
+    """Run Python with some modules blocked from import; returns the finished process."""
 
     def run(*arguments: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess:
         # sitecustomize is imported at the start of the interpreter, before anything of ours.

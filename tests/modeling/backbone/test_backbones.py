@@ -1,4 +1,4 @@
-"""Backbones of ours: shapes, freezing, and weights that were made for their originals."""
+"""Our backbones: shapes, freezing, and weights made for the originals."""
 
 from collections import OrderedDict
 

@@ -55,7 +55,7 @@ def image_of(height: int, width: int) -> torch.Tensor:
 
 
 def record_input(model) -> list[tuple[int, ...]]:
-    """The shapes of everything that the backbone gets from now on."""
+    """The shapes of all inputs of the backbone from now on."""
     shapes: list[tuple[int, ...]] = []
     model.backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     return shapes
