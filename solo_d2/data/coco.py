@@ -283,18 +283,18 @@ class _Reader:
                 where = f"annotation {show(entry['id'])} of image {show(entry['image_id'])}"
             try:
                 found = _references(entry, images, categories)
-                tidy, repairs = self._tidy(entry | found, images[identity(entry["image_id"])])
+                repaired, repairs = self._repair(entry | found, images[identity(entry["image_id"])])
             except DataError as error:
                 self._refuse(error.what, f"{where}: {error}")
                 continue
-            if tidy is None:
+            if repaired is None:
                 self._add(SKIPPED, f"annotations with {repairs[0]}", where)
                 continue
             if any(type(entry[k]) is not int for k in found):
                 repairs.append("annotations that refer to ids of another type, converted")
             for what in repairs:
                 self._add(REPAIRED, what, where)
-            annotations.append(tidy)
+            annotations.append(repaired)
         return self._with_ids(annotations)
 
     def _with_ids(self, annotations: list[dict]) -> list[dict]:
@@ -309,26 +309,26 @@ class _Reader:
                 self._add(REPAIRED, what, f"annotation {show(value)}")
         return [a | {"id": i} for i, a in enumerate(annotations, start=1)]
 
-    def _tidy(self, entry: dict, image: dict) -> tuple[dict | None, list[str]]:
+    def _repair(self, entry: dict, image: dict) -> tuple[dict | None, list[str]]:
         """(annotation, repairs), or (None, [why it is skipped])."""
         height, width = image["height"], image["width"]
-        tidy = dict(entry)
+        repaired = dict(entry)
         repairs: list[str] = []
-        tidy["iscrowd"] = self._crowd_flag(entry, repairs)
+        repaired["iscrowd"] = self._crowd_flag(entry, repairs)
         segmentation, reason = mask_of(entry.get("segmentation"), height, width, repairs)
         mask_box = area = None
         if segmentation is None:
             if self._masks:
                 return None, [reason]
-            tidy.pop("segmentation", None)
+            repaired.pop("segmentation", None)
         else:
             rle = to_rle(segmentation, height, width)
             mask_box, area = box_of_mask(segmentation, rle), float(mask_util.area(rle))
-            tidy["segmentation"] = segmentation
+            repaired["segmentation"] = segmentation
         box = box_of(entry.get("bbox"), mask_box, height, width, repairs)
         if box is None:
             return None, ["a box that is not four numbers with an area in the image, and no mask"]
-        tidy["bbox"] = box
+        repaired["bbox"] = box
         stated = number(entry.get("area"))
         if stated is None or not 0 < stated <= height * width:
             source = "masks" if area else "boxes"
@@ -337,8 +337,8 @@ class _Reader:
             stated = area or box[2] * box[3]
         elif isinstance(entry["area"], str):
             repairs.append("areas that are texts, converted")
-        tidy["area"] = stated
-        return tidy, repairs
+        repaired["area"] = stated
+        return repaired, repairs
 
     def _crowd_flag(self, entry: dict, repairs: list[str]) -> int:
         value = entry.get("iscrowd")

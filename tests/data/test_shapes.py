@@ -277,7 +277,7 @@ def test_classes_differ_in_shape_and_not_in_color():
 
 
 @pytest.mark.parametrize("name", scenes.CLASSES)
-def test_a_rasterised_shape_has_the_area_it_should(name):
+def test_a_rasterized_shape_has_the_area_it_should(name):
     category = scenes.CLASSES.index(name)
     for extent, tolerance in ((14, 0.12), (40, 0.05)):  # cv2.fillPoly adds a little all around
         layer = scenes._layer(

@@ -104,7 +104,7 @@ def test_adain_of_a_constant_channel_is_the_originals(golden):
 
 
 @torch.no_grad()
-def test_modulation_without_normalisation_is_the_originals(golden):
+def test_modulation_without_normalization_is_the_originals(golden):
     # a channel with mean 0 and variance 1 - eps does not change
     layer = adain(golden)
     x, w = golden["adain_x"], golden["adain_w"]

@@ -11,6 +11,7 @@ Shape shorthand in this folder:
     M: masks, of points or of objects; N * P masks are ordered by image
     C: semantic classes, stuff before things
     T: thing classes
+    K: candidates: points to decode, or peaks of the proposal map
     h, w: height and width of the feature map
     H, W: height and width of the network's input, with its padding or, where said, without it
 """

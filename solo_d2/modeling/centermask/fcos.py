@@ -6,6 +6,7 @@ Shape shorthand in this folder:
     M: objects of an image, padded to the largest number in the batch
     C: number of classes, without background
     L: locations of all levels of an image
+    H, W: height and width of a level's map
     P: positive locations of the batch
     R: boxes (regions of interest) of all images of the batch that get masks
     S: side of the square of features pooled for a box; masks have the side 2 S

@@ -60,7 +60,7 @@ class FCOSHead(nn.Module):
         self.scales = nn.Parameter(torch.ones(num_levels))
 
     def forward(self, features: list[Tensor]) -> FCOSOutputs:
-        """One feature (N, C, H, W) per level."""
+        """One feature (N, in_channels, H, W) per level."""
         class_logits, distances, centerness = [], [], []
         for feature, scale in zip(features, self.scales):
             box_feature = self.box_tower(feature)

@@ -89,6 +89,6 @@ def distances_to_boxes(locations: Tensor, distances: Tensor) -> Tensor:
 
 
 def centerness(distances: Tensor) -> Tensor:
-    """(P, 4) positive distances in any unit -> (P,), 1 in the middle, towards 0 at a side."""
+    """(P, 4) positive distances in any unit -> (P,), 1 in the middle, toward 0 at a side."""
     pairs = distances.view(-1, 2, 2)  # left and top, right and bottom
     return (pairs.amin(dim=1) / pairs.amax(dim=1)).prod(dim=1).sqrt()
