@@ -233,6 +233,17 @@ def _crowd_region(layers: list[_Layer], size: tuple[int, int]) -> NDArray[np.boo
     return closed[9:-9, 9:-9].astype(bool)
 
 
+def _paint(rng: Generator, image: NDArray, layer: _Layer) -> None:
+    """Blend a layer into the image, in place, with a texture that contrasts with what it covers."""
+    y, x, h, w = cv2.boundingRect((layer.alpha.T > 0).astype(np.uint8))
+    window = np.s_[y : y + h, x : x + w]
+    alpha, behind = layer.alpha[window], image[window]
+    surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
+    contrast = 110 if rng.uniform() < 0.85 else 65
+    color = _contrasting_color(rng, surrounding, contrast)
+    image[window] = _blend(behind, alpha, _texture(rng, (h, w), color, spread=20))
+
+
 def draw_scene(
     rng: Generator, height: int, width: int
 ) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
@@ -284,13 +295,6 @@ def draw_scene(
                 break
 
     for layer in layers:
-        y, x, h, w = cv2.boundingRect((layer.alpha.T > 0).astype(np.uint8))
-        window = np.s_[y : y + h, x : x + w]
-        alpha, behind = layer.alpha[window], image[window]
-        surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
-        contrast = 110 if rng.uniform() < 0.85 else 65
-        color = _contrasting_color(rng, surrounding, contrast)
-        image[window] = _blend(behind, alpha, _texture(rng, (h, w), color, spread=20))
-
+        _paint(rng, image, layer)
     image += rng.uniform(2, 6) * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.round(image), 0, 255).astype(np.uint8), shapes

@@ -29,11 +29,12 @@ from solo_d2.layers.masks import chunk_length, tight_boxes
 from solo_d2.layers.resample import resize
 
 from ..num_classes import resolve_num_classes
+from ..options import check_choice
 from ..segmentor import GroundTruth, InstanceSegmentor
 from .automatic import ProposalSelection, RandomSelection
 from .criterion import InstanceCriterion, ProposalCriterion, mask_iou
 from .embedded import EmbeddedImage, ImageEmbedding
-from .head import FeatureFusion, Heads, build_heads, check_choice, resize_corners, valid_cells
+from .head import FeatureFusion, Heads, build_heads, resize_corners, valid_cells
 from .panoptic import FoundInstances, PanopticAssembler, PanopticInstances
 from .targets import (
     IGNORE,

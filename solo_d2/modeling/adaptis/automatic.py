@@ -225,16 +225,7 @@ def find_peaks(
         is_peak &= padded[y : y + h, x : x + w] <= values
         is_peak &= low[y : y + h, x : x + w] >= np.float32(min_value)
     rows, columns = is_peak.nonzero()
-    heights = values[rows, columns]
-    # for each peak, the first level not above it; levels are sums in single precision
-    levels = []
-    level = np.float32(0.99)
-    while level > np.float32(min_value):
-        level -= np.float32(step)
-        levels.append(level)
-    reached = np.searchsorted(-np.array(levels, dtype=np.float32), -heights)
-    order = np.argsort(reached, kind="stable")
-    order = order[reached[order] < len(levels)]
+    order = _order_by_level(values[rows, columns], min_value, step)
 
     labels = np.full((h + 2, w + 2), -2, dtype=np.int64)
     labels[1:-1, 1:-1] = -1
@@ -262,6 +253,19 @@ def find_peaks(
         peaks.append((row, column))
     found = np.array(peaks, dtype=np.int64).reshape(-1, 2)
     return found, labels[1:-1, 1:-1].copy()
+
+
+def _order_by_level(heights: np.ndarray, min_value: float, step: float) -> np.ndarray:
+    """Indices of the peaks that are not below all levels, level by level from the top."""
+    levels = []
+    level = np.float32(0.99)
+    while level > np.float32(min_value):
+        level -= np.float32(step)  # levels are sums in single precision
+        levels.append(level)
+    # for each peak, the first level not above it
+    reached = np.searchsorted(-np.array(levels, dtype=np.float32), -heights)
+    order = np.argsort(reached, kind="stable")
+    return order[reached[order] < len(levels)]
 
 
 def select_greedily(

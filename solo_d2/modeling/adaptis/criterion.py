@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from solo_d2.layers.distributed import normalizer
 from solo_d2.layers.points import read_at_points
 
-from .head import check_choice, resize_corners
+from ..options import check_choice
+from .head import resize_corners
 from .targets import IGNORE, PROPOSAL_TARGETS, dense_targets, set_padding
 
 

@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
 
+from ..options import check_choice
+
 # The two published sets of heads.
 VARIANTS = ("toy", "cityscapes")
 
@@ -298,8 +300,7 @@ def build_heads(
 ) -> Heads:
     """Heads as published, with the published initialization.
 
-    The two variants differ in their layers, in where the control vector is computed, in the formula
-    of AdaIN and in how the logits are scaled.
+    The variants differ in layers, computation of the control vector, AdaIN and scale of logits.
 
     Args:
         variant: "toy" or "cityscapes".
@@ -439,9 +440,3 @@ def valid_cells(
     sizes = torch.tensor([[int(x) for x in size] for size in image_sizes], device=device)
     inside = (rows < sizes[:, :1])[:, :, None] & (columns < sizes[:, 1:])[:, None, :]
     return inside[:, None]
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError that names the argument and its choices if it is none of them."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

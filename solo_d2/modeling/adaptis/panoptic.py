@@ -11,7 +11,8 @@ from torch import Tensor
 from solo_d2.layers.masks import tight_boxes
 from solo_d2.layers.resample import resize
 
-from .head import check_choice, resize_corners
+from ..options import check_choice
+from .head import resize_corners
 
 
 class FoundInstances(Instances):

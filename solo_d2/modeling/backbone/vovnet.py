@@ -159,10 +159,8 @@ class VoVNet(Backbone):
             out_features: some of "stem", "stage2" to "stage5"; stages after the last are not built.
             in_channels: channels of the image.
             norm: "FrozenBN", "BN", "SyncBN" or "GN".
-            freeze_at: freeze the stem (1 or more) and the stages up to "stage<freeze_at>", with
-                their norms; 0 freezes none.
-            deform_on_per_stage: make all 3x3 convolutions of stage2 to stage5 deformable;
-                depthwise bodies ignore it.
+            freeze_at: freeze the stem (1 or more) and the stages up to "stage<freeze_at>"; 0: none.
+            deform_on_per_stage: deformable 3x3 convolutions in stage2..stage5 (not of "dw" bodies).
             deform_modulated: make them DCNv2.
 
         Raises:

@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import record_function
 
 from ..num_classes import resolve_num_classes
+from ..options import check_choice
 from .head import FCOSHead, FCOSOutputs
 from .inference import SelectedBoxes, select_boxes
 from .losses import BOX_LOSSES
@@ -83,10 +84,7 @@ class FCOSProposalGenerator(nn.Module):
         Raises:
             ValueError: an option has an unsupported value.
         """
-        if box_loss_type not in BOX_LOSSES:
-            raise ValueError(
-                f"box_loss_type must be one of {', '.join(BOX_LOSSES)}, not {box_loss_type!r}"
-            )
+        check_choice("box_loss_type", box_loss_type, tuple(BOX_LOSSES))
         _check_levels(in_features, strides, borders)
         _check_at_least(1, num_classes=num_classes, pre_nms_topk=pre_nms_topk)
         _check_at_least(

@@ -9,6 +9,8 @@ from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from ..options import check_choice
+
 CRITERIA = ("ratio", "area")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign")
 # Boxes are clipped to this many image sides around the image.
@@ -59,12 +61,8 @@ class AdaptiveROIPooler(nn.Module):
             ValueError: an option has an unsupported value.
         """
         super().__init__()
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
-        if pooler_type not in POOLER_TYPES:
-            raise ValueError(
-                f"pooler_type must be one of {', '.join(POOLER_TYPES)}, not {pooler_type!r}"
-            )
+        check_choice("criterion", criterion, CRITERIA)
+        check_choice("pooler_type", pooler_type, POOLER_TYPES)
         levels = [int(math.log2(stride)) for stride in strides]
         if list(strides) != [2**k for k in range(levels[0], levels[-1] + 1)]:
             raise ValueError(f"strides must be successive powers of 2, not {list(strides)}")

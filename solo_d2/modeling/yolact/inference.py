@@ -10,6 +10,7 @@ from torch.profiler import record_function
 from solo_d2.layers.box_nms import Kept, cross_class_fast_nms, fast_nms, traditional_nms
 from solo_d2.layers.masks import upsample_to_binary
 
+from ..options import check_choice
 from .anchors import decode
 from .head import MaskRater, YOLACTOutputs, assemble_masks, inside_boxes, scale_boxes
 
@@ -78,8 +79,7 @@ class YOLACTDetector:
             ("crop", crop, CROPS),
             ("box_rounding", box_rounding, BOX_ROUNDINGS),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+            check_choice(name, value, known)
         for name, limit in (("top_k", top_k), ("max_detections", max_detections)):
             if limit < 1:
                 raise ValueError(f"{name} must be at least 1, not {limit}")
