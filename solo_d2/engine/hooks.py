@@ -16,7 +16,7 @@ from solo_d2.checkpoint import Checkpointer
 from solo_d2.errors import UserError
 from solo_d2.files import atomic_write
 
-# Mixed precision halves its loss scale after each overflow. At this scale only NaN is to blame.
+# Mixed precision halves its loss scale after each overflow. Below this scale, gradients are NaN.
 _MIN_LOSS_SCALE = 2.0**-24
 
 
