@@ -7,9 +7,11 @@ from solo_d2.tools.env import missing_requirement
 
 # verb -> what it does; each is solo_d2/tools/<verb>.py or a package of that name
 VERBS = {
+    "train": "train and evaluate a model",
     "predict": "segment images, folders and videos",
     "check": "list every problem of a COCO json file and its images",
     "compare": "train, evaluate and time several models, and report on them",
+    "report": "evaluate and time one trained model, and report on it",
     "click": "measure how well AdaptIS segments objects from one click each",
     "benchmark": "time a model's parts",
     "convert": "convert a published checkpoint for solo_d2",

@@ -41,15 +41,19 @@ def parse(
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(config keys, each followed by its value; all other words).
 
-    A key is a word that begins with the name of a config section and is not an existing file.
+    A key is a word that begins with the name of a config section and is not an existing file. The
+    last key has no value if no word or an option follows it.
     """
     opts, others = [], []
-    remaining = iter(words)
-    for word in remaining:
-        if word.split(".")[0] in CONFIG_ROOTS and not Path(word).exists():
-            opts += [word, *(value for value in [next(remaining, None)] if value is not None)]
-        else:
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if word.split(".")[0] not in CONFIG_ROOTS or Path(word).exists():
             others.append(word)
+        elif not remaining or remaining[0].startswith("--"):
+            return [*opts, word], [*others, *remaining]
+        else:
+            opts += [word, remaining.pop(0)]
     return opts, others
 
 

@@ -44,6 +44,6 @@ def is_user_error(error: BaseException) -> bool:
         )
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
-    if not set(modules) <= {*_CHECKED, "__main__", "train_net", "torch"}:
+    if not set(modules) <= {*_CHECKED, "__main__", "torch"}:
         return False
     return isinstance(error, _CHECKED.get(modules[-1] if modules else "", ()))

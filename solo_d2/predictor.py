@@ -15,6 +15,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
 
+from .checkpoint.architecture import match_configs
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.load import load_weights_file
 from .config import load_config, use_available_device
@@ -26,6 +27,8 @@ from .modeling import AdaptIS, AdaptISPredictor
 from .modeling.num_classes import dataset_num_classes, get_value, num_classes_keys
 from .modeling.own_keys import all_keys_honored
 from .modeling.prepare import prepare
+
+_MODELS = Path(__file__).resolve().parent / "models"
 
 
 @dataclass(frozen=True)
@@ -223,8 +226,10 @@ def load(
     """Load a trained model.
 
     Args:
-        source: the output folder of a training run, a checkpoint in such a folder, or a config: a
-            yaml file, the name of a packaged one, or a config object, which is not modified.
+        source: the output folder of a training run, a checkpoint, the name of a packaged model such
+            as "nuclei", or a config: a yaml file, the name of a packaged one, or a config object,
+            which is not modified. For a checkpoint, the config is config.yaml in its folder, or
+            else the packaged config whose model has the same tensors.
         weights: a checkpoint; by default that of the folder, or MODEL.WEIGHTS of the config.
         opts: config keys, each followed by its value.
         allow_pickle: load weights that may run code; only for files that you trust.
@@ -272,7 +277,7 @@ def _find(source: str | Path | CfgNode, weights: str, opts: Sequence[str]) -> tu
         cfg.defrost()
         cfg.merge_from_list(list(opts))
     else:
-        path = Path(source)
+        path = _packaged_model(source) or Path(source)
         if path.is_dir():
             source = path / "config.yaml"
             weights = weights or _last_weights(path)
@@ -280,20 +285,61 @@ def _find(source: str | Path | CfgNode, weights: str, opts: Sequence[str]) -> tu
             if weights:
                 raise UserError(f"{path} is not a config, so weights {weights} do not go with it")
             if not path.exists():
-                raise UserError(f"no run folder, checkpoint or config {path}")
+                raise UserError(
+                    f"no run folder, checkpoint or config {path}, nor a packaged model "
+                    f"({', '.join(packaged_models())})"
+                )
             source, weights = path.parent / "config.yaml", str(path)
             if not source.is_file():
-                raise UserError(
-                    f"there is no config.yaml beside {path}; give a config, and {path} as weights"
-                )
+                source = _packaged_config(path)
         cfg = load_config(str(source), opts=opts)
     return cfg, weights or cfg.MODEL.WEIGHTS
+
+
+def packaged_models() -> list[str]:
+    """Names of the trained models in the package; ``load`` takes them."""
+    return sorted(path.parent.name for path in _MODELS.glob("*/config.yaml"))
+
+
+def _packaged_model(source: str | Path) -> Path | None:
+    """The folder of a packaged model, unless there is a run folder of that name."""
+    if str(source) in packaged_models() and not Path(source, "config.yaml").exists():
+        return _MODELS / source
+    return None
+
+
+def _packaged_config(file: Path) -> str:
+    """Name of the packaged config that a checkpoint without config.yaml belongs to."""
+    checkpoint = load_weights_file(file)
+    architecture = (checkpoint.get("solo_d2") or {}).get("architecture")
+    advice = f"there is no config.yaml beside {file}; name its config, and {file} as weights"
+    if architecture is None:
+        raise UserError(advice)
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in checkpoint["model"].items()
+        if not name.endswith(".num_batches_tracked")
+    }
+    fitting = [match for match in match_configs(shapes, architecture) if not match.differences]
+    models = {_inference_settings(match.config()) for match in fitting}
+    if len(models) != 1:
+        names = ", ".join(match.name for match in fitting)
+        raise UserError(f"{advice}. It fits {names or 'no packaged one'}")
+    return fitting[0].name
+
+
+def _inference_settings(cfg: CfgNode) -> str:
+    """What predictions depend on besides the weights."""
+    model = cfg.MODEL.clone()
+    model.WEIGHTS = model.DEVICE = ""
+    sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
+    return f"{model} {sizes} {cfg.TEST.DETECTIONS_PER_IMAGE}"
 
 
 def _last_weights(folder: Path) -> str:
     """The best, the final or the last checkpoint of a training run."""
     last = folder / "last_checkpoint"
-    names = ["model_best.pth", "model_final.pth"]
+    names = ["model_best.pth", "model_final.pth", "model.pth"]
     names += [last.read_text(encoding="utf-8").strip()] if last.is_file() else []
     for name in names:
         if (folder / name).is_file():

@@ -135,8 +135,8 @@ class Checkpointer(DetectionCheckpointer):
         fitting = {name: tensor for name, tensor in weights.items() if name not in shapes}
         if bad := nonfinite(fitting):
             raise UserError(f"weights {path}: there are inf or NaN values in {listed(bad)}")
+        origin = f" (saved from {saved['architecture']})" if saved.get("architecture") else ""
         if not belongs(fitting, weights, model):
-            origin = f" (saved from {saved['architecture']})" if saved.get("architecture") else ""
             raise UserError(
                 f"weights {path}{origin} are not for {type(self.model).__name__}: hardly any "
                 f"tensor fits; the first in the file is {next(iter(weights))}, the first in the "
@@ -152,7 +152,8 @@ class Checkpointer(DetectionCheckpointer):
             differences.append(describe_shapes(shapes, len(names or ()), len(ours or ())))
         if differences + missing and complete:
             differences += [f"the file lacks {listed(missing)}"] if missing else []
-            raise UserError(f"weights {path} do not fit the model: {'; '.join(differences)}")
+            kind = type(self.model).__name__
+            raise UserError(f"weights {path}{origin} do not fit {kind}: {'; '.join(differences)}")
         unused = [name for name in unused if not name.endswith("num_batches_tracked")]
         for what, of in (("not in the file", missing), ("not in the model", unused)):
             differences += [f"{what}: {counted(of)}"] if of else []

@@ -21,6 +21,10 @@ from .images import ImageError, read_size
 
 logger = logging.getLogger(__name__)
 
+DATASETS_HINT = (
+    "Set DETECTRON2_DATASETS to the folder that holds the data sets, or give your own with --data"
+)
+
 
 class Loader:
     """The function that ``DatasetCatalog`` calls to load a data set of ours."""
@@ -250,6 +254,8 @@ def register_named_sets() -> None:
 def _find_folder(folder: str, split: str) -> Callable[[], tuple[Path, Path]]:
     def find() -> tuple[Path, Path]:
         root = datasets_folder() / folder
+        if not root.is_dir():
+            raise FileNotFoundError(f"no data set folder {root}. {DATASETS_HINT}")
         return root / "annotations" / f"instances_{split}.json", root / split
 
     return find

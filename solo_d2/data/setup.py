@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from solo_d2.modeling.num_classes import (
     dataset_num_classes,
@@ -14,6 +15,7 @@ from solo_d2.modeling.num_classes import (
 )
 
 from .catalog import (
+    DATASETS_HINT,
     SubsetLoader,
     check_image_headers,
     check_images_exist,
@@ -68,8 +70,13 @@ def require_images(cfg: CfgNode) -> None:
     """Check that every image of DATASETS.TEST exists, before a training run and not after it.
 
     Raises:
-        FileNotFoundError: some are missing; the message counts them and names the first.
+        FileNotFoundError: some are missing; the message counts them and names the first. Or a json
+            file of DATASETS.TRAIN or TEST is missing.
     """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        json_file = MetadataCatalog.get(name).get("json_file") if isinstance(name, str) else None
+        if json_file and not PathManager.exists(json_file):
+            raise FileNotFoundError(f"data set {name!r}: no file {json_file}. {DATASETS_HINT}")
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
         if isinstance(records, list):

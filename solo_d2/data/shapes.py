@@ -14,6 +14,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from numpy.random import Generator
 from numpy.typing import NDArray
+from tqdm import trange
 
 from .cache import ensure_folder
 from .catalog import CocoLoader, enter
@@ -78,7 +79,8 @@ class DrawnSet:
         logging.getLogger(__name__).info(f"Drawing {count} images of {self.name}_{split}")
         images: list[dict] = []
         annotations: list[dict] = []
-        for index in range(count):
+        # on terminals only
+        for index in trange(count, desc=f"Drawing {self.name}_{split}", leave=False, disable=None):
             rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
             image, objects = self.draw_scene(rng, *size)
             file_name = f"{index + 1:06d}{self.suffix}"

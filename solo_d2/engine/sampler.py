@@ -56,7 +56,7 @@ def build_train_loader(cfg: CfgNode) -> Any:
         UserError: DATASETS.TRAIN has no usable image, or a record lacks its size.
     """
     if not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty")
+        raise UserError("DATASETS.TRAIN is empty: name data sets there, or give --data")
     loader, mapper = cfg.DATALOADER, InstanceMapper(cfg, is_train=True)
     try:
         records = get_detection_dataset_dicts(

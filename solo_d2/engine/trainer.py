@@ -24,7 +24,7 @@ from solo_d2.checkpoint import build_checkpointer
 from solo_d2.data.mapper import InstanceMapper
 from solo_d2.errors import UserError
 from solo_d2.evaluation.build import build_evaluators
-from solo_d2.evaluation.coco import write_results
+from solo_d2.evaluation.coco import summary_lines, write_results
 from solo_d2.modeling.own_keys import all_keys_honored
 from solo_d2.modeling.prepare import prepare
 
@@ -155,6 +155,15 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(
             build_evaluators(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, folder))
         )
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Detectron2's, and one line of log for each task."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            for line in summary_lines(results):
+                logging.getLogger(__name__).info(line)
+        return results
 
     @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator
+from tabulate import tabulate
 
 from solo_d2.files import atomic_write
 
@@ -82,6 +83,39 @@ def write_results(results: Mapping[str, Any], output_dir: str) -> str:
     with atomic_write(path) as file:
         file.write(json.dumps(_plain(results), indent=1, allow_nan=False).encode())
     return path
+
+
+def summary_lines(results: Mapping[str, Any]) -> list[str]:
+    """The main metrics of what ``Trainer.test`` returned, one line for each task."""
+    return [
+        f"{task}: " + "  ".join(f"{name} {_text(value)}" for name, value in metrics.items())
+        for task, metrics in _main_metrics(results).items()
+    ]
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """The main metrics of what ``Trainer.test`` returned, one row for each task."""
+    rows = _main_metrics(results)
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    cells = [
+        [task, *(_text(metrics.get(name)) for name in names)] for task, metrics in rows.items()
+    ]
+    return tabulate(cells, ["", *names], stralign="right", disable_numparse=True)
+
+
+def _main_metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task, or "<data set>/<task>" where there are several sets -> metrics without the classes'."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in results.items():
+        if any(isinstance(x, Mapping) for x in value.values()):
+            found |= {f"{name}/{task}": x for task, x in _main_metrics(value).items()}
+        else:
+            found[name] = {metric: x for metric, x in value.items() if "-" not in metric}
+    return found
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.1f}"
 
 
 def _plain(value: Any) -> Any:

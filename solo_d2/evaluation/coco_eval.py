@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ def evaluate_coco(
         evaluation.accumulate()
     for name in ("precision", "recall", "scores"):
         evaluation.eval[name] = np.asarray(evaluation.eval[name])
-    COCOevalMaxDets.summarize(evaluation)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        COCOevalMaxDets.summarize(evaluation)
+    logging.getLogger(__name__).info(f"{iou_type}:\n{printed.getvalue()}")
     return evaluation
 
 

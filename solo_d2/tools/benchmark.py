@@ -1,4 +1,4 @@
-"""Profiling a model: ``python -m solo_d2 benchmark --help``."""
+"""Profiling a model: ``solo-d2 benchmark --help``."""
 
 import argparse
 import resource
@@ -150,7 +150,7 @@ def _build(cfg: CfgNode, weights: str, allow_pickle: bool) -> nn.Module:
     with all_keys_honored():
         model = prepare(build_model(cfg))
     if weights:
-        Checkpointer(model, allow_pickle=allow_pickle).load(weights)
+        Checkpointer(model, require_complete=True, allow_pickle=allow_pickle).load(weights)
     return model
 
 

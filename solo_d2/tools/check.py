@@ -1,4 +1,4 @@
-"""Checking data sets before training: ``python -m solo_d2 check --help``."""
+"""Checking data sets before training: ``solo-d2 check --help``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tqdm import tqdm
 
+from solo_d2.arguments import parse
 from solo_d2.config import load_config
 from solo_d2.data.annotations import to_rle
 from solo_d2.data.catalog import CocoLoader
@@ -344,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see ``--help``)."""
     # Detectron2 makes tensors of Pillow's images without a copy, as in training
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    options = _parser().parse_intermixed_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         if options.json and not Path(options.json).parent.is_dir():
             raise UserError(f"--json: there is no folder {Path(options.json).parent}")
@@ -365,7 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m solo_d2 check",
+        prog="solo-d2 check",
+        usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
         description="Check the data sets of a config before training.",
         epilog="Exit code: 0 only repairs and remarks, 1 training would refuse or skip something, "
         "2 the check could not be made.",
@@ -383,7 +385,6 @@ def _parser() -> argparse.ArgumentParser:
         help="decode all images, which finds truncated ones; else only their headers are read",
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything, and every offender")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Convert a published checkpoint for solo_d2: ``python -m solo_d2 convert``."""
+"""Convert a published checkpoint for solo_d2: ``solo-d2 convert``."""
 
 import argparse
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from solo_d2.arguments import parse
 from solo_d2.checkpoint.architecture import config_with_classes, differing_settings
 from solo_d2.checkpoint.convert import convert_checkpoint, find_configs, num_classes_for
 from solo_d2.checkpoint.load import load_weights_file
@@ -23,7 +24,7 @@ _FORMATS = [name for name, source in SOURCES.items() if source.architecture]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 1 after an error of one line."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         _run(options)
     except (UserError, OSError, ValueError) as error:
@@ -33,11 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.opts and not options.config_file:
+        raise UserError(f"{options.opts[0]}: KEY VALUE pairs need a --config-file")
     weights = load_weights_file(options.source, allow_pickle=options.allow_pickle)["model"]
     try:
         source = _source(weights, options.source_format)
         if options.config_file:
-            names, cfg = [options.config_file], load_config(options.config_file)
+            names = [options.config_file]
+            cfg = load_config(options.config_file, opts=options.opts)
             if cfg.MODEL.META_ARCHITECTURE != source.architecture:
                 raise UserError(
                     f"is of architecture {source.architecture}, {options.config_file} of "
@@ -78,7 +82,11 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="solo-d2 convert", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="solo-d2 convert",
+        usage="%(prog)s SOURCE OUTPUT [options] [--config-file YAML [KEY VALUE ...]]",
+        description="Turn a published checkpoint into one of solo_d2.",
+    )
     parser.add_argument("source", help="a published checkpoint")
     parser.add_argument("output", help="the .pth file to write")
     parser.add_argument(

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.data import setup_datasets
+from solo_d2.tools import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,8 +37,8 @@ def shapes_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train_net():
-    """The script as a module."""
-    return load_script(REPOSITORY / "train_net.py")
+    """The module behind the script and ``solo-d2 train``."""
+    return train
 
 
 @pytest.fixture

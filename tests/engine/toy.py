@@ -82,6 +82,6 @@ def arm(moment: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import train_net
+    from solo_d2.tools import train
 
-    sys.exit(train_net.run(sys.argv[1:]))
+    sys.exit(train.main())

@@ -16,7 +16,7 @@ from detectron2.engine import default_setup, launch
 from detectron2.utils.file_io import PathManager
 
 from solo_d2.checkpoint import build_checkpointer
-from solo_d2.config import load_config
+from solo_d2.config import load_config, use_available_device
 from solo_d2.data import setup_datasets
 from solo_d2.engine import Trainer
 from solo_d2.errors import UserError, one_line
@@ -174,6 +174,8 @@ def read_models(
         name, _, files = word.rpartition("=")
         parts = tuple(files.split("+"))
         cfgs = tuple(load_config(part, data=data, opts=opts) for part in parts)
+        for cfg in cfgs:
+            use_available_device(cfg)
         if iterations is not None:
             set_iterations(cfgs, iterations)
         if file != "-" and len(parts) > 1:
@@ -261,14 +263,14 @@ def _evaluate(cfg: CfgNode, _: int) -> None:
     try:
         _set_up(cfg)
         model = Trainer.build_model(cfg)
-        build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
+        build_checkpointer(cfg, model, require_complete=True).load(cfg.MODEL.WEIGHTS)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(one_line(error)) from error
     write_results(Trainer.test(cfg, model), cfg.OUTPUT_DIR)
 
 
 def _set_up(cfg: CfgNode) -> None:
-    """As train_net.py does."""
+    """As ``solo-d2 train`` does."""
     setup_datasets(cfg)
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
