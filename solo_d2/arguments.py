@@ -44,7 +44,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     A key is a word that begins with the name of a config section and is not an existing file. The
     last key has no value if no word or an option follows it.
     """
-    opts, others = [], []
+    opts: list[str] = []
+    others: list[str] = []
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)

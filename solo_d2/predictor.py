@@ -297,12 +297,12 @@ def _find(source: str | Path | CfgNode, weights: str, opts: Sequence[str]) -> tu
 
 
 def packaged_models() -> list[str]:
-    """Names of the trained models in the package; ``load`` takes them."""
+    """Names of the trained models in the package, for ``load``."""
     return sorted(path.parent.name for path in _MODELS.glob("*/config.yaml"))
 
 
 def _packaged_model(source: str | Path) -> Path | None:
-    """The folder of a packaged model, unless there is a run folder of that name."""
+    """The folder of a packaged model, unless there is a run folder with that name."""
     if str(source) in packaged_models() and not Path(source, "config.yaml").exists():
         return _MODELS / source
     return None
@@ -312,7 +312,7 @@ def _packaged_config(file: Path) -> str:
     """Name of the packaged config that a checkpoint without config.yaml belongs to."""
     checkpoint = load_weights_file(file)
     architecture = (checkpoint.get("solo_d2") or {}).get("architecture")
-    advice = f"there is no config.yaml beside {file}; name its config, and {file} as weights"
+    advice = f"there is no config.yaml beside {file}; give its config, and {file} as weights"
     if architecture is None:
         raise UserError(advice)
     shapes = {
@@ -329,7 +329,7 @@ def _packaged_config(file: Path) -> str:
 
 
 def _inference_settings(cfg: CfgNode) -> str:
-    """What predictions depend on besides the weights."""
+    """The settings, besides the weights, that predictions depend on."""
     model = cfg.MODEL.clone()
     model.WEIGHTS = model.DEVICE = ""
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)

@@ -22,7 +22,7 @@ from .images import ImageError, read_size
 logger = logging.getLogger(__name__)
 
 DATASETS_HINT = (
-    "Set DETECTRON2_DATASETS to the folder that holds the data sets, or give your own with --data"
+    "Set DETECTRON2_DATASETS to the folder that has the data sets, or pass your own with --data"
 )
 
 

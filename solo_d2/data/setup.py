@@ -70,7 +70,7 @@ def require_images(cfg: CfgNode) -> None:
     """Check that every image of DATASETS.TEST exists, before a training run and not after it.
 
     Raises:
-        FileNotFoundError: some are missing; the message counts them and names the first. Or a json
+        FileNotFoundError: some are missing (the message counts them and names the first), or a json
             file of DATASETS.TRAIN or TEST is missing.
     """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

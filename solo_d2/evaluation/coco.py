@@ -86,7 +86,7 @@ def write_results(results: Mapping[str, Any], output_dir: str) -> str:
 
 
 def summary_lines(results: Mapping[str, Any]) -> list[str]:
-    """The main metrics of what ``Trainer.test`` returned, one line for each task."""
+    """The main metrics of the results of ``Trainer.test``, one line for each task."""
     return [
         f"{task}: " + "  ".join(f"{name} {_text(value)}" for name, value in metrics.items())
         for task, metrics in _main_metrics(results).items()
@@ -94,7 +94,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """The main metrics of what ``Trainer.test`` returned, one row for each task."""
+    """The main metrics of the results of ``Trainer.test``, one row for each task."""
     rows = _main_metrics(results)
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     cells = [
@@ -104,7 +104,7 @@ def results_table(results: Mapping[str, Any]) -> str:
 
 
 def _main_metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task, or "<data set>/<task>" where there are several sets -> metrics without the classes'."""
+    """Task, or "<data set>/<task>" for several sets -> metrics, without those of classes."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in results.items():
         if any(isinstance(x, Mapping) for x in value.values()):
