@@ -31,12 +31,12 @@ class EmbeddedImage:
     """One embedded image, and its mirror image if results are averaged over both."""
 
     decode: Callable[[ImageEmbedding, Tensor], Tensor]  # see ``AdaptIS.decode``
-    views: list[ImageEmbedding]  # of one image each
+    views: list[ImageEmbedding]  # each of one image
     semantic: Tensor  # (C, H, W) probabilities, without padding
     proposals: Tensor | None  # (H, W) squared probabilities, without padding, if they are used
     size: tuple[int, int]  # height and width of the network's input without padding
     padded_size: tuple[int, int]
-    stride: int  # of the map
+    stride: int  # of the feature map
     mirror_offset: int  # the mirror image of column c is padded width - mirror_offset - c
 
     @torch.no_grad()

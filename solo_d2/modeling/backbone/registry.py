@@ -37,4 +37,4 @@ def check_freeze_at(freeze_at: int) -> None:
         ValueError: ``freeze_at`` is not in the range 0 (nothing), 1 (the stem) to 5 (everything).
     """
     if not 0 <= freeze_at <= 5:
-        raise ValueError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) must be 0 to 5, not {freeze_at!r}")
+        raise ValueError(f"freeze_at must be 0 to 5, not {freeze_at!r}")

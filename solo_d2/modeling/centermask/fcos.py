@@ -75,7 +75,7 @@ class FCOSProposalGenerator(nn.Module):
             borders, radius: which locations are assigned to a box, see
                 ``targets.assign_locations``.
             box_loss_type: one of ``losses.BOX_LOSSES``.
-            focal_loss_alpha, focal_loss_gamma: of the class loss.
+            focal_loss_alpha, focal_loss_gamma: parameters of the class loss.
             score_threshold_train, score_threshold_test, threshold_with_centerness, pre_nms_topk,
                 nms_threshold: see ``inference.select_boxes``.
             max_proposals, max_detections: boxes per image in training and in inference; 0: all.

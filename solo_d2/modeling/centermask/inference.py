@@ -41,7 +41,7 @@ def select_boxes(
         score_threshold: minimum class probability.
         threshold_with_centerness: apply it to class probability times centerness instead.
         pre_nms_topk: maximum number of candidates per level that enter NMS.
-        nms_threshold: of two boxes of a class with a higher IoU, the worse is dropped; 0: no NMS.
+        nms_threshold: IoU of two boxes of a class above which the worse is dropped; 0: no NMS.
         post_nms_topk: maximum number of boxes per image, exceeded if the last ones have equal
             scores; 0: all.
     """

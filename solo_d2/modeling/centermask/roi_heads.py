@@ -69,8 +69,8 @@ class CenterMaskROIHeads(ROIHeads):
         if mask_iou_head is not None and not self.has_class_logits:
             raise ValueError(
                 "mask_iou_head needs a mask_head with the method class_logits, which "
-                f"{type(mask_head).__name__} does not have; set MODEL.CENTERMASK.MASK_IOU_ON to "
-                "False, or MODEL.ROI_MASK_HEAD.NAME to 'SpatialAttentionMaskHead'"
+                f"{type(mask_head).__name__} does not have; use SpatialAttentionMaskHead, or no "
+                "mask_iou_head (MODEL.CENTERMASK.MASK_IOU_ON: False)"
             )
         # test-time augmentation turns it off while it looks for boxes
         self.mask_on = mask_head is not None

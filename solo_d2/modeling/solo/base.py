@@ -114,7 +114,7 @@ class SOLOFamily(InstanceSegmentor):
                 before, as AdelaiDet does.
             max_positives: limit on the (instance, cell) pairs per image in the mask loss, which
                 are chosen at random; 0: all.
-            focal_loss_alpha, focal_loss_gamma: of the category loss.
+            focal_loss_alpha, focal_loss_gamma: parameters of the category loss.
             category_loss_weight, mask_loss_weight: factors of the losses.
             mask_loss_type: one of ``layers.losses.MASK_LOSSES``.
             score_threshold, max_candidates, topk_candidates: see ``inference.detect_masks``.

@@ -68,7 +68,7 @@ class AnchorGenerator:
         Args:
             level_sizes: height and width of each level's map.
             input_size: height and width of the network's input.
-            device: of the result.
+            device: device of the result.
 
         Returns:
             (P, 4) float32, center x, center y, width, height, relative; not clipped. In the order
