@@ -304,7 +304,7 @@ def write_document(json_file: str | Path, document: dict[str, Any]) -> str:
     """Write a document to the cache folder, named after source and content; returns the path."""
     content = json.dumps(document).encode()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    folder = cache_folder() / "repaired"
+    folder = cache_folder() / "annotations"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{Path(json_file).stem}-{digest}.json"
     if not copy.exists():

@@ -321,7 +321,7 @@ def test_the_copy_depends_on_the_content_and_the_source_stays(document, write, t
     document["annotations"].pop()
     _, second = load(document, write)
     assert second.json_file != first.json_file
-    copies = list((tmp_path / "cache" / "repaired").iterdir())
+    copies = list((tmp_path / "cache" / "annotations").iterdir())
     assert sorted(map(str, copies)) == sorted([first.json_file, second.json_file])
 
 
