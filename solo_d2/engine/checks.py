@@ -1,4 +1,4 @@
-"""Checks before a training starts."""
+"""Checks before a training run starts."""
 
 import os
 from collections.abc import Iterator
@@ -66,16 +66,16 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
 
 @contextmanager
 def training_folder(folder: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Lock the folder of a training, so that only one process uses it.
+    """Lock the folder of a training run, so that only one process uses it.
 
     Args:
         folder: created if it is missing.
-        resume: continue the training in it, if there is one.
-        overwrite: replace the training in it, if there is one. Its curves, results and pointer to
+        resume: continue the run in it, if there is one.
+        overwrite: replace the run in it, if there is one. Its curves, results and pointer to
             the last checkpoint are deleted; checkpoints stay until they are replaced.
 
     Raises:
-        UserError: another process trains in it, or it contains a training but neither ``resume``
+        UserError: another process trains in it, or it contains a run but neither ``resume``
             nor ``overwrite`` is set.
     """
     path = Path(folder)
@@ -98,8 +98,8 @@ def _make_room(folder: Path, *, overwrite: bool) -> None:
     found = [folder / name for name in names if (folder / name).exists()]
     if found and not overwrite:
         raise UserError(
-            f"{folder} contains a training ({found[0].name}); continue it with --resume, replace "
-            "it with --overwrite, or choose another OUTPUT_DIR"
+            f"{folder} contains a training run ({found[0].name}); continue it with --resume, "
+            "replace it with --overwrite, or choose another OUTPUT_DIR"
         )
     for file in [*found, *folder.glob("events.out.tfevents.*")]:
         os.unlink(file)

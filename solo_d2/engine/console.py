@@ -1,4 +1,4 @@
-"""The console output of a training; its log.txt contains everything."""
+"""The console output of a training run; its log.txt contains everything."""
 
 import logging
 import re

@@ -98,7 +98,7 @@ class KeepBest(HookBase):
     """Saves model_best.pth after each evaluation that is better than all earlier ones.
 
     Unlike Detectron2's ``BestCheckpointer`` it survives a resume, leaves "last_checkpoint" alone,
-    and can end the training.
+    and can end the training run.
     """
 
     def __init__(self, period: int, checkpointer: Checkpointer, metric: str, patience: int = 0):

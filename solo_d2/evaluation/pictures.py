@@ -32,10 +32,10 @@ class PredictionPictures(DatasetEvaluator):
         Args:
             dataset_name: a registered set with "file_name" in its records.
             output_dir: pictures are written to iter_<last finished iteration>/ in it, or to
-                eval_only/ if there is no training.
+                eval_only/ if there is no training run.
             num_images: maximum number of images; they are spread evenly over the data set.
             score_threshold: predictions with lower scores are not drawn.
-            max_iter: iterations of the training; a later evaluation belongs to the last one.
+            max_iter: number of training iterations; a later evaluation counts for the last one.
         """
         records = DatasetCatalog.get(dataset_name)
         chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round()
@@ -64,7 +64,7 @@ class PredictionPictures(DatasetEvaluator):
         predictions = {name: p for part in gathered for name, p in part.items()}
         try:
             self._draw(predictions)
-        except Exception:  # a failed picture must not end the training
+        except Exception:  # a failed picture must not end the training run
             logging.getLogger(__name__).exception(f"No pictures of {self._dataset_name}")
 
     def _draw(self, predictions: Mapping[str, Instances]) -> None:

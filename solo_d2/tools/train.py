@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=float, metavar="N",
         help="number of times each image is seen; scales the config's schedule")  # fmt: skip
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
-    add("--overwrite", action="store_true", help="replace an existing training in OUTPUT_DIR")
+    add("--overwrite", action="store_true", help="replace an existing training run in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS (--resume: the last one)")
     add("--num-gpus", type=int, default=1, metavar="N", help="GPUs per machine")
     add("--num-machines", type=int, default=1, metavar="N", help="machines; start this on each")

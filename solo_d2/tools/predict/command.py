@@ -168,8 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(
         parser,
         config_required=False,
-        weights_help="output folder of a training, or checkpoint; with --config-file by default "
-        "MODEL.WEIGHTS",
+        weights_help="output folder of a training run, or checkpoint; with --config-file, the "
+        "default is MODEL.WEIGHTS",
     )
     parser.add_argument("--output", default="output/predictions", metavar="DIR")
     parser.add_argument(
