@@ -201,7 +201,7 @@ def test_coco_mini_loads_with_cocos_classes(cfg, data_dir, monkeypatch, caplog):
 
 def test_coco_mini_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no data set folder .*coco_mini. Set DETECTRON2_DATASETS"):
+    with pytest.raises(FileNotFoundError, match="no data set folder .*coco_mini. Set DETECTRON2"):
         DatasetCatalog.get("coco_mini_val")
 
 

@@ -280,7 +280,7 @@ def select_greedily(
 ) -> Tensor:
     """Masks of candidates, in order, that do not lie on earlier ones.
 
-    A candidate is skipped if its pixel is occupied by an earlier mask. Masks are decoded in batches
+    A candidate is skipped if its pixel is already occupied. Masks are decoded in batches
     before the decisions; the result is the same as when each candidate is decided on before the
     next is decoded.
 
