@@ -69,7 +69,7 @@ def test_every_tensor_of_a_published_file_finds_its_place(key_table, table):
     layout, prefix, variants = TABLES[table]
     source = recognize(weights)
     assert source.name == layout
-    matches = find_configs(weights, source)
+    matches = [x for x in find_configs(weights, source) if not x.name.startswith("finetune/")]
     assert [match.name for match in matches] == [f"{prefix}_{x}.yaml" for x in variants]
     assert {match.num_classes for match in matches} == {CLASSES.get(table, 80)}
     converted = convert_checkpoint(weights, source, matches[-1].config())

@@ -286,14 +286,14 @@ def test_a_model_made_in_python_equals_the_one_of_the_config(name):
 
 
 WRONG_OPTIONS = {
-    "mask_loss_type": ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz", "'dice', 'focal', 'bce'"),
-    "category_align": ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align", "'interpolate'"),
-    "deform": ("MODEL.SOLO.DEFORM", "first", "'none', 'last', 'all'"),
+    "mask_loss_type": ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz", "dice, focal, bce"),
+    "category_align": ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align", "interpolate"),
+    "deform": ("MODEL.SOLO.DEFORM", "first", "none, last, all"),
     "num_convs": ("MODEL.SOLO.NUM_CONVS", 0, "at least 1"),
     "num_grids": ("MODEL.SOLO.NUM_GRIDS", [12, 10, 0, 6, 4], "at least 1"),
     "strides": ("MODEL.SOLO.STRIDES", [8, 8, 16, 32, 64], "32"),
-    "nms_type": ("MODEL.SOLO.NMS_TYPE", "matrx", "'matrix', 'mask'"),
-    "nms_kernel": ("MODEL.SOLO.NMS_KERNEL", "gauss", "'gaussian', 'linear'"),
+    "nms_type": ("MODEL.SOLO.NMS_TYPE", "matrx", "matrix, mask"),
+    "nms_kernel": ("MODEL.SOLO.NMS_KERNEL", "gauss", "gaussian, linear"),
     "kernel_size": ("MODEL.SOLOV2.KERNEL_SIZE", 2, "odd"),
     "in_features": ("MODEL.SOLOV2.MASK_IN_FEATURES", ["p2", "p4"], "double"),
 }
