@@ -1,8 +1,8 @@
 #!/bin/bash
 # All architectures on one data set, under one schedule:
 #   bash docs/study.sh shapes|pennfudan|nuclei RATE [OPTIONS]
-# Needs DETECTRON2_DATASETS and, except for shapes, WEIGHTS=mobilenetv2_imagenet.pth. A part that was
-# killed continues when it is started again.
+# Needs DETECTRON2_DATASETS and, except for shapes, WEIGHTS=mobilenetv2_imagenet.pth. If it is
+# killed, run it again: it continues where it was.
 set -eu
 part=$1 rate=$2
 shift 2
