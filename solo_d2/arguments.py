@@ -44,7 +44,8 @@ def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
     A key is a word that begins with the name of a config section, and is not a file. The last one
     has no value if none follows, or an option.
     """
-    opts, others = [], []
+    opts: list[str] = []
+    others: list[str] = []
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
