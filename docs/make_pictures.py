@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Draw docs/images/masks.jpg, the picture of the README: make_pictures.py RUN.
+"""Draw docs/images/masks.jpg, the picture of the README: make_pictures.py [RUN].
 
-RUN is the folder of a training on shapes, such as output/demo. The nuclei are found by the packaged
-model, in images of $DETECTRON2_DATASETS/nuclei (CC0).
+Above are images of $DETECTRON2_DATASETS/nuclei (CC0), below what the packaged model finds in them.
+With RUN, the folder of a whole training on shapes such as output/demo, a third row shows these.
 """
 
 import sys
@@ -15,26 +15,31 @@ import solo_d2
 from solo_d2.data import SHAPES
 from solo_d2.data.catalog import datasets_folder
 
-NUCLEI = ("10ba6cbee4873b32.jpg", "24a20f2a529cede5.jpg", "0bf4b144167694b6.jpg")
-SHAPES_IMAGES = ("000005.jpg", "000007.jpg", "000013.jpg")
-SIZE, GAP = 320, 8
+NUCLEI = (
+    *("10ba6cbee4873b32.jpg", "24a20f2a529cede5.jpg"),
+    *("0bf4b144167694b6.jpg", "33618678c167c5e0.jpg"),
+)
+SHAPES_IMAGES = ("000002.jpg", "000003.jpg", "000004.jpg", "000010.jpg")
+SIZE, GAP = 240, 6
 
 
-def main(run: str) -> None:
+def main(run: str = "") -> None:
     model = solo_d2.load("nuclei")
-    folder = datasets_folder() / "nuclei" / "val"
-    top = [square(model.predict(folder / name).draw(labels=False)) for name in NUCLEI]
-    model = solo_d2.load(run)
-    folder = SHAPES.ensure(count=20, size=(128, 128), seed=0, split="val") / "val"
-    bottom = []
-    for name in SHAPES_IMAGES:
+    results = [model.predict(datasets_folder() / "nuclei" / "val" / name) for name in NUCLEI]
+    rows = [
+        beside([square(result.image) for result in results]),
+        beside([square(result.draw(labels=False)) for result in results]),
+    ]
+    if run:
+        model = solo_d2.load(run)
+        folder = SHAPES.ensure(count=200, size=(128, 128), seed=0, split="val") / "val"
         # enlarged first, so that labels and outlines are sharp
-        image = Image.open(folder / name).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-        bottom.append(np.asarray(square(model.predict(image).draw(score_threshold=0.35))))
-    rows = [beside(row) for row in (top, bottom)]
+        images = [Image.open(folder / name).resize((SIZE, SIZE)) for name in SHAPES_IMAGES]
+        rows.append(beside([result.draw() for result in model.predict(images)]))
     gap = np.full((GAP, rows[0].shape[1], 3), 255, np.uint8)
+    parts = [part for row in rows for part in (row, gap)]
     target = Path(__file__).parent / "images" / "masks.jpg"
-    Image.fromarray(np.concatenate([rows[0], gap, rows[1]])).save(target, quality=88)
+    Image.fromarray(np.concatenate(parts[:-1])).save(target, quality=88)
 
 
 def square(image: np.ndarray) -> np.ndarray:
@@ -53,4 +58,4 @@ def beside(tiles: list[np.ndarray]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
