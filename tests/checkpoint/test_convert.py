@@ -284,6 +284,12 @@ class TestCommand:
         assert "fits no packaged config" in error and "SOLOv2/SOLOv2" in error
         assert error.count("\n") == 1
 
+    def test_pairs_need_a_config_and_may_stand_anywhere(self, run, capsys):
+        code, _, error = run("SEED", "3", "--source-format", "auto")
+        assert code == 0, error
+        assert main(["MODEL.DEVICE", "cpu", "in.pth", "out.pth"]) == 1
+        assert "MODEL.DEVICE: KEY VALUE pairs need a --config-file" in capsys.readouterr().err
+
     def test_another_architectures_config_is_refused(self, run):
         code, _, error = run("--config-file", "YOLACT/YOLACT_R50.yaml")
         assert code == 1 and "is of architecture SOLOv2" in error and "of YOLACT" in error

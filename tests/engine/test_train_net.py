@@ -332,7 +332,8 @@ def test_epochs_set_the_schedule(run, tmp_path):
 
 def test_weights_for_other_classes_lose_only_the_class_layers(run_quietly, tmp_path, capsys):
     name = "quick/solov2_shapes.yaml"
-    model = build_model(load_config(name, opts=["MODEL.SOLO.NUM_CLASSES", "3"]))
+    sets = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    model = build_model(load_config(name, opts=["MODEL.SOLO.NUM_CLASSES", "3", *sets]))
     Checkpointer(model, str(tmp_path), thing_classes=["a", "b", "c"]).save("coco")
     few = ("DATASETS.SHAPES.TRAIN_IMAGES", 12, "DATASETS.SHAPES.VAL_IMAGES", 3)
     small = ("DATASETS.SHAPES.IMAGE_SIZE", (48, 64), "SOLVER.IMS_PER_BATCH", 2)

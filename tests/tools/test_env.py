@@ -75,9 +75,9 @@ def test_env_runs_where_detectron2_or_torch_is_absent(run_without, missing):
         assert any(line.startswith(f"solo_d2 needs {title}, ") for line in problems)
 
 
-@pytest.mark.parametrize("verb", ["predict", "check"])
-def test_other_verbs_name_what_is_missing_in_one_line(run_without, verb):
-    result = run_without("-m", "solo_d2", verb, "--help", missing=("detectron2",))
+@pytest.mark.parametrize("command", [["-m", "solo_d2", "predict"], [str(ROOT / "train_net.py")]])
+def test_other_commands_name_what_is_missing_in_one_line(run_without, command):
+    result = run_without(*command, "--help", missing=("detectron2",))
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: solo_d2 needs Detectron2, which is not installed. Run: ")
