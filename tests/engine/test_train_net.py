@@ -59,7 +59,7 @@ def run_quietly(train_net, toy_config):
 
 @pytest.fixture(scope="module")
 def uninterrupted(run_quietly, tmp_path_factory):
-    """Folder of a whole training."""
+    """Folder of an uninterrupted training."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run_quietly("OUTPUT_DIR", folder) == 0
     return folder
@@ -129,7 +129,7 @@ def test_ctrl_c_is_one_line_and_keeps_the_last_checkpoint(start_process, toy_con
 
 @pytest.fixture(autouse=True)
 def quiet_log(monkeypatch):
-    """Detectron2's log keeps the stdout of an earlier test, and says so when it is closed."""
+    """Detectron2's log holds the stdout of an earlier test and complains once it is closed."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
@@ -332,7 +332,8 @@ def test_epochs_set_the_schedule(run, tmp_path):
 
 def test_weights_for_other_classes_lose_only_the_class_layers(run_quietly, tmp_path, capsys):
     name = "quick/solov2_shapes.yaml"
-    model = build_model(load_config(name, opts=["MODEL.SOLO.NUM_CLASSES", "3"]))
+    sets = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    model = build_model(load_config(name, opts=["MODEL.SOLO.NUM_CLASSES", "3", *sets]))
     Checkpointer(model, str(tmp_path), thing_classes=["a", "b", "c"]).save("coco")
     few = ("DATASETS.SHAPES.TRAIN_IMAGES", 12, "DATASETS.SHAPES.VAL_IMAGES", 3)
     small = ("DATASETS.SHAPES.IMAGE_SIZE", (48, 64), "SOLVER.IMS_PER_BATCH", 2)

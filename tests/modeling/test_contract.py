@@ -1,4 +1,4 @@
-"""What every architecture promises, whatever its method: one contract, on tiny models."""
+"""The contract that all architectures fulfill, on tiny models."""
 
 import copy
 import re
@@ -21,7 +21,7 @@ from solo_d2.modeling.num_classes import num_classes_keys
 
 
 class Architecture(NamedTuple):
-    """A tiny model, what it trains, and how to make it find something everywhere."""
+    """A tiny model, its losses, and a way to make it find something in any image."""
 
     settings: dict[str, object]
     losses: set[str]
@@ -29,7 +29,7 @@ class Architecture(NamedTuple):
     has_masks: bool = True
     ranks_masks: bool = False  # has mask_scores beside scores
     tight_boxes: bool = True  # boxes are those of the masks
-    random: bool = False  # draws points at inference
+    random: bool = False  # samples points at inference
 
 
 RESNET = {
@@ -132,7 +132,7 @@ def excite_fcos(model):
 
 
 def excite_adaptis(model):
-    """A part of the image is taken for things, and every mask for good."""
+    """Classify a part of the image as things and rate every mask as good."""
     with torch.no_grad():
         model.semantic_head.predictor.bias[1] += 1.0
     model.selection_head.rescale = (3.0, 1.0)
@@ -221,7 +221,7 @@ def excited(architecture):
 
 @pytest.fixture(autouse=True)
 def storage():
-    """Detectron2's ROI heads write their numbers to it in training."""
+    """Detectron2's ROI heads write statistics to it in training."""
     with EventStorage() as storage:
         yield storage
 
@@ -246,7 +246,7 @@ def run(model, sizes=(SIZE,), outputs=None) -> list[Instances]:
 def losses_of(model, batch) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
-    torch.manual_seed(0)  # some draw points or anchors
+    torch.manual_seed(0)  # some sample points or anchors
     losses = model(copy.deepcopy(batch))
     sum(losses.values()).backward()
     return losses
@@ -281,7 +281,7 @@ def check_output(architecture: Architecture, instances: Instances, size) -> None
 
 
 def share_with_partner(a: Instances, b: Instances) -> float:
-    """Of the instances of ``a``, how many ``b`` has too: class, score, box and mask."""
+    """The share of the instances of ``a`` that ``b`` has too: class, score, box and mask."""
     same = a.pred_classes[:, None] == b.pred_classes
     same &= (a.scores[:, None] - b.scores).abs() < 1e-4
     boxes = (a.pred_boxes.tensor[:, None] - b.pred_boxes.tensor).abs().amax(dim=-1)
@@ -381,7 +381,7 @@ class TestInference:
             alone = [excited([x])[0]["instances"] for x in inputs]
         assert all(len(x) for x in alone)
         for a, b in zip(together, alone):
-            # rounding turns near-ties at a threshold or in an order into other results
+            # rounding decides near-ties at a threshold or in an order
             assert abs(len(a) - len(b)) <= 0.05 * len(b)
             assert share_with_partner(a, b) >= 0.95
 

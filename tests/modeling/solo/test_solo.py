@@ -19,7 +19,7 @@ from solo_d2.modeling.solo.head import TowerSpec
 from solo_d2.modeling.solo.solo import SOLOHead
 from solo_d2.modeling.solo.solov2 import MaskFeatureBranch, SOLOv2Head
 
-# One by one what makes masks differently.
+# Options that change how masks are made, one at a time.
 ARCHITECTURES = {
     "SOLOv2": {"MODEL__META_ARCHITECTURE": "SOLOv2"},
     "SOLO": {"MODEL__META_ARCHITECTURE": "SOLO"},
@@ -61,7 +61,7 @@ def tiny_model(**options):
 
 
 def python_model(name: str, tower: dict | None = None, **options):
-    """The tiny model made without a config; options are those that have no key."""
+    """The tiny model, built without a config; options are those without a key."""
     torch.manual_seed(0)
     backbone = build_backbone(tiny_config())
     tower = TowerSpec(**{"num_convs": 1, "conv_dim": 64, **(tower or {})})
@@ -102,7 +102,7 @@ def test_an_image_without_instances_trains_the_categories_only(model):
 
 
 def eager(**options):
-    """A model that proposes an instance wherever it can."""
+    """A model that predicts an instance wherever it can."""
     return made_eager(tiny_model(**options))
 
 
@@ -149,7 +149,7 @@ def test_no_candidates_and_all_candidates_are_ordinary(architecture, threshold):
 
 @every_architecture
 def test_images_of_one_size_give_the_results_of_one_by_one(architecture):
-    # in float64: in float32 a pixel at the threshold may be on either side and move a score
+    # in float64: in float32, a pixel at the threshold may be on either side and change a score
     model = eager(**architecture).double()
     generator = torch.Generator().manual_seed(4)
     inputs = [{"image": torch.rand(3, *SIZE, generator=generator) * 255} for _ in range(3)]
@@ -261,7 +261,7 @@ def test_every_option_of_solov2_trains_and_infers(options):
     check_that_it_trains_and_infers(eager(**options))
 
 
-# a norm, a flag of somebody's code, or both; and what the config leaves alone
+# a norm, a flag of another project's code, or both; and options that the config does not set
 PYTHON_OPTIONS = [
     {"tower": {"norm": ""}},
     {"tower": {"norm": "BN"}, "focal_loss_gamma": 1.0, "category_loss_weight": 0.5},
@@ -360,7 +360,7 @@ V1 = {name: options for name, options in ARCHITECTURES.items() if name != "SOLOv
 
 
 def every_mask(model, outputs, level: int, size) -> torch.Tensor:
-    """Masks of all cells as the published code makes them: all channels, then the rest."""
+    """Masks of all cells, as in the published code: all channels, then the rest."""
     head, grid = model.head, model.head.num_grids[level]
 
     def maps(conv, feature):
@@ -414,7 +414,7 @@ def test_gradients_equal_those_of_a_full_evaluation(architecture, monkeypatch):
 
 @pytest.mark.parametrize("architecture", V1.values(), ids=V1)
 def test_training_makes_no_tensor_with_a_channel_per_cell(architecture, largest_float):
-    """One instance on grids of 99 x 99: its masks are few, all would exceed every other tensor."""
+    """One instance on grids of 99 x 99: few masks, but those of all cells would be huge."""
     model = tiny_model(**architecture, MODEL__SOLO__NUM_GRIDS=[99, 36, 24, 16, 12]).train()
     with largest_float() as mode:
         sum(model([example(ORDINARY)]).values()).backward()

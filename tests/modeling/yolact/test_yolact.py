@@ -68,13 +68,15 @@ def check_gradients(model) -> None:
 def test_an_image_without_objects_trains_the_semantic_branch_only(model, masks, crowds):
     model.train()
     boxes = [[10.0, 10, 10, 10]] if masks is EMPTY else None
-    losses = model([example(masks, boxes=boxes, crowds=crowds)])
+    inputs = example(masks, boxes=boxes)
+    inputs["instances"].gt_crowd = torch.arange(len(masks)) >= len(masks) - crowds
+    losses = model([inputs])
     assert losses.pop("loss_semantic") > 0
     assert all(loss == 0 for loss in losses.values())
 
 
 def eager(**options):
-    """A model that takes nearly every anchor for an object."""
+    """A model that detects an object at nearly every anchor."""
     model = tiny_model(MODEL__YOLACT__SCORE_THRESH_TEST=0.01, **options).eval()
     nn.init.normal_(model.head.class_logits.weight, std=0.3)
     nn.init.normal_(model.head.coefficient_pred.weight, std=0.3)
@@ -111,7 +113,7 @@ def check_output(instances: Instances, size, integer: bool = True) -> None:
 
 
 def check_inside(instances: Instances) -> None:
-    """No pixel lies outside of its box, by its middle."""
+    """No pixel center lies outside of its box."""
     tight, boxes = tight_boxes(instances.pred_masks), instances.pred_boxes.tensor
     filled = instances.pred_masks.flatten(1).any(dim=1)
     tight, boxes = tight[filled], boxes[filled]
@@ -163,13 +165,13 @@ def test_the_largest_image_of_a_batch_is_as_if_alone_and_padding_has_no_content(
     with torch.no_grad():
         first, second = (x["instances"] for x in model([large, small]))
         same(first, model([large])[0]["instances"])
-        # what an image gives depends on the padded size, not on the other images
+        # the result for an image depends on the padded size, not on the other images
         same(second, model([small, other])[0]["instances"])
     check_output(second, (40, 50))
 
 
 def test_a_padded_image_gives_boxes_and_masks_in_its_own_frame():
-    """One and the same padded tensor, once with its image size told and once without."""
+    """The same padded tensor, with and without its image size."""
     model = eager(MODEL__YOLACT__BOX_ROUNDING="float", MODEL__YOLACT__CROP="none")
     (padded,) = inputs_of([SIZE])
     h, w = 40, 60
