@@ -67,6 +67,12 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     if not sizes or min(sizes) < 0:
         raise UserError(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, but must be numbers of pixels")
+    pyramid = [*cfg.MODEL.FPN.IN_FEATURES]
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone" and pyramid[-1:] != ["res5"]:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES is {pyramid}, but must end with 'res5', which P5 and P6 are "
+            "made from"
+        )
     reference = solver.REFERENCE_WORLD_SIZE or world_size
     if solver.IMS_PER_BATCH % reference:
         of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "processes"

@@ -157,6 +157,13 @@ def test_a_torch_data_set_is_mapped_and_continued_too(toy_cfg, named_set):
         (("DATALOADER.NUM_WORKERS", -1), r"DATALOADER\.NUM_WORKERS is -1, but must be 0 or more"),
         (("MODEL.FPN.OUT_CHANNELS", 0), r"MODEL\.FPN\.OUT_CHANNELS is 0, but must be a positive"),
         (("MODEL.FPN.FUSE_TYPE", "max"), r"FUSE_TYPE must be one of sum, avg, not 'max'"),
+        (
+            (
+                *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+                *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4"]),
+            ),
+            r"MODEL\.FPN\.IN_FEATURES is .*'res4'\], but must end with 'res5'",
+        ),
         (("MODEL.BACKBONE.FREEZE_AT", -1), r"MODEL\.BACKBONE\.FREEZE_AT is -1"),
         (("INPUT.MIN_SIZE_TRAIN", ()), r"INPUT\.MIN_SIZE_TRAIN is \(\)"),
         (("INPUT.MIN_SIZE_TRAIN", (-1,)), r"INPUT\.MIN_SIZE_TRAIN is \(-1,\)"),

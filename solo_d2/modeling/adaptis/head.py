@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
 
-from ..options import check_choice
+from ..options import check_at_least, check_choice
 
 # The two published sets of heads.
 VARIANTS = ("toy", "cityscapes")
@@ -163,6 +163,8 @@ class SelectionHead(nn.Module):
         super().__init__()
         check_choice("variant", variant, VARIANTS)
         self.num_coordinates = 3 if append_distance else 2
+        if not norm_radius > 0:
+            raise ValueError(f"norm_radius must be positive, not {norm_radius!r}")
         self.norm_radius = norm_radius
         self.adain_after = list(adain_after)
         self.rescale = tuple(rescale)
@@ -315,6 +317,8 @@ def build_heads(
         ValueError: ``variant`` has an unsupported value.
     """
     check_choice("variant", variant, VARIANTS)
+    check_at_least(2, conv_dim=conv_dim)
+    check_at_least(1, semantic_dim=semantic_dim, proposal_dim=proposal_dim or 1)
     toy = variant == "toy"
     heads = Heads(
         MapController(in_channels, conv_dim, norm="BN")
@@ -366,6 +370,7 @@ class FeatureFusion(nn.Module):
             norm: norm of the convolutions.
         """
         super().__init__()
+        check_at_least(1, dim=dim)
         self.levels = nn.ModuleList()
         for channels, stride in zip(in_channels, strides):
             doublings = (stride // strides[0]).bit_length() - 1
