@@ -112,7 +112,9 @@ class InstanceMapper(DatasetMapper):
             utils.check_image_size(example, image)
         semantic = None
         if "sem_seg_file_name" in example:
-            semantic = utils.read_image(example.pop("sem_seg_file_name"), "L").squeeze(2)
+            file = example.pop("sem_seg_file_name")
+            with _naming({"file_name": file}):
+                semantic = utils.read_image(file, "L").squeeze(2)
         annotations = example.pop("annotations", None)
         objects = [a for a in annotations or () if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]

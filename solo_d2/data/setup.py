@@ -114,6 +114,11 @@ def _register_custom(cfg: CfgNode, data_set: CustomSet, *, is_train: bool) -> No
 def register_shapes(cfg: CfgNode) -> None:
     """Register "shapes_*" with the parameters of DATASETS.SHAPES, unless the names are taken."""
     parameters = cfg.DATASETS.SHAPES
+    if len(parameters.IMAGE_SIZE) != 2:
+        raise ValueError(
+            "DATASETS.SHAPES.IMAGE_SIZE must be a height and a width, not "
+            f"{[*parameters.IMAGE_SIZE]}"
+        )
     if is_free("shapes_train") and is_free("shapes_val"):
         SHAPES.register(
             train_images=parameters.TRAIN_IMAGES,

@@ -165,6 +165,10 @@ def test_images_that_cannot_be_read_are_named(mapper, tmp_path):
     Image.new("RGB", (24, 25)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"got \(24, 25\), expect \(24, 24\)"):
         mapper(record)
+    Image.new("RGB", (24, 24)).save(tmp_path / "a.png")
+    (tmp_path / "stuff.png").write_text("hello")
+    with pytest.raises(UserError, match=rf"image {tmp_path / 'stuff.png'}: .*identify"):
+        mapper({**record, "sem_seg_file_name": str(tmp_path / "stuff.png")})
 
 
 def test_errors_of_a_users_augmentation_stay_what_they_are(mapper, tmp_path):

@@ -353,6 +353,12 @@ def test_importing_and_setting_up_change_nothing_of_others():
     assert done.stdout.endswith("unchanged\n"), done.stderr
 
 
+def test_a_size_of_shapes_without_width_is_named(cfg):
+    cfg.DATASETS.SHAPES.IMAGE_SIZE = (64,)
+    with pytest.raises(ValueError, match=r"DATASETS\.SHAPES\.IMAGE_SIZE must be .*not \[64\]"):
+        setup_datasets(cfg)
+
+
 def test_shapes_of_a_user_stay(cfg):
     for name in ("shapes_train", "shapes_val"):
         DatasetCatalog.pop(name)
