@@ -1,11 +1,12 @@
 """CenterMask and FCOS on tiny inputs: bad input, options, and the steps from logits to masks."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -13,43 +14,13 @@ from detectron2.utils.events import EventStorage
 from example_inputs import BATCHES, NONE, SIZE, example
 from torch import nn
 
-from solo_d2 import add_solo_d2_config
 from solo_d2.config import add_point_rend_config
 
 LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "loss_mask", "loss_maskiou"}
 
 
-def tiny_config(**options):
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
-            *("MODEL.MASK_ON", True, "MODEL.RESNETS.DEPTH", 18),
-            *("MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone"),
-            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32),
-            *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
-            *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
-            *("MODEL.PROPOSAL_GENERATOR.NAME", "FCOSProposalGenerator"),
-            *("MODEL.FCOS.NUM_CLASSES", 3, "MODEL.FCOS.NUM_CLS_CONVS", 1),
-            *("MODEL.FCOS.NUM_BOX_CONVS", 1, "MODEL.ROI_HEADS.NUM_CLASSES", -1),
-            *("MODEL.ROI_HEADS.NAME", "CenterMaskROIHeads"),
-            *("MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4", "p5"]),
-            *("MODEL.ROI_MASK_HEAD.NAME", "SpatialAttentionMaskHead"),
-            *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
-            *("MODEL.CENTERMASK.MASK_IOU_NUM_CONV", 2, "MODEL.CENTERMASK.MASK_IOU_CONV_DIM", 16),
-            *("MODEL.CENTERMASK.MASK_IOU_FC_DIM", 16),
-            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
-        ]
-    )
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return cfg
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    return build_model(tiny_config(**options))
+tiny_config = partial(tiny_models.tiny_config, tiny_models.CENTERMASK)
+tiny_model = partial(tiny_models.tiny_model, tiny_models.CENTERMASK)
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,18 @@
 """The SOLO family on tiny inputs: shapes, bad input, options, and what each model adds."""
 
 import re
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_backbone
 from detectron2.structures import BitMasks, Instances
 from example_inputs import NONE, ORDINARY, SIZE, example, many
+from tiny_models import SOLO as SETTINGS
 from torch.nn import functional as F
 
-from solo_d2 import SOLO, DecoupledSOLO, SOLOv2, add_solo_d2_config
+from solo_d2 import SOLO, DecoupledSOLO, SOLOv2
 from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.frozen_bn import FoldedConv2d
 from solo_d2.layers.resample import UpsampledConv2d
@@ -34,30 +36,9 @@ every_architecture = pytest.mark.parametrize(
 )
 
 
-def tiny_config(**options):
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "SOLOv2"),
-            *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18),
-            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32),
-            *("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
-            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]),
-            *("MODEL.SOLO.NUM_CLASSES", 3, "MODEL.SOLO.NUM_GRIDS", [12, 10, 8, 6, 4]),
-            *("MODEL.SOLO.CONV_DIM", 64, "MODEL.SOLO.NUM_CONVS", 1),
-            *("MODEL.SOLOV2.MASK_DIM", 64, "MODEL.SOLOV2.MASK_CONV_DIM", 64),
-            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
-        ]
-    )
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return cfg
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    return build_model(tiny_config(**options))
+SOLOV2 = {**SETTINGS, "MODEL.META_ARCHITECTURE": "SOLOv2"}
+tiny_config = partial(tiny_models.tiny_config, SOLOV2)
+tiny_model = partial(tiny_models.tiny_model, SOLOV2)
 
 
 def python_model(name: str, tower: dict | None = None, **options):

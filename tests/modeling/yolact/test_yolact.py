@@ -2,17 +2,16 @@
 
 import copy
 import logging
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from example_inputs import EMPTY, NONE, ORDINARY, SIZE, example, many, rectangle
 from torch import nn
 
-from solo_d2 import add_solo_d2_config
 from solo_d2.layers.masks import tight_boxes
 from solo_d2.modeling import YOLACT
 from solo_d2.modeling.yolact.anchors import AnchorGenerator
@@ -27,29 +26,8 @@ PLUS = {
 VERSIONS = {"YOLACT": {}, "YOLACT++": PLUS}
 
 
-def tiny_config(**options):
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "YOLACT"),
-            *("MODEL.BACKBONE.NAME", "build_mobilenetv2_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),
-            *("MODEL.MOBILENETV2.WIDTH_MULT", 0.25, "MODEL.MOBILENETV2.NORM", "BN"),
-            *("MODEL.MOBILENETV2.OUT_FEATURES", ["res3", "res4", "res5"]),
-            *("MODEL.YOLACT.NUM_CLASSES", 3, "MODEL.YOLACT.CONV_DIM", 32),
-            *("MODEL.YOLACT.NUM_PROTOTYPES", 8, "MODEL.YOLACT.INPUT_SIZE", 0),
-            *("MODEL.YOLACT.ANCHOR_SIZES", [12, 24, 48, 96, 192]),
-            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
-        ]
-    )
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return cfg
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    return build_model(tiny_config(**options))
+tiny_config = partial(tiny_models.tiny_config, tiny_models.YOLACT)
+tiny_model = partial(tiny_models.tiny_model, tiny_models.YOLACT)
 
 
 @pytest.fixture(scope="module", params=VERSIONS.values(), ids=VERSIONS)
