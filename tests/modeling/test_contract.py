@@ -325,7 +325,7 @@ class TestInference:
 
     def test_one_weight_that_is_not_finite_gives_an_error_or_finite_results(self, architecture):
         for in_backbone in (True, False):
-            model = tiny_model(architecture).eval()
+            model = tiny_model(architecture.settings).eval()
             architecture.excite(model)
             named = dict(model.named_parameters()).items()
             parameters = (p for n, p in named if n.startswith("backbone.") == in_backbone)
@@ -340,7 +340,7 @@ class TestInference:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision_weights_are_refused_with_what_to_do(self, architecture, dtype):
-        model = tiny_model(architecture).to(dtype)
+        model = tiny_model(architecture.settings).to(dtype)
         with pytest.raises(ValueError, match=rf"{dtype}.*torch\.autocast\('cpu', dtype={dtype}\)"):
             run(model)
         with pytest.raises(ValueError, match=rf"converted to {dtype}"):
