@@ -14,20 +14,20 @@ VERBS = {
     "report": "evaluate and time one trained model, and report on it",
     "click": "measure how well AdaptIS segments objects from one click each",
     "benchmark": "time a model's parts",
-    "convert": "turn a published checkpoint into one of solo_d2",
+    "convert": "convert a published checkpoint for solo_d2",
     "env": "print installed versions and how to install what is missing",
 }
 
 
 def main() -> int:
-    """Run the verb that the command line names; returns its exit code."""
+    """Run the verb given on the command line; returns its exit code."""
     usage = "usage: solo-d2 VERB ...\n\n" + "\n".join(f"  {v:<10} {h}" for v, h in VERBS.items())
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in ("-h", "--help"):
         print(usage)
         return 0
     if verb not in VERBS:
-        problem = f"there is no verb {verb!r}" if verb else "name a verb"
+        problem = f"unknown verb {verb!r}" if verb else "no verb given"
         print(f"{usage}\n\nerror: {problem}", file=sys.stderr)
         return 2
     if verb != "env" and (problem := missing_requirement()):

@@ -1,11 +1,11 @@
-"""What the command lines of all tools have in common."""
+"""Command-line arguments that all tools share."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Detectron2's config; those of solo_d2 are below the same.
+# Sections of Detectron2's config; the keys of solo_d2 are in the same sections.
 CONFIG_ROOTS = frozenset(
     "CUDNN_BENCHMARK DATALOADER DATASETS FLOAT32_PRECISION GLOBAL INPUT MODEL OUTPUT_DIR SEED "
     "SOLVER TEST VERSION VIS_PERIOD".split()
@@ -18,18 +18,18 @@ def parse(
     """Parse options, inputs and KEY VALUE pairs in any order.
 
     Args:
-        parser: for the options. If it has a positional argument "inputs" with nargs="*", words
-            that belong to nothing else are added to it.
-        arguments: by default those of the command line.
+        parser: defines the options. If it has a positional argument "inputs" with nargs="*",
+            leftover words are added to it.
+        arguments: the words to parse; by default those of the command line.
 
     Returns:
-        Its values, and under ``opts`` the keys and values of the config in turn.
+        The parsed options. ``opts`` lists config keys, each followed by its value.
     """
     opts, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
     if len(opts) % 2:
         parser.error(f"config key {opts[-1]} has no value")
     options, rest = parser.parse_known_args(words)
-    # A parser of Detectron2 has "opts" of its own, which gets what is no option.
+    # Detectron2's parser has its own "opts", which collects the words that are not options.
     options.opts = opts + list(getattr(options, "opts", None) or [])
     if rest and hasattr(options, "inputs") and not any(word.startswith("-") for word in rest):
         options.inputs += rest
@@ -39,10 +39,10 @@ def parse(
 
 
 def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(config keys, each with the word that follows it; all other words).
+    """(config keys, each followed by its value; all other words).
 
-    A key is a word that begins with the name of a config section, and is not a file. The last one
-    has no value if none follows, or an option.
+    A key is a word that begins with the name of a config section and is not an existing file. The
+    last key has no value if no word or an option follows it.
     """
     opts: list[str] = []
     others: list[str] = []
@@ -76,5 +76,5 @@ def add_model_arguments(
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="load weights that can run code; only for files that you trust",
+        help="load weights that may run code; only for files that you trust",
     )

@@ -1,4 +1,4 @@
-"""Three lines of Python: load, predict, save; for every way a model can be stored."""
+"""Load, predict and save, for every way a model can be stored."""
 
 import json
 
@@ -74,7 +74,7 @@ MODELS = {
 
 
 def make_run(folder, name):
-    """A run folder with config.yaml, final weights for two named classes, and nameless ones."""
+    """A run folder with config.yaml and final weights, for two named classes and without names."""
     text, key = MODELS[name]
     (folder / "config.yaml").write_text(f"VERSION: 2\n{text}")
     cfg = load_config(str(folder / "config.yaml"), opts=[key, "2"])
@@ -89,7 +89,7 @@ def make_run(folder, name):
 
 
 class Runs(dict):
-    """Name of a model -> its run folder, made when it is asked for."""
+    """Name of a model -> its run folder, created on first use."""
 
     def __init__(self, factory):
         self.factory = factory
@@ -133,7 +133,7 @@ def probe(*, min_size=32, max_size=64, input_format="RGB"):
     return Predictor(Probe(), resize=resize, input_format=input_format, names=["x"])
 
 
-# What the model is given
+# The input of the model
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (8, 20000), (8, 100000), (3000, 2)])
@@ -229,7 +229,7 @@ def test_instances_are_those_of_default_predictor(runs, photo):
     assert torch.equal(ours.pred_masks, theirs.pred_masks)
 
 
-# Where a model comes from
+# Sources of a model
 
 
 def test_run_folder_checkpoint_and_config_with_weights_are_the_same(runs, photo, monkeypatch):

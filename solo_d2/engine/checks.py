@@ -1,4 +1,4 @@
-"""What is refused before a training starts."""
+"""Checks before a training run starts."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# key -> (least value, what is allowed)
+# key -> (minimum, what is allowed)
 _LIMITS = {
     "SOLVER.MAX_ITER": (1, "a positive number of iterations"),
     "SOLVER.IMS_PER_BATCH": (1, "a positive number of images"),
@@ -33,7 +33,7 @@ _LIMITS = {
 def check_config(cfg: CfgNode, world_size: int) -> None:
     """
     Args:
-        cfg: of a training or evaluation.
+        cfg: config of a training or evaluation.
         world_size: number of processes.
 
     Raises:
@@ -66,24 +66,25 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
 
 @contextmanager
 def training_folder(folder: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """The folder of a training, for one process at a time.
+    """Lock the folder of a training run, so that only one process uses it.
 
     Args:
-        folder: is made where it is missing.
-        resume: go on with the training in it, if there is one.
-        overwrite: start anew where there is one. Its curves, results and pointer to the last
-            checkpoint are deleted; checkpoints stay until they are replaced.
+        folder: created if it is missing.
+        resume: continue the run in it, if there is one.
+        overwrite: replace the run in it, if there is one. Its curves, results and pointer to
+            the last checkpoint are deleted; checkpoints stay until they are replaced.
 
     Raises:
-        UserError: another process trains in it, or it holds a training and neither is asked for.
+        UserError: another process trains in it, or it contains a run but neither ``resume``
+            nor ``overwrite`` is set.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "w") as file:
         if fcntl is not None:
             try:
-                # The system frees it when this process ends, however it ends. Loading processes,
-                # which may live on for seconds, do not inherit it, unlike one of ``flock``.
+                # The system releases this lock whenever the process ends. Unlike a lock of
+                # ``flock``, it is not inherited by data loading processes, which may run longer.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(f"another process is training in {folder} (OUTPUT_DIR)") from None
@@ -97,8 +98,8 @@ def _make_room(folder: Path, *, overwrite: bool) -> None:
     found = [folder / name for name in names if (folder / name).exists()]
     if found and not overwrite:
         raise UserError(
-            f"{folder} holds a training ({found[0].name}); continue it with --resume, replace it "
-            "with --overwrite, or choose another OUTPUT_DIR"
+            f"{folder} contains a training run ({found[0].name}); continue it with --resume, "
+            "replace it with --overwrite, or choose another OUTPUT_DIR"
         )
     for file in [*found, *folder.glob("events.out.tfevents.*")]:
         os.unlink(file)

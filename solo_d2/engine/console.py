@@ -1,4 +1,4 @@
-"""What a training prints. Its log.txt holds everything."""
+"""The console output of a training run; its log.txt contains everything."""
 
 import logging
 import re
@@ -7,7 +7,7 @@ import warnings
 
 from detectron2.utils.logger import setup_logger
 
-# Loggers whose one-line messages are worth a look: progress, checkpoints and our own.
+# Loggers whose one-line messages are shown: progress, checkpoints and our own.
 _SHOWN = (
     "detectron2.engine.train_loop",
     "detectron2.evaluation.evaluator",
@@ -22,16 +22,16 @@ def set_up_logging(output_dir: str, rank: int) -> None:
     """Log to ``output_dir``/log.txt as Detectron2's ``default_setup`` does, and print less.
 
     Args:
-        output_dir: is made where it is missing.
-        rank: of this process; only the first one prints.
+        output_dir: created if it is missing.
+        rank: rank of this process; only the first one prints.
     """
-    # setup_logger is cached: default_setup makes the first two calls again and adds no handlers.
+    # setup_logger is cached: default_setup repeats the first two calls and adds no handlers
     loggers = [
         setup_logger(output_dir, distributed_rank=rank, name="fvcore"),
         setup_logger(output_dir, distributed_rank=rank),
         setup_logger(output_dir, distributed_rank=rank, name="solo_d2"),
     ]
-    # Detectron2 makes tensors of arrays that it does not write to
+    # Detectron2 makes tensors of read-only arrays but does not write to them
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     # PyTorch counts the cores; DATALOADER.NUM_WORKERS is the user's choice
     warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -45,7 +45,7 @@ def set_up_logging(output_dir: str, rank: int) -> None:
 
 
 class Summary(logging.Filter):
-    """Passes warnings, and one-line messages of the loggers in ``_SHOWN``, each of them once."""
+    """Passes warnings, and one-line messages of the loggers in ``_SHOWN``, each only once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Summary(logging.Filter):
 
 
 class PlainFormatter(logging.Formatter):
-    """Removes the codes for colors, which Detectron2 puts into some messages."""
+    """Removes the color codes that Detectron2 puts into some messages."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _ANSI.sub("", super().format(record))

@@ -12,12 +12,12 @@ from solo_d2.errors import UserError
 
 
 def schedule(cfg: CfgNode, *, images: int, epochs: float) -> dict[str, Any]:
-    """Keys and values for a training of ``epochs``, in the proportions of the config's schedule.
+    """Config keys and values that scale the config's schedule to a number of epochs.
 
     Args:
         cfg: its SOLVER and TEST.EVAL_PERIOD are for SOLVER.MAX_ITER iterations.
-        images: of the training data.
-        epochs: how often each image is seen.
+        images: number of training images.
+        epochs: number of times that each image is seen.
 
     Raises:
         ValueError: there is no image, or the number of epochs is not positive.
@@ -56,7 +56,7 @@ def set_epochs(cfg: CfgNode, epochs: float) -> None:
 
 
 def count_training_images(cfg: CfgNode) -> int:
-    """How many images an epoch of DATASETS.TRAIN has.
+    """Number of images in an epoch of DATASETS.TRAIN.
 
     Raises:
         UserError: a data set has no length.

@@ -13,19 +13,19 @@ from solo_d2.files import atomic_write
 
 from .coco_eval import evaluate_coco
 
-# The detections of the last evaluation, in the folder of the evaluator.
+# The detections of the last evaluation, in the evaluator's folder.
 RESULTS_FILE = "coco_instances_results.json"
 
 
 class InstanceEvaluator(COCOEvaluator):
-    """Detectron2's COCO evaluator for models with mask scores, and for models that find nothing.
+    """Detectron2's COCO evaluator, with support for mask scores and for empty predictions.
 
-    Where nothing is found, AP is 0 if there is something to find; Detectron2 gives NaN. It uses
-    faster-coco-eval where that is installed, and never the evaluation in Detectron2's compiled
-    part, whose numbers may differ.
+    If nothing is found although there are objects, AP is 0, where Detectron2 gives NaN. It uses
+    faster-coco-eval if that is installed, and never the evaluation in Detectron2's compiled
+    extension, whose numbers may differ.
 
-    Instances may have ``mask_scores`` besides ``scores``: these rank boxes, those masks. In the
-    results file they are "mask_score" and "score".
+    Instances may have ``mask_scores`` besides ``scores``. Then ``mask_scores`` rank masks and
+    ``scores`` rank boxes; in the results file they are "mask_score" and "score".
     """
 
     def __init__(self, *args: Any, **options: Any):
@@ -45,7 +45,7 @@ class InstanceEvaluator(COCOEvaluator):
                     result["mask_score"] = score
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
-        """What Detectron2 does, with ``evaluate_coco``; fills ``_results``."""
+        """Evaluate as Detectron2 does, but with ``evaluate_coco``; fills ``_results``."""
         results = [result for x in predictions for result in x["instances"]]
         tasks = self._tasks or self._tasks_from_predictions(results)
         if "keypoints" in tasks:
@@ -75,9 +75,9 @@ class InstanceEvaluator(COCOEvaluator):
 
 
 def write_results(results: Mapping[str, Any], output_dir: str) -> str:
-    """Write what ``Trainer.test`` returned to results.json; returns its path.
+    """Write the results of ``Trainer.test`` to results.json; returns its path.
 
-    What cannot be computed, such as AP of large objects where there are none, is null.
+    Values that cannot be computed, such as AP of large objects if there are none, are null.
     """
     path = os.path.join(output_dir, "results.json")
     with atomic_write(path) as file:
@@ -86,7 +86,7 @@ def write_results(results: Mapping[str, Any], output_dir: str) -> str:
 
 
 def summary_lines(results: Mapping[str, Any]) -> list[str]:
-    """The main metrics of what ``Trainer.test`` returned, one line for each task."""
+    """The main metrics of the results of ``Trainer.test``, one line for each task."""
     return [
         f"{task}: " + "  ".join(f"{name} {_text(value)}" for name, value in metrics.items())
         for task, metrics in _main_metrics(results).items()
@@ -94,7 +94,7 @@ def summary_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """The main metrics of what ``Trainer.test`` returned, one row for each task."""
+    """The main metrics of the results of ``Trainer.test``, one row for each task."""
     rows = _main_metrics(results)
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     cells = [
@@ -104,7 +104,7 @@ def results_table(results: Mapping[str, Any]) -> str:
 
 
 def _main_metrics(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task, or "<data set>/<task>" where there are several sets -> metrics without the classes'."""
+    """Task, or "<data set>/<task>" for several sets -> metrics, without those of classes."""
     found: dict[str, dict[str, Any]] = {}
     for name, value in results.items():
         if any(isinstance(x, Mapping) for x in value.values()):

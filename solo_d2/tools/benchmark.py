@@ -1,4 +1,4 @@
-"""Where the time goes: ``solo-d2 benchmark --help``."""
+"""Profiling a model: ``solo-d2 benchmark --help``."""
 
 import argparse
 import resource
@@ -59,9 +59,9 @@ def benchmark(
     """Profile a training step and an inference, and print where their time goes.
 
     Args:
-        model: of Detectron2's interface.
-        inputs: of the training step, with "instances".
-        image: for inference; by default that of the training step.
+        model: a model with Detectron2's interface.
+        inputs: input of the training step, with "instances".
+        image: input of the inference; by default that of the training step.
         only: "training" or "inference"; None: both.
         rows: number of operators to list.
     """
@@ -96,7 +96,7 @@ def benchmark(
 
 
 def random_input(height: int, width: int, instances: int, num_classes: int) -> dict[str, Any]:
-    """A noise image with square instances of sizes from 16 pixels to half of the short side."""
+    """A noise image with square instances, 16 pixels to half of the shorter side wide."""
     generator = torch.Generator().manual_seed(0)
     low, high = torch.tensor([16.0, max(17.0, min(height, width) / 2)]).log().tolist()
     sizes = (low + (high - low) * torch.rand(instances, generator=generator)).exp().long()
@@ -114,7 +114,7 @@ def random_input(height: int, width: int, instances: int, num_classes: int) -> d
 
 
 def _profile(name: str, run: Callable[[], object], device: torch.device, rows: int) -> None:
-    """Run once to warm up, once by the clock, once under the profiler; print what it found."""
+    """Run once to warm up, once timed and once under the profiler, and print the results."""
     cuda = device.type == "cuda"
 
     def timed() -> float:
@@ -167,7 +167,7 @@ def _read(path: str, size: Sequence[int], input_format: str) -> torch.Tensor:
 
 
 def _peak_memory(device: torch.device) -> str:
-    """Of the process, or on a GPU of the tensors."""
+    """Peak memory of the process, or of the tensors on a GPU."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1024**3:.2f} GiB on the GPU"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"

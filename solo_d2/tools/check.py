@@ -1,4 +1,4 @@
-"""Look through data sets before any training: ``solo-d2 check --help``."""
+"""Checking data sets before training: ``solo-d2 check --help``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ EXIT_CLEAN, EXIT_PROBLEMS, EXIT_USAGE = 0, 1, 2
 
 SOLO_FAMILY = ("SOLO", "DecoupledSOLO", "SOLOv2")
 
-# Pixels by which a polygon may leave the image without a remark.
+# Pixels by which a polygon may extend beyond the image without a remark.
 _TOLERANCE = 2.0
 
 
@@ -56,24 +56,24 @@ class Source(NamedTuple):
     """A data set to check."""
 
     name: str
-    keys: list[str]  # the keys of the config that name it
+    keys: list[str]  # the config keys that name it
     json_file: Path
     image_root: Path
-    classes: list[str] | None = None  # that it is registered with
+    classes: list[str] | None = None  # the classes that it is registered with
     crowd_is_object: bool = False
 
 
 def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
-    """Check every data set of a config; what is wrong in one does not end the check.
+    """Check every data set of a config; an invalid set does not end the check.
 
     Args:
-        cfg: with DATASETS.CUSTOM, if that is set, in place of DATASETS.TRAIN and TEST.
-        decode_images: read all pixels; else the images' headers only.
+        cfg: if DATASETS.CUSTOM is set, it replaces DATASETS.TRAIN and TEST.
+        decode_images: read all pixels; otherwise only the images' headers.
 
     Raises:
-        UserError: the config names no data set, or one that is not known or not in COCO's format.
-        FileNotFoundError, ValueError: a file of the config is missing, or settings contradict
-            each other.
+        UserError: the config names no data set, or one that is unknown or not in COCO's format.
+        FileNotFoundError, ValueError: a file that the config names is missing, or settings
+            contradict each other.
     """
     sources = find_sources(cfg)
     grids = None
@@ -104,7 +104,7 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
         reports[-1].add(REFUSED, "data sets with other classes", mismatch)
     training = [report for report in reports if report.is_training]
     if training and not any(report.objects for report in training):
-        training[0].add(REFUSED, "training data without any object", training[0].json_file)
+        training[0].add(REFUSED, "training data without objects", training[0].json_file)
     for train in training:
         for test in reports:
             if "DATASETS.TEST" in test.keys and {train.name, test.name} <= paths.keys():
@@ -113,7 +113,7 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
 
 
 def find_sources(cfg: CfgNode) -> list[Source]:
-    """The data sets that ``setup_datasets`` would set up, without reading their files.
+    """The data sets that ``setup_datasets`` would register, without reading their files.
 
     Raises:
         UserError, FileNotFoundError, ValueError: see ``check``.
@@ -150,12 +150,12 @@ def _registered(name: str, keys: list[str]) -> Source:
         DatasetCatalog.get(name)
     files = metadata.get("json_file"), metadata.get("image_root")
     if not files[0] or files[1] is None:
-        raise UserError(f"{keys[0]}: {name!r} is not made from a COCO json, the only format here")
+        raise UserError(f"{keys[0]}: {name!r} is not a COCO json, the only supported format")
     return Source(name, keys, Path(files[0]), Path(files[1]), metadata.get("thing_classes"))
 
 
 def _read(report: Report, source: Source, *, masks: bool) -> CocoFile | None:
-    """What the reader accepts; its findings go to the report."""
+    """The content that the reader accepts; its findings are added to the report."""
     try:
         coco = read_coco(
             source.json_file,
@@ -165,18 +165,22 @@ def _read(report: Report, source: Source, *, masks: bool) -> CocoFile | None:
             tolerant=True,
         )
     except ValueError as error:
-        report.add(REFUSED, "file that is no COCO json", one_line(error))
+        report.add(REFUSED, "file that is not a COCO json", one_line(error))
         return None
     for (effect, what), offenders in coco.findings.items():
         report.findings[effect, what] = offenders
     if source.classes is not None and source.classes != coco.classes:
         expected = {"the data set as registered": source.classes, report.json_file: coco.classes}
-        report.add(REFUSED, "file with other classes than registered", class_mismatch(expected))
+        report.add(
+            REFUSED,
+            "file with other classes than the registered data set",
+            class_mismatch(expected),
+        )
     return coco
 
 
 def _check_images(report: Report, images: list[dict], root: Path, decode: bool) -> dict[str, Path]:
-    """Look at the files; returns their paths by their name in the json."""
+    """Check the image files; returns their paths by file name in the json."""
     report.images = len(images)
     if not images:
         report.add(REFUSED, "data set without images", report.json_file)
@@ -186,7 +190,7 @@ def _check_images(report: Report, images: list[dict], root: Path, decode: bool) 
         if name in paths:
             report.add(REMARK, "images listed more than once", name)
         if os.path.isabs(name) or ".." in Path(name).parts:
-            report.add(REMARK, "file names that leave the image folder", name)
+            report.add(REMARK, "file names that lead out of the image folder", name)
         paths[name] = root / name
     if not root.is_dir():
         report.add(REFUSED, "missing image folder", str(root))
@@ -202,7 +206,7 @@ def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> No
         with Image.open(path) as file:
             size, mode = file.size, file.mode
             turn = orientation(file, decode=decode)
-        if decode or mode.startswith(("I", "F")):  # of which the range of values must be known
+        if decode or mode.startswith(("I", "F")):  # their range of values must be known
             read_image(path)
     except FileNotFoundError:
         report.add(REFUSED, "missing images", name)
@@ -219,16 +223,16 @@ def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> No
     sizes = f"{name} ({stated[0]} x {stated[1]} in the json, {turned[0]} x {turned[1]} as read)"
     if turned == stated:
         if turn != 1:
-            what = "images turned by EXIF when read: their masks must be for the turned image"
+            what = "images rotated by EXIF when read: their masks must fit the rotated image"
             report.add(REMARK, what, name)
     elif size == stated:
-        report.add(REFUSED, "images whose size in the json is that before a turn by EXIF", sizes)
+        report.add(REFUSED, "images whose size in the json is that before EXIF rotation", sizes)
     else:
-        report.add(REFUSED, "images of another size than in the json", sizes)
+        report.add(REFUSED, "images with another size than in the json", sizes)
 
 
 def _check_annotations(report: Report, coco: CocoFile) -> None:
-    """Remarks on annotations that training uses as they are."""
+    """Add remarks on annotations that training uses unchanged."""
     images = {image["id"]: image for image in coco.document["images"]}
     seen: set[str] = set()
     for annotation in _progress(coco.document["annotations"], f"{report.name}: annotations"):
@@ -238,7 +242,7 @@ def _check_annotations(report: Report, coco: CocoFile) -> None:
             points = np.concatenate([np.asarray(p, dtype=float) for p in segmentation])
             points, sides = points.reshape(-1, 2), (image["width"], image["height"])
             if (points < -_TOLERANCE).any() or (points > np.add(sides, _TOLERANCE)).any():
-                report.add(REMARK, "polygons that leave the image", who)
+                report.add(REMARK, "polygons that extend beyond the image", who)
         keys = ("image_id", "category_id", "segmentation" if segmentation else "bbox")
         content = json.dumps([annotation[key] for key in keys])
         if content in seen:
@@ -255,7 +259,7 @@ def _check_polygons_only(report: Report, coco: CocoFile) -> None:
 
 
 def _count(report: Report, coco: CocoFile, network_input: NetworkInput) -> None:
-    """Objects per image and per class, and their sizes as they are and at test size."""
+    """Count objects per image and per class, and their sizes, originally and at test size."""
     annotations = coco.document["annotations"]
     objects = [a for a in annotations if not a["iscrowd"]]
     report.objects = len(objects)
@@ -321,7 +325,7 @@ def _check_overlap(train: Report, test: Report, paths: dict[str, dict[str, Path]
         test.add(REMARK, "data sets that are trained on and evaluated on", test.name)
         return
     for name, path in paths[test.name].items():
-        # names such as 000001.jpg say nothing by themselves
+        # equal names such as 000001.jpg are no proof by themselves
         if name in paths[train.name] and _same_content(path, paths[train.name][name]):
             test.add(REMARK, f"images that are in {train.name} too, by name and content", name)
 
@@ -339,7 +343,7 @@ def _progress(items: Iterable[dict], description: str) -> Iterable[dict]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see ``--help``)."""
-    # Detectron2 makes tensors of Pillow's images without copying them, as in training
+    # Detectron2 makes tensors of Pillow's images without a copy, as in training
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     options = parse(_parser(), arguments)
     try:

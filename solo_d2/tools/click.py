@@ -1,4 +1,4 @@
-"""How much of each object one click finds: ``solo-d2 click --help``."""
+"""Measuring how well one click finds each object: ``solo-d2 click --help``."""
 
 import argparse
 import sys
@@ -23,7 +23,7 @@ class Clicks(NamedTuple):
     """The result for one image."""
 
     ious: np.ndarray  # (N,) per object
-    image_seconds: float  # for everything that does not depend on the points
+    image_seconds: float  # for everything that does not depend on points
     click_seconds: float  # for all N points
 
 
@@ -39,7 +39,7 @@ def click(predictor: Predictor, record: dict[str, Any]) -> Clicks | None:
     """Click into the middle of each object of an image; None where it has none.
 
     Args:
-        predictor: of a model that takes points.
+        predictor: predictor of a model that accepts points.
         record: in Detectron2's format, with annotations. Crowds are left out.
     """
     objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]

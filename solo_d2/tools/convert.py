@@ -1,4 +1,4 @@
-"""Turn a published checkpoint into one of solo_d2: ``solo-d2 convert``."""
+"""Convert a published checkpoint for solo_d2: ``solo-d2 convert``."""
 
 import argparse
 import sys
@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"Configs for these weights, of {num_classes} classes: {', '.join(names)}")
     if len(names) > 1:
         print(
-            "They differ in what the weights do not tell, such as the image size or the schedule."
+            "They differ in what the weights do not show, such as the image size or the schedule."
         )
     for key, value in differing_settings(cfg, source.settings).items():
         print(
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--source-format",
         choices=["auto", *_FORMATS],
         default="auto",
-        help="whose tensor names the file has; auto (the default) recognizes them",
+        help="the layout of the file's tensor names; auto (the default) recognizes it",
     )
     parser.add_argument(
         "--config-file",
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="load a file that may run code; only if you trust where it comes from",
+        help="load a file that may run code; only if you trust its source",
     )
     return parser
 
@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 def _source(weights: Mapping[str, Tensor], name: str) -> Source:
     source = recognize(weights) if name == "auto" else SOURCES[name]
     if source is None:
-        raise UserError(f"its names are of none of the layouts {', '.join(_FORMATS)}")
+        raise UserError(f"its names match none of the layouts {', '.join(_FORMATS)}")
     if source.architecture is None:
         raise UserError(
             f"holds only a backbone ({source.name}); it needs no conversion, set MODEL.WEIGHTS to "

@@ -20,14 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Evaluate and measure the model of a run folder; write RUN/report/report.html, "
         "report.md, report.json and per_class.csv.",
     )
-    parser.add_argument("run", help="output folder of a training: config.yaml, model_final.pth")
-    parser.add_argument("--weights", help="another checkpoint than RUN/model_final.pth")
+    parser.add_argument("run", help="output folder of a training run: config.yaml, model_final.pth")
+    parser.add_argument("--weights", help="a checkpoint other than RUN/model_final.pth")
     parser.add_argument("--data", nargs=4, metavar=cli.DATA, help="other data, as in train_net.py")
     cli.add_measuring_options(parser)
     options = parse(parser, words)
     folder = Path(options.run)
     if not (folder / "config.yaml").is_file():
-        print(f"error: {folder} is no run folder: it has no config.yaml", file=sys.stderr)
+        print(f"error: {folder} is not a run folder: it has no config.yaml", file=sys.stderr)
         return cli.EXIT_USAGE
     options.inputs = [f"{folder.resolve().name}={folder / 'config.yaml'}"]
     options.weights = [options.weights or str(folder / "model_final.pth")]

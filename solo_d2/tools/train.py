@@ -49,7 +49,7 @@ def evaluate(cfg: CfgNode, *, resume: bool) -> dict[str, Any]:
 
 
 def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """What each process does."""
+    """The work of each process."""
     check_config(cfg, comm.get_world_size())
     set_up_logging(cfg.OUTPUT_DIR, comm.get_rank())
     setup_datasets(cfg)
@@ -69,7 +69,7 @@ def train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def one_of_several(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """``train_or_evaluate`` in a process whose parent sees of an error only the exit code."""
+    """``train_or_evaluate`` in a process from which the parent gets only the exit code."""
     try:
         train_or_evaluate(cfg, args)
     except Exception as error:
@@ -92,12 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", nargs=4, metavar=("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"),
         help="your own data: COCO json files and image folders")  # fmt: skip
     add("--epochs", type=float, metavar="N",
-        help="how often each image is seen; scales the config's schedule")  # fmt: skip
+        help="number of times each image is seen; scales the config's schedule")  # fmt: skip
     add("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
-    add("--overwrite", action="store_true", help="replace the training that OUTPUT_DIR holds")
+    add("--overwrite", action="store_true", help="replace an existing training run in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS (--resume: the last one)")
-    add("--num-gpus", type=int, default=1, metavar="N", help="GPUs of each machine")
-    add("--num-machines", type=int, default=1, metavar="N", help="machines; start it on each")
+    add("--num-gpus", type=int, default=1, metavar="N", help="GPUs per machine")
+    add("--num-machines", type=int, default=1, metavar="N", help="machines; start this on each")
     add("--machine-rank", type=int, default=0, metavar="I", help="number of this machine, from 0")
     add("--dist-url", default="auto", metavar="URL",
         help="where several machines meet: tcp://<address of machine 0>:<port>")  # fmt: skip
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 def check_machines(cfg: CfgNode, args: argparse.Namespace) -> None:
     """
     Raises:
-        UserError: the processes that are asked for cannot be started.
+        UserError: the requested processes cannot be started.
     """
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(f"--machine-rank must be from 0 to {args.num_machines - 1}")
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 args=(cfg, args),
             )
     except ProcessExitedException as error:
-        if error.exit_code < 0:  # killed; else it has said why
+        if error.exit_code < 0:  # killed; otherwise it has printed the error
             print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:

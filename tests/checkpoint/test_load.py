@@ -186,7 +186,7 @@ class TestAdaptToModel:
     @pytest.mark.parametrize(
         "weights, keys",
         [
-            (dict.fromkeys(KEYS, 0), KEYS),  # our own
+            (dict.fromkeys(KEYS, 0), KEYS),  # our own names
             ({"something.else": 0}, KEYS),
             (RESNET, ["features.0.0.weight"]),  # for another architecture
             (RESNET, list(RESNET)),  # a model that has these names itself

@@ -1,4 +1,4 @@
-"""What the reader accepts works until the end: it maps, and its own truth evaluates to AP 100."""
+"""Accepted documents work to the end: they map, and their own ground truth has AP 100."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def true_instances(record):
 
 
 def truth_of(name):
-    """Detectron2's metrics of the truth itself."""
+    """Detectron2's metrics for the ground truth itself."""
     records = DatasetCatalog.get(name)
     outputs = [{"instances": true_instances(r)} for r in records]
     masks = all(x["instances"].has("pred_masks") for x in outputs)

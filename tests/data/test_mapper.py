@@ -1,4 +1,4 @@
-"""The mapper: images without objects, crowds, boxes without masks, what it refuses."""
+"""The mapper: images without objects, crowds, boxes without masks, refused input."""
 
 import copy
 import re
@@ -64,7 +64,7 @@ def test_crowds_are_kept_behind_the_objects_and_marked(tmp_path):
     region[2:6, 3:9] = 1
     crowd = {"bbox": [3, 2, 6, 4], "bbox_mode": 1, "category_id": 1, "iscrowd": 1}
     crowd["segmentation"] = mask_util.encode(region)
-    # has no pixel, so it leaves; the mark of the crowd must not move to another
+    # has no pixel, so it is dropped; the crowd flag must not move to another instance
     empty = {**SQUARE, "segmentation": [[4.0, 4.0, 4.0, 4.0, 4.0, 4.0]]}
     record = {"file_name": str(tmp_path / "a.png"), "annotations": [crowd, empty, dict(SQUARE)]}
     keeping = build(KEEP_CROWD=True)
@@ -96,7 +96,7 @@ def record_of(tmp_path, *annotations, name="a.png"):
 
 
 class Records(Dataset):
-    """What a user may register in place of a list."""
+    """A data set that a user may register instead of a list."""
 
     def __init__(self, records):
         self.records = records

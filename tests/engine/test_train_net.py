@@ -59,7 +59,7 @@ def run_quietly(train_net, toy_config):
 
 @pytest.fixture(scope="module")
 def uninterrupted(run_quietly, tmp_path_factory):
-    """Folder of a whole training."""
+    """Folder of an uninterrupted training."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run_quietly("OUTPUT_DIR", folder) == 0
     return folder
@@ -129,7 +129,7 @@ def test_ctrl_c_is_one_line_and_keeps_the_last_checkpoint(start_process, toy_con
 
 @pytest.fixture(autouse=True)
 def quiet_log(monkeypatch):
-    """Detectron2's log keeps the stdout of an earlier test, and says so when it is closed."""
+    """Detectron2's log holds the stdout of an earlier test and complains once it is closed."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
 

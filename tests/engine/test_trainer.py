@@ -42,7 +42,7 @@ def make_trainer(cfg, *, resume=False):
 
 
 def start(cfg):
-    """A new training from the weights that all tests start from."""
+    """A new training that starts from the same weights in all tests."""
     torch.manual_seed(0)
     return make_trainer(cfg)
 
@@ -56,7 +56,7 @@ def stopped_at(iteration, cfg):
 
 
 def with_scores(trainer, *scores):
-    """Let the evaluations have these results; those left over stay in ``trainer.scores``."""
+    """Make the evaluations return these results; unused ones stay in ``trainer.scores``."""
     trainer.scores = list(scores)
     trainer.test = lambda *args: {"segm": {"AP": trainer.scores.pop(0)}}
     return trainer
@@ -176,7 +176,9 @@ def test_a_finished_training_is_only_evaluated_again(toy_cfg):
     results = start(cfg).train()
     again = make_trainer(cfg, resume=True)
     assert again.start_iter == 12
-    assert json.dumps(again.train()) == json.dumps(results)  # with NaN, which is not itself
+    assert json.dumps(again.train()) == json.dumps(
+        results
+    )  # as text, because NaN does not equal itself
     assert again.seen == []
     assert {"bbox", "segm"} == set(results)
     text = (Path(cfg.OUTPUT_DIR) / "results.json").read_text()
@@ -194,7 +196,7 @@ def test_the_best_model_survives_a_resume(toy_cfg):
         killed.train()
     best = torch.load(folder / "model_best.pth", weights_only=True)
     assert best["iteration"] == 3
-    # the best is no checkpoint to resume from
+    # the best checkpoint is not one to resume from
     assert (folder / "last_checkpoint").read_text() == "model_0000003.pth"
 
     # the evaluation of iteration 3 may have been cut off, so it is repeated

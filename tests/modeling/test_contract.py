@@ -1,4 +1,4 @@
-"""What every architecture promises, whatever its method: one contract, on tiny models."""
+"""The contract that all architectures fulfill, on tiny models."""
 
 import copy
 import re
@@ -8,20 +8,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from example_inputs import BATCHES, NUM_CLASSES, ORDINARY, SIZE, example
+from tiny_models import ADAPTIS, CENTERMASK, FCOS, SOLO, YOLACT, YOLACT_PLUS, tiny_model
 from torch import nn
 
-from solo_d2.config import load_config
 from solo_d2.layers import masks as mask_ops
-from solo_d2.modeling.num_classes import num_classes_keys
 
 
 class Architecture(NamedTuple):
-    """A tiny model, what it trains, and how to make it find something everywhere."""
+    """A tiny model, its losses, and a way to make it find something in any image."""
 
     settings: dict[str, object]
     losses: set[str]
@@ -29,85 +26,7 @@ class Architecture(NamedTuple):
     has_masks: bool = True
     ranks_masks: bool = False  # has mask_scores beside scores
     tight_boxes: bool = True  # boxes are those of the masks
-    random: bool = False  # draws points at inference
-
-
-RESNET = {
-    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.OUT_CHANNELS": 32,
-}
-SOLO = {
-    **RESNET,
-    "MODEL.SOLO.NUM_GRIDS": [12, 10, 8, 6, 4],
-    "MODEL.SOLO.CONV_DIM": 64,
-    "MODEL.SOLO.NUM_CONVS": 1,
-    "MODEL.SOLOV2.MASK_DIM": 64,
-    "MODEL.SOLOV2.MASK_CONV_DIM": 64,
-    "MODEL.SOLO.SCORE_THRESH_TEST": 0.005,
-    "MODEL.SOLO.UPDATE_THRESH_TEST": 0.0,
-}
-YOLACT = {
-    "MODEL.META_ARCHITECTURE": "YOLACT",
-    "MODEL.BACKBONE.NAME": "build_mobilenetv2_backbone",
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
-    "MODEL.MOBILENETV2.NORM": "BN",
-    "MODEL.MOBILENETV2.OUT_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.YOLACT.INPUT_SIZE": 0,
-    "MODEL.YOLACT.CONV_DIM": 32,
-    "MODEL.YOLACT.NUM_PROTOTYPES": 8,
-    "MODEL.YOLACT.ANCHOR_SIZES": [12, 24, 48, 96, 192],
-    "MODEL.YOLACT.SCORE_THRESH_TEST": 0.01,
-}
-YOLACT_PLUS = {
-    **YOLACT,
-    "MODEL.YOLACT.MASK_IOU.ENABLED": True,
-    "MODEL.YOLACT.ANCHORS_PER_OCTAVE": 3,
-    "MODEL.YOLACT.SQUARE_ANCHORS": False,
-}
-FCOS = {
-    **RESNET,
-    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
-    "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
-    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.PROPOSAL_GENERATOR.NAME": "FCOSProposalGenerator",
-    "MODEL.FCOS.NUM_CLS_CONVS": 1,
-    "MODEL.FCOS.NUM_BOX_CONVS": 1,
-    "MODEL.ROI_HEADS.NAME": "CenterMaskROIHeads",
-    "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"],
-    "MODEL.MASK_ON": False,
-}
-CENTERMASK = {
-    **FCOS,
-    "MODEL.MASK_ON": True,
-    "MODEL.ROI_MASK_HEAD.NAME": "SpatialAttentionMaskHead",
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
-    "MODEL.CENTERMASK.MASK_IOU_NUM_CONV": 2,
-    "MODEL.CENTERMASK.MASK_IOU_CONV_DIM": 16,
-    "MODEL.CENTERMASK.MASK_IOU_FC_DIM": 16,
-}
-ADAPTIS = {
-    "MODEL.META_ARCHITECTURE": "AdaptIS",
-    "MODEL.BACKBONE.NAME": "build_mobilenetv2_fpn_backbone",
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
-    "MODEL.MOBILENETV2.NORM": "BN",
-    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.OUT_CHANNELS": 16,
-    "MODEL.ADAPTIS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-    "MODEL.ADAPTIS.FUSE_DIM": 16,
-    "MODEL.ADAPTIS.HEAD": "cityscapes",
-    "MODEL.ADAPTIS.NUM_POINTS": 4,
-    "MODEL.ADAPTIS.CONV_DIM": 8,
-    "MODEL.ADAPTIS.SEMANTIC_DIM": 8,
-    "MODEL.ADAPTIS.PROPOSAL_DIM": 8,
-}
+    random: bool = False  # samples points at inference
 
 
 def excite_solo(model):
@@ -132,7 +51,7 @@ def excite_fcos(model):
 
 
 def excite_adaptis(model):
-    """A part of the image is taken for things, and every mask for good."""
+    """Classify a part of the image as things and rate every mask as good."""
     with torch.no_grad():
         model.semantic_head.predictor.bias[1] += 1.0
     model.selection_head.rescale = (3.0, 1.0)
@@ -145,24 +64,33 @@ def excite_adaptis(model):
 SOLO_LOSSES = {"loss_category", "loss_mask"}
 YOLACT_LOSSES = {"loss_class", "loss_box", "loss_mask", "loss_semantic"}
 FCOS_LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
+FINDS = {"MODEL.SOLO.SCORE_THRESH_TEST": 0.005, "MODEL.SOLO.UPDATE_THRESH_TEST": 0.0}
+SOLO_THAT_FINDS = {**SOLO, **FINDS}
+YOLACT_THAT_FINDS = {"MODEL.YOLACT.SCORE_THRESH_TEST": 0.01}
 ARCHITECTURES = {
-    "SOLOv2": Architecture({**SOLO, "MODEL.META_ARCHITECTURE": "SOLOv2"}, SOLO_LOSSES, excite_solo),
-    "SOLO": Architecture({**SOLO, "MODEL.META_ARCHITECTURE": "SOLO"}, SOLO_LOSSES, excite_solo),
+    "SOLOv2": Architecture(
+        {**SOLO_THAT_FINDS, "MODEL.META_ARCHITECTURE": "SOLOv2"}, SOLO_LOSSES, excite_solo
+    ),
+    "SOLO": Architecture(
+        {**SOLO_THAT_FINDS, "MODEL.META_ARCHITECTURE": "SOLO"}, SOLO_LOSSES, excite_solo
+    ),
     "DecoupledSOLO": Architecture(
-        {**SOLO, "MODEL.META_ARCHITECTURE": "DecoupledSOLO"}, SOLO_LOSSES, excite_solo
+        {**SOLO_THAT_FINDS, "MODEL.META_ARCHITECTURE": "DecoupledSOLO"}, SOLO_LOSSES, excite_solo
     ),
     "DecoupledSOLO Light": Architecture(
         {
-            **SOLO,
+            **SOLO_THAT_FINDS,
             "MODEL.META_ARCHITECTURE": "DecoupledSOLO",
             "MODEL.DECOUPLED_SOLO.SHARED_TOWER": True,
         },
         SOLO_LOSSES,
         excite_solo,
     ),
-    "YOLACT": Architecture(YOLACT, YOLACT_LOSSES, excite_yolact, tight_boxes=False),
+    "YOLACT": Architecture(
+        {**YOLACT, **YOLACT_THAT_FINDS}, YOLACT_LOSSES, excite_yolact, tight_boxes=False
+    ),
     "YOLACT++": Architecture(
-        YOLACT_PLUS,
+        {**YOLACT_PLUS, **YOLACT_THAT_FINDS},
         YOLACT_LOSSES | {"loss_mask_iou"},
         excite_yolact,
         ranks_masks=True,
@@ -185,21 +113,6 @@ ARCHITECTURES = {
 }
 
 
-def tiny_config(architecture: Architecture, **options) -> CfgNode:
-    cfg = load_config()
-    settings = {"MODEL.DEVICE": "cpu", "MODEL.MASK_ON": True, **architecture.settings, **options}
-    cfg.merge_from_list([x for item in settings.items() for x in item])
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    for key in num_classes_keys(cfg):
-        cfg.merge_from_list([key, NUM_CLASSES])
-    return cfg
-
-
-def tiny_model(architecture: Architecture) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(tiny_config(architecture))
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
 def architecture(request):
     return request.param
@@ -208,20 +121,20 @@ def architecture(request):
 @pytest.fixture(scope="module")
 def model(architecture):
     """Untrained."""
-    return tiny_model(architecture)
+    return tiny_model(architecture.settings)
 
 
 @pytest.fixture(scope="module")
 def excited(architecture):
     """Finds something in any image."""
-    model = tiny_model(architecture).eval()
+    model = tiny_model(architecture.settings).eval()
     architecture.excite(model)
     return model
 
 
 @pytest.fixture(autouse=True)
 def storage():
-    """Detectron2's ROI heads write their numbers to it in training."""
+    """Detectron2's ROI heads write statistics to it in training."""
     with EventStorage() as storage:
         yield storage
 
@@ -246,7 +159,7 @@ def run(model, sizes=(SIZE,), outputs=None) -> list[Instances]:
 def losses_of(model, batch) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
-    torch.manual_seed(0)  # some draw points or anchors
+    torch.manual_seed(0)  # some sample points or anchors
     losses = model(copy.deepcopy(batch))
     sum(losses.values()).backward()
     return losses
@@ -281,7 +194,7 @@ def check_output(architecture: Architecture, instances: Instances, size) -> None
 
 
 def share_with_partner(a: Instances, b: Instances) -> float:
-    """Of the instances of ``a``, how many ``b`` has too: class, score, box and mask."""
+    """The share of the instances of ``a`` that ``b`` has too: class, score, box and mask."""
     same = a.pred_classes[:, None] == b.pred_classes
     same &= (a.scores[:, None] - b.scores).abs() < 1e-4
     boxes = (a.pred_boxes.tensor[:, None] - b.pred_boxes.tensor).abs().amax(dim=-1)
@@ -381,7 +294,7 @@ class TestInference:
             alone = [excited([x])[0]["instances"] for x in inputs]
         assert all(len(x) for x in alone)
         for a, b in zip(together, alone):
-            # rounding turns near-ties at a threshold or in an order into other results
+            # rounding decides near-ties at a threshold or in an order
             assert abs(len(a) - len(b)) <= 0.05 * len(b)
             assert share_with_partner(a, b) >= 0.95
 
@@ -403,7 +316,7 @@ class TestInference:
         check_output(architecture, instances, SIZE)
 
     def test_weights_that_are_not_finite_are_no_silent_failure(self, architecture):
-        model = tiny_model(architecture).eval()
+        model = tiny_model(architecture.settings).eval()
         architecture.excite(model)
         parameter = next(p for n, p in model.named_parameters() if n.startswith("backbone."))
         nn.init.constant_(parameter, float("nan"))

@@ -1,4 +1,4 @@
-"""The command that clicks into every object and says how much of it is found."""
+"""The command that clicks into every object and measures how well it is found."""
 
 from types import SimpleNamespace
 
@@ -43,7 +43,7 @@ def polygon(left, top, right, bottom, iscrowd=0):
 
 
 class Quarters:
-    """Stands for a ``Predictor``: a click finds the quarter of the image that it is in."""
+    """Stands in for a ``Predictor``: a click finds its quarter of the image."""
 
     def set_image(self, image):
         self.size = image.shape[:2]

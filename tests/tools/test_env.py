@@ -1,4 +1,4 @@
-"""What env and the import of solo_d2 say about a machine that lacks something."""
+"""The messages of env and of the import of solo_d2 if something is missing."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run_without(tmp_path):
-    """Run Python with some modules made impossible to import; returns the finished process."""
+    """Run Python with some modules blocked from import; returns the finished process."""
 
     def run(*arguments: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess:
         # sitecustomize is imported at the start of the interpreter, before anything of ours.
@@ -107,7 +107,7 @@ def test_missing_optional_package_is_no_problem(run_without):
 def test_too_old_version_is_named_with_the_least_one(monkeypatch):
     monkeypatch.setattr(env, "REQUIREMENTS", (env.Requirement("tqdm", "tqdm", "999.0"),))
     _, (problem, command) = env.report()
-    assert "is too old, 999.0 is the least" in problem
+    assert "is too old; it needs 999.0 or newer" in problem
     assert "tqdm>=999.0" in command
 
 

@@ -1,4 +1,4 @@
-"""The feature pyramids over the bottom-up backbones of this package."""
+"""The feature pyramids on top of this package's bottom-up backbones."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def build_fcos_fpn(cfg, bottom_up: Backbone) -> FPN:
     used = [*cfg.MODEL.FCOS.IN_FEATURES]
     if cfg.MODEL.MASK_ON:
         used += cfg.MODEL.ROI_HEADS.IN_FEATURES
-    # whoever uses a level without such a name reports that it is missing
+    # names of other forms are reported as missing where they are used
     coarsest = max((int(name[1:]) for name in used if re.fullmatch(r"p\d", name)), default=0)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
 
@@ -77,7 +77,7 @@ class StridedTopBlock(nn.Module):
             self.add_module(f"p{level}", conv)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, C, H, W) -> per level a map of half the size of the one before, rounded up."""
+        """(N, C, H, W) -> per level a map with half the size of the previous one, rounded up."""
         outputs: list[Tensor] = []
         for conv in self.children():
             outputs.append(conv(F.relu(outputs[-1]) if outputs else x))

@@ -1,4 +1,4 @@
-"""How the backbones of this package enter Detectron2's registry."""
+"""Registering this package's backbones with Detectron2."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -16,10 +16,10 @@ Builder = Callable[[CfgNode, ShapeSpec], BackboneT]
 
 
 def register_backbone(build: Builder[BackboneT]) -> Builder[BackboneT]:
-    """Register a builder whose backbones are prepared, see ``prepare``.
+    """Register a builder and make it return prepared backbones, see ``prepare``.
 
-    Building one also warns about keys that the pipeline may not honor: of a Mask R-CNN, the
-    backbone is the only part of this package that sees the config.
+    It also warns about keys that the pipeline may not honor: in a Mask R-CNN, the backbone is the
+    only part from this package that sees the config.
     """
 
     @wraps(build)
@@ -34,7 +34,7 @@ def register_backbone(build: Builder[BackboneT]) -> Builder[BackboneT]:
 def check_freeze_at(freeze_at: int) -> None:
     """
     Raises:
-        ValueError: ``freeze_at`` is none of 0 (nothing), 1 (the stem) to 5 (everything).
+        ValueError: ``freeze_at`` is not in the range 0 (nothing), 1 (the stem) to 5 (everything).
     """
     if not 0 <= freeze_at <= 5:
-        raise ValueError(f"freeze_at (MODEL.BACKBONE.FREEZE_AT) must be 0 to 5, not {freeze_at!r}")
+        raise ValueError(f"freeze_at must be 0 to 5, not {freeze_at!r}")

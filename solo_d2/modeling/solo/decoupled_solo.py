@@ -16,8 +16,8 @@ from .head import CategoryHead, TowerSpec, head_options, init_output
 class DecoupledSOLOOutputs(NamedTuple):
     """Raw outputs for N images; lists have one entry per level, tuples one per image.
 
-    The maps of columns (x) and rows (y) are made from the two features; these are the same tensors
-    where the tower is shared.
+    The maps of columns (x) and rows (y) are made from the two features, which are the same tensors
+    if the tower is shared.
     """
 
     category_logits: list[Tensor]  # (N, C, S, S)
@@ -59,11 +59,11 @@ class DecoupledSOLO(SOLOFamily):
         grid = self.num_grids[level]
 
         def maps(feature: Tensor, conv: UpsampledConv2d, lines: Tensor) -> Tensor:
-            """The soft map of each cell's column or row; cells share lines."""
+            """The soft map of each cell's column or row; cells in one line share it."""
             unique, line_of = lines.unique(return_inverse=True)
             logits = conv.select(feature, unique)
-            # each is resized by itself, as published: the product of two resized maps differs from
-            # the resized product
+            # each map is resized separately, as published: the product of two resized maps differs
+            # from the resized product
             soft = resize(logits.sigmoid()[:, None], size or logits.shape[-2:])[:, 0]
             return soft.index_select(0, line_of)
 

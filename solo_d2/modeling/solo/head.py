@@ -1,4 +1,4 @@
-"""The category branch of the family's heads, and what all their towers are made of."""
+"""The category branch of the family's heads, and the layers of all their towers."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from ..options import check_choice
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """How the towers of a head are built: ``num_convs`` times 3x3 conv, norm, ReLU.
+    """How the towers of a head are built: ``num_convs`` times a 3x3 conv, norm, ReLU.
 
     Args:
         num_convs: at least 1.
@@ -75,10 +75,10 @@ class CategoryHead(nn.Module):
     ):
         """
         Args:
-            in_channels: of every level's feature.
+            in_channels: channels of every level's feature.
             num_classes, num_grids: C and S; the output is (N, C, S, S) per level.
-            tower: of the category branch and of the other one.
-            category_align: how a cell sees the feature, see ``align_to_grid``.
+            tower: the towers of the category branch and of the other branch.
+            category_align: how a cell reads the feature, see ``align_to_grid``.
             coord_conv: append coordinates to the input of the other branch.
             prior_prob: probability of each class before training.
 
@@ -135,7 +135,7 @@ def conv_norm_relu(
     deformable: bool = False,
     modulated: bool = False,
 ) -> nn.Module:
-    """A conv with weights from normal(0, 0.01); it has a bias only where there is no norm."""
+    """A conv with weights from normal(0, 0.01); it has a bias only if there is no norm."""
     options = {
         "kernel_size": kernel_size,
         "padding": kernel_size // 2,
@@ -160,7 +160,7 @@ def output_conv(in_channels: int, out_channels: int, *, bias: float = 0.0) -> Co
 
 
 def init_output(conv: Conv2d, bias: float) -> Conv2d:
-    """Set the weights of a conv without activation, from normal(0, 0.01), in place."""
+    """Initialize a conv without activation, in place, with weights from normal(0, 0.01)."""
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.constant_(conv.bias, bias)
     return conv

@@ -26,8 +26,8 @@ from .head import (
 class SOLOv2Outputs(NamedTuple):
     """Raw outputs for N images; lists have one entry per level, tuples one per image.
 
-    The inputs of the masks are split by image once: indexing a batch at each use would make the
-    backward pass fill a batch of zeros each time.
+    The inputs of the masks are split by image once. If they were indexed at each use, the backward
+    pass would fill a batch of zeros each time.
     """
 
     category_logits: list[Tensor]  # (N, C, S, S)
@@ -138,8 +138,8 @@ class SOLOv2Head(CategoryHead):
         """
         kernels = []
         for feature, grid in zip(levels, self.num_grids):
-            # As published, coordinates of the level's own size are resized with the feature: on the
-            # grid they stay inside (-1, 1). Done apart, which saves a copy of the whole feature.
+            # As published, coordinates at the level's size are resized with the feature, so on the
+            # grid they stay inside (-1, 1). Resizing them separately saves a copy of the feature.
             parts = [feature]
             if self.axes:
                 parts.append(append_coordinates(feature[:, :0], self.axes))
@@ -164,9 +164,9 @@ class MaskFeatureBranch(nn.Module):
     ):
         """
         Args:
-            input_shape: of the backbone's features.
-            in_features: names of the inputs, finest first; each stride is twice the one before.
-            conv_dim: inner width.
+            input_shape: shapes of the backbone's features.
+            in_features: names of the inputs, finest first; each stride is twice the previous one.
+            conv_dim: inner channels.
             out_dim: E, channels of the mask feature.
             norm: after each conv.
             deformable, modulated: use DCN (v2) for all convs, the final 1x1 included.
@@ -196,7 +196,7 @@ class MaskFeatureBranch(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """
         Args:
-            features: of the backbone.
+            features: the backbone's features.
 
         Returns:
             (N, E, H, W) at the finest stride, not negative.
@@ -205,12 +205,12 @@ class MaskFeatureBranch(nn.Module):
         coarser = [self._run(i, features) for i in range(1, len(self.levels))]
         if not coarser:
             return self.output(finest)
-        # Upsampling is linear, so all coarser levels share their last step. The sums are out of
-        # place: ReLU needs its output for the backward pass.
+        # Upsampling is linear, so all coarser levels share the last step. The sums are not in place
+        # because ReLU needs its output for the backward pass.
         return self.output(finest + upsample2x(sum(coarser[1:], coarser[0])))
 
     def _run(self, index: int, features: dict[str, Tensor]) -> Tensor:
-        """One level, up to but without its last upsampling."""
+        """One level, without its last upsampling."""
         x = features[self.in_features[index]]
         if index == len(self.levels) - 1:
             x = append_coordinates(x)  # the paper: only at the deepest level

@@ -1,4 +1,4 @@
-"""AdaptIS on tiny inputs: its two stages, its three uses, bad input, options."""
+"""AdaptIS on tiny inputs: two stages, three modes of use, bad input, options."""
 
 import copy
 from dataclasses import replace
@@ -67,7 +67,7 @@ def tiny_model(*parts: dict) -> AdaptIS:
 
 
 def finds_all(model: AdaptIS) -> AdaptIS:
-    """An untrained model that takes a part of the image for things, and its masks for good."""
+    """An untrained model with things in a part of the image and confident masks."""
     model.eval()
     with torch.no_grad():
         model.semantic_head.predictor.bias[1] += 1.0
@@ -201,7 +201,7 @@ def test_given_points_take_the_place_of_drawn_ones():
 def test_images_too_small_for_batch_norm_are_named_with_their_size():
     model = tiny_model({**UNET, "MODEL.UNET.LEVELS": 5, "MODEL.UNET.WIDTH": 4}).train()
     tiny = annotations((14, 12))
-    with pytest.raises(ValueError, match="too small to train: of a batch with 12 x 14 pixels"):
+    with pytest.raises(ValueError, match="too small to train: a batch with 12 x 14 pixels"):
         model([{"image": image((14, 12)), "instances": tiny}])
     check_step(model, batch((14, 12), (14, 12)))
 
@@ -451,7 +451,7 @@ def test_images_of_different_sizes_give_the_same_masks_together_and_alone(backbo
 
 
 def test_padding_does_not_enter_the_statistics_of_masks():
-    """With the features as they are: a batch's padding changes those through the backbone."""
+    """For given features; padding in a batch changes these in the backbone."""
     model = finds_all(tiny_model(UNET))
     images = model.preprocess_image([{"image": image((40, 56))}, {"image": image((24, 32), 1)}])
     points = torch.tensor([[[3.0, 4.0]], [[9.0, 20.0]]])
@@ -470,7 +470,7 @@ def test_padding_does_not_enter_the_statistics_of_masks():
 
 @every_backbone
 def test_the_mirror_image_gives_the_mirrored_result(backbone):
-    # no padding: that is always at the right
+    # no padding, which is always at the right
     size = (64, 96)
     model = finds_all(tiny_model(backbone, PROPOSALS, {"MODEL.ADAPTIS.TEST.FLIP": True}))
     plain, mirrored = (model.embed_image(x) for x in (image(size), image(size).flip(-1)))
@@ -483,8 +483,8 @@ def test_the_mirror_image_gives_the_mirrored_result(backbone):
         torch.testing.assert_close(b.flip(-1), a, atol=1e-5, rtol=0)
 
 
-def test_the_mirror_image_is_averaged_in_where_it_is():
-    """A padded image whose left and right are alike gives masks that are alike."""
+def test_the_mirror_image_is_averaged_at_the_right_place():
+    """A padded symmetric image gives symmetric masks."""
     model = finds_all(tiny_model(FPN, {"MODEL.ADAPTIS.TEST.FLIP": True}))
     half = image((40, 28))
     symmetric = torch.cat([half, half.flip(-1)], dim=2)
@@ -575,7 +575,7 @@ def test_a_wrong_rule_fails_when_the_model_is_built():
 
 @pytest.mark.parametrize("numbers", [[0], [5]])
 def test_adain_follows_a_layer_that_exists(numbers):
-    with pytest.raises(ValueError, match="adain_after must be numbers within 1 and 4"):
+    with pytest.raises(ValueError, match="adain_after must be numbers from 1 to 4"):
         SelectionHead(8, 8, adain_after=numbers)
 
 

@@ -1,4 +1,4 @@
-"""Backbones of ours: shapes, freezing, and weights that were made for their originals."""
+"""Our backbones: shapes, freezing, and weights made for the originals."""
 
 from collections import OrderedDict
 
@@ -144,7 +144,7 @@ class TestMobileNetV2:
         [
             ("MOBILENETV2.NORM", "GN", "norm must be .* not 'GN'"),
             ("MOBILENETV2.OUT_FEATURES", ["res6"], "out_features must be .*'res5'.* not .'res6'"),
-            ("BACKBONE.FREEZE_AT", 6, "MODEL.BACKBONE.FREEZE_AT. must be 0 to 5, not 6"),
+            ("BACKBONE.FREEZE_AT", 6, "freeze_at must be 0 to 5, not 6"),
         ],
     )
     def test_unsupported_values_are_named(self, key, value, message):

@@ -1,11 +1,12 @@
 """CenterMask and FCOS on tiny inputs: bad input, options, and the steps from logits to masks."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -13,43 +14,13 @@ from detectron2.utils.events import EventStorage
 from example_inputs import BATCHES, NONE, SIZE, example
 from torch import nn
 
-from solo_d2 import add_solo_d2_config
 from solo_d2.config import add_point_rend_config
 
 LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr", "loss_mask", "loss_maskiou"}
 
 
-def tiny_config(**options):
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
-            *("MODEL.MASK_ON", True, "MODEL.RESNETS.DEPTH", 18),
-            *("MODEL.BACKBONE.NAME", "build_fcos_resnet_fpn_backbone"),
-            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32),
-            *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
-            *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
-            *("MODEL.PROPOSAL_GENERATOR.NAME", "FCOSProposalGenerator"),
-            *("MODEL.FCOS.NUM_CLASSES", 3, "MODEL.FCOS.NUM_CLS_CONVS", 1),
-            *("MODEL.FCOS.NUM_BOX_CONVS", 1, "MODEL.ROI_HEADS.NUM_CLASSES", -1),
-            *("MODEL.ROI_HEADS.NAME", "CenterMaskROIHeads"),
-            *("MODEL.ROI_HEADS.IN_FEATURES", ["p3", "p4", "p5"]),
-            *("MODEL.ROI_MASK_HEAD.NAME", "SpatialAttentionMaskHead"),
-            *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
-            *("MODEL.CENTERMASK.MASK_IOU_NUM_CONV", 2, "MODEL.CENTERMASK.MASK_IOU_CONV_DIM", 16),
-            *("MODEL.CENTERMASK.MASK_IOU_FC_DIM", 16),
-            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
-        ]
-    )
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return cfg
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    return build_model(tiny_config(**options))
+tiny_config = partial(tiny_models.tiny_config, tiny_models.CENTERMASK)
+tiny_model = partial(tiny_models.tiny_model, tiny_models.CENTERMASK)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +30,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def storage():
-    """Detectron2's ROI heads write their numbers to it in training."""
+    """Detectron2's ROI heads write statistics to it in training."""
     with EventStorage() as storage:
         yield storage
 
@@ -195,7 +166,7 @@ def test_an_image_with_nothing_in_it_has_empty_fields(model):
 def test_a_result_in_a_batch_is_the_result_alone(detector):
     """Up to rounding, which depends on the size of the batch.
 
-    In models without training, boxes of no more than a rounding error in width come and go with it,
+    In untrained models, boxes whose width is just a rounding error may appear or vanish,
     and near-equal scores change places.
     """
     inputs = [example(NONE), example(NONE)]
@@ -207,7 +178,7 @@ def test_a_result_in_a_batch_is_the_result_alone(detector):
     assert images.tensor.shape[-2:] == SIZE
     for in_batch, single in zip(together, alone):
         assert len(in_batch) == len(single) > 50
-        # by place instead of by score
+        # ordered by position instead of score
         orders = [
             torch.from_numpy(np.lexsort((*x.locations.T, x.pred_classes)))
             for x in (in_batch, single)
@@ -233,7 +204,7 @@ def test_boxes_are_pooled_by_their_share_of_the_image_without_its_padding(detect
 
 def test_detectron2s_test_time_augmentation_works(detector):
     cfg = tiny_config(TEST__DETECTIONS_PER_IMAGE=5)
-    build_model(cfg)  # whose number of classes takes the place of -1, also for the augmentation
+    build_model(cfg)  # replaces -1 by the number of classes, also for test-time augmentation
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE = (64, 80), 128
     image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8)
     with torch.no_grad():
@@ -297,7 +268,7 @@ def test_without_masks_fcos_is_a_box_detector():
     assert not found.has("pred_masks") and not found.has("mask_scores")
 
 
-# levels that nobody uses: p2 of the pyramid, p5 with few levels of FCOS, p6 of Detectron2's own
+# unused levels: p2 of the pyramid, p5 with few levels of FCOS, p6 of Detectron2's pyramid
 UNUSED_LEVELS = [
     {
         "MODEL__RESNETS__OUT_FEATURES": ["res2", "res3", "res4", "res5"],
@@ -323,7 +294,7 @@ def test_it_trains_under_ddp_that_waits_for_every_parameter(options):
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         parallel = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):  # the second step finds what the first has left waiting
+        for _ in range(2):  # the second step detects gradients that the first still waits for
             losses_of(parallel, batch)
     finally:
         torch.distributed.destroy_process_group()
@@ -398,14 +369,14 @@ def test_detectron2s_mask_heads_train_with_their_own_loss(name, storage):
         cfg.MODEL.ROI_MASK_HEAD.POINT_HEAD_ON = True
     torch.manual_seed(0)
     model = build_model(cfg)
-    # PointRend's fails where there is no foreground, in Detectron2's own ROI heads too
+    # PointRend's head fails without foreground, in Detectron2's own ROI heads too
     for batch in ("half-empty", "no instance at all")[: 1 if "Point" in name else 2]:
         losses = losses_of(model, BATCHES[batch])
         assert all(torch.isfinite(loss) for loss in losses.values())
         assert_every_parameter_has_a_finite_gradient(model.roi_heads)
     extra = {"loss_mask_point"} if name == "PointRendMaskHead" else set()
     assert set(losses) == LOSSES - {"loss_maskiou"} | extra
-    if not extra:  # written by Detectron2's loss and by nobody else
+    if not extra:  # written only by Detectron2's loss
         assert "mask_rcnn/accuracy" in storage.latest()
     find_something(model)
     (found,) = predict(model, SIZE)

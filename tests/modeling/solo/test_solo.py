@@ -1,16 +1,18 @@
 """The SOLO family on tiny inputs: shapes, bad input, options, and what each model adds."""
 
 import re
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_backbone
 from detectron2.structures import BitMasks, Instances
 from example_inputs import NONE, ORDINARY, SIZE, example, many
+from tiny_models import SOLO as SETTINGS
 from torch.nn import functional as F
 
-from solo_d2 import SOLO, DecoupledSOLO, SOLOv2, add_solo_d2_config
+from solo_d2 import SOLO, DecoupledSOLO, SOLOv2
 from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.frozen_bn import FoldedConv2d
 from solo_d2.layers.resample import UpsampledConv2d
@@ -19,7 +21,7 @@ from solo_d2.modeling.solo.head import TowerSpec
 from solo_d2.modeling.solo.solo import SOLOHead
 from solo_d2.modeling.solo.solov2 import MaskFeatureBranch, SOLOv2Head
 
-# One by one what makes masks differently.
+# Options that change how masks are made, one at a time.
 ARCHITECTURES = {
     "SOLOv2": {"MODEL__META_ARCHITECTURE": "SOLOv2"},
     "SOLO": {"MODEL__META_ARCHITECTURE": "SOLO"},
@@ -34,34 +36,13 @@ every_architecture = pytest.mark.parametrize(
 )
 
 
-def tiny_config(**options):
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "SOLOv2"),
-            *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18),
-            *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32),
-            *("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
-            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]),
-            *("MODEL.SOLO.NUM_CLASSES", 3, "MODEL.SOLO.NUM_GRIDS", [12, 10, 8, 6, 4]),
-            *("MODEL.SOLO.CONV_DIM", 64, "MODEL.SOLO.NUM_CONVS", 1),
-            *("MODEL.SOLOV2.MASK_DIM", 64, "MODEL.SOLOV2.MASK_CONV_DIM", 64),
-            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
-        ]
-    )
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return cfg
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    return build_model(tiny_config(**options))
+SOLOV2 = {**SETTINGS, "MODEL.META_ARCHITECTURE": "SOLOv2"}
+tiny_config = partial(tiny_models.tiny_config, SOLOV2)
+tiny_model = partial(tiny_models.tiny_model, SOLOV2)
 
 
 def python_model(name: str, tower: dict | None = None, **options):
-    """The tiny model made without a config; options are those that have no key."""
+    """The tiny model, built without a config; options are those without a key."""
     torch.manual_seed(0)
     backbone = build_backbone(tiny_config())
     tower = TowerSpec(**{"num_convs": 1, "conv_dim": 64, **(tower or {})})
@@ -102,7 +83,7 @@ def test_an_image_without_instances_trains_the_categories_only(model):
 
 
 def eager(**options):
-    """A model that proposes an instance wherever it can."""
+    """A model that predicts an instance wherever it can."""
     return made_eager(tiny_model(**options))
 
 
@@ -149,7 +130,7 @@ def test_no_candidates_and_all_candidates_are_ordinary(architecture, threshold):
 
 @every_architecture
 def test_images_of_one_size_give_the_results_of_one_by_one(architecture):
-    # in float64: in float32 a pixel at the threshold may be on either side and move a score
+    # in float64: in float32, a pixel at the threshold may be on either side and change a score
     model = eager(**architecture).double()
     generator = torch.Generator().manual_seed(4)
     inputs = [{"image": torch.rand(3, *SIZE, generator=generator) * 255} for _ in range(3)]
@@ -261,7 +242,7 @@ def test_every_option_of_solov2_trains_and_infers(options):
     check_that_it_trains_and_infers(eager(**options))
 
 
-# a norm, a flag of somebody's code, or both; and what the config leaves alone
+# a norm, a flag of another project's code, or both; and options that the config does not set
 PYTHON_OPTIONS = [
     {"tower": {"norm": ""}},
     {"tower": {"norm": "BN"}, "focal_loss_gamma": 1.0, "category_loss_weight": 0.5},
@@ -286,14 +267,14 @@ def test_a_model_made_in_python_equals_the_one_of_the_config(name):
 
 
 WRONG_OPTIONS = {
-    "mask_loss_type": ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz", "'dice', 'focal', 'bce'"),
-    "category_align": ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align", "'interpolate'"),
-    "deform": ("MODEL.SOLO.DEFORM", "first", "'none', 'last', 'all'"),
+    "mask_loss_type": ("MODEL.SOLO.MASK_LOSS_TYPE", "lovasz", "dice, focal, bce"),
+    "category_align": ("MODEL.SOLO.CATEGORY_ALIGN", "roi_align", "interpolate"),
+    "deform": ("MODEL.SOLO.DEFORM", "first", "none, last, all"),
     "num_convs": ("MODEL.SOLO.NUM_CONVS", 0, "at least 1"),
     "num_grids": ("MODEL.SOLO.NUM_GRIDS", [12, 10, 0, 6, 4], "at least 1"),
     "strides": ("MODEL.SOLO.STRIDES", [8, 8, 16, 32, 64], "32"),
-    "nms_type": ("MODEL.SOLO.NMS_TYPE", "matrx", "'matrix', 'mask'"),
-    "nms_kernel": ("MODEL.SOLO.NMS_KERNEL", "gauss", "'gaussian', 'linear'"),
+    "nms_type": ("MODEL.SOLO.NMS_TYPE", "matrx", "matrix, mask"),
+    "nms_kernel": ("MODEL.SOLO.NMS_KERNEL", "gauss", "gaussian, linear"),
     "kernel_size": ("MODEL.SOLOV2.KERNEL_SIZE", 2, "odd"),
     "in_features": ("MODEL.SOLOV2.MASK_IN_FEATURES", ["p2", "p4"], "double"),
 }
@@ -352,7 +333,7 @@ V1 = {name: options for name, options in ARCHITECTURES.items() if name != "SOLOv
 
 
 def every_mask(model, outputs, level: int, size) -> torch.Tensor:
-    """Masks of all cells as the published code makes them: all channels, then the rest."""
+    """Masks of all cells, as in the published code: all channels, then the rest."""
     head, grid = model.head, model.head.num_grids[level]
 
     def maps(conv, feature):
@@ -406,7 +387,7 @@ def test_gradients_equal_those_of_a_full_evaluation(architecture, monkeypatch):
 
 @pytest.mark.parametrize("architecture", V1.values(), ids=V1)
 def test_training_makes_no_tensor_with_a_channel_per_cell(architecture, largest_float):
-    """One instance on grids of 99 x 99: its masks are few, all would exceed every other tensor."""
+    """One instance on grids of 99 x 99: few masks, but those of all cells would be huge."""
     model = tiny_model(**architecture, MODEL__SOLO__NUM_GRIDS=[99, 36, 24, 16, 12]).train()
     with largest_float() as mode:
         sum(model([example(ORDINARY)]).values()).backward()

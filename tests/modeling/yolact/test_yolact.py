@@ -2,17 +2,16 @@
 
 import copy
 import logging
+from functools import partial
 
 import pytest
+import tiny_models
 import torch
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
 from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
 from example_inputs import EMPTY, NONE, ORDINARY, SIZE, example, many, rectangle
 from torch import nn
 
-from solo_d2 import add_solo_d2_config
 from solo_d2.layers.masks import tight_boxes
 from solo_d2.modeling import YOLACT
 from solo_d2.modeling.yolact.anchors import AnchorGenerator
@@ -27,29 +26,8 @@ PLUS = {
 VERSIONS = {"YOLACT": {}, "YOLACT++": PLUS}
 
 
-def tiny_config(**options):
-    cfg = get_cfg()
-    add_solo_d2_config(cfg)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "YOLACT"),
-            *("MODEL.BACKBONE.NAME", "build_mobilenetv2_backbone", "MODEL.BACKBONE.FREEZE_AT", 0),
-            *("MODEL.MOBILENETV2.WIDTH_MULT", 0.25, "MODEL.MOBILENETV2.NORM", "BN"),
-            *("MODEL.MOBILENETV2.OUT_FEATURES", ["res3", "res4", "res5"]),
-            *("MODEL.YOLACT.NUM_CLASSES", 3, "MODEL.YOLACT.CONV_DIM", 32),
-            *("MODEL.YOLACT.NUM_PROTOTYPES", 8, "MODEL.YOLACT.INPUT_SIZE", 0),
-            *("MODEL.YOLACT.ANCHOR_SIZES", [12, 24, 48, 96, 192]),
-            *("DATASETS.TRAIN", (), "DATASETS.TEST", ()),
-        ]
-    )
-    for key, value in options.items():
-        cfg.merge_from_list([key.replace("__", "."), value])
-    return cfg
-
-
-def tiny_model(**options):
-    torch.manual_seed(0)
-    return build_model(tiny_config(**options))
+tiny_config = partial(tiny_models.tiny_config, tiny_models.YOLACT)
+tiny_model = partial(tiny_models.tiny_model, tiny_models.YOLACT)
 
 
 @pytest.fixture(scope="module", params=VERSIONS.values(), ids=VERSIONS)
@@ -68,13 +46,15 @@ def check_gradients(model) -> None:
 def test_an_image_without_objects_trains_the_semantic_branch_only(model, masks, crowds):
     model.train()
     boxes = [[10.0, 10, 10, 10]] if masks is EMPTY else None
-    losses = model([example(masks, boxes=boxes, crowds=crowds)])
+    inputs = example(masks, boxes=boxes)
+    inputs["instances"].gt_crowd = torch.arange(len(masks)) >= len(masks) - crowds
+    losses = model([inputs])
     assert losses.pop("loss_semantic") > 0
     assert all(loss == 0 for loss in losses.values())
 
 
 def eager(**options):
-    """A model that takes nearly every anchor for an object."""
+    """A model that detects an object at nearly every anchor."""
     model = tiny_model(MODEL__YOLACT__SCORE_THRESH_TEST=0.01, **options).eval()
     nn.init.normal_(model.head.class_logits.weight, std=0.3)
     nn.init.normal_(model.head.coefficient_pred.weight, std=0.3)
@@ -111,7 +91,7 @@ def check_output(instances: Instances, size, integer: bool = True) -> None:
 
 
 def check_inside(instances: Instances) -> None:
-    """No pixel lies outside of its box, by its middle."""
+    """No pixel center lies outside of its box."""
     tight, boxes = tight_boxes(instances.pred_masks), instances.pred_boxes.tensor
     filled = instances.pred_masks.flatten(1).any(dim=1)
     tight, boxes = tight[filled], boxes[filled]
@@ -163,13 +143,13 @@ def test_the_largest_image_of_a_batch_is_as_if_alone_and_padding_has_no_content(
     with torch.no_grad():
         first, second = (x["instances"] for x in model([large, small]))
         same(first, model([large])[0]["instances"])
-        # what an image gives depends on the padded size, not on the other images
+        # the result for an image depends on the padded size, not on the other images
         same(second, model([small, other])[0]["instances"])
     check_output(second, (40, 50))
 
 
 def test_a_padded_image_gives_boxes_and_masks_in_its_own_frame():
-    """One and the same padded tensor, once with its image size told and once without."""
+    """The same padded tensor, with and without its image size."""
     model = eager(MODEL__YOLACT__BOX_ROUNDING="float", MODEL__YOLACT__CROP="none")
     (padded,) = inputs_of([SIZE])
     h, w = 40, 60
