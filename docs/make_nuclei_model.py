@@ -47,11 +47,11 @@ It was trained with
 
 and packed with `docs/make_nuclei_model.py`.
 
-**What it is for:** a first look at this package without any training, tests, and a start for fine-tuning on similar images.
+**Intended use:** trying this package without training, tests, and a starting point for fine-tuning on similar images.
 
-**What it is not for:** diagnosis or any clinical use; counting or measuring without a check against your own images; images of
-other kinds or magnifications (the nuclei of its data are about 10 to 60 pixels wide); electron microscopy, whole slides, 3D.
-At most 400 nuclei per image are found.
+**Not intended for:** diagnosis or any clinical use; counting or measuring without validation on your own images; images of other
+kinds or magnifications (the nuclei in its data are about 10 to 60 pixels wide); electron microscopy, whole slides, 3D. At most 400
+nuclei per image are found.
 """  # noqa: E501
 
 
