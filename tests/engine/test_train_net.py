@@ -182,7 +182,7 @@ def test_eval_only_takes_weights_or_the_last_checkpoint(run, tmp_path, uninterru
         ),
         (
             ("DATASETS.TRAIN", "('nuclei_train',)", "DATASETS.TEST", "('nuclei_val',)"),
-            *(1, "or give your own with --data"),
+            *(1, "pass your own with --data"),
         ),
         (("--epochs", 0), 1, "epochs must be a positive number, not 0"),
         (("MODEL.META_ARCHITECTURE", "SOLO", "TEST.AUG.ENABLED", True), 1, "TEST.AUG.ENABLED"),
@@ -339,7 +339,7 @@ def test_weights_for_other_classes_lose_only_the_class_layers(run_quietly, tmp_p
     small = ("DATASETS.SHAPES.IMAGE_SIZE", (48, 64), "SOLVER.IMS_PER_BATCH", 2)
     weights = ("MODEL.WEIGHTS", tmp_path / "coco.pth", "OUTPUT_DIR", tmp_path / "run")
     assert run_quietly(*few, *small, *SHORT, *weights, config=name) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "fit in part" in x]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "fit only in part" in x]
     assert "the file is for 3 classes, the model for 5" in line
     assert "head.category_pred.weight" in line and "not in the file" not in line
 

@@ -20,7 +20,7 @@ def test_it_is_small_and_has_all_that_belongs_to_it():
     stored = torch.load(FOLDER / "model.pth", weights_only=True)["model"].values()
     assert {x.dtype for x in stored if x.is_floating_point()} == {torch.float16}
     card = (FOLDER / "README.md").read_text()
-    for part in ("| data |", "| schedule |", "mask AP", "solo-d2 train", "What it is not for"):
+    for part in ("| data |", "| schedule |", "mask AP", "solo-d2 train", "Not intended for"):
         assert part in card
 
 

@@ -426,7 +426,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         nargs=4,
         metavar=DATA,
-        help="your own data, as in train_net.py",
+        help="your own data, as in solo-d2 train",
     )
     parser.add_argument(
         "--allow-differences",
