@@ -27,8 +27,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["solo_d2", "solo_d2.*"]),
     package_data={
-        "solo_d2": ["model_zoo.yaml", "py.typed"],
-        "solo_d2.tools.compare": ["page.css", "page.js"],
+        "solo_d2": ["model_zoo.yaml", "py.typed", "models/*/*"],
+        "solo_d2.tools.compare": ["templates/*"],
     },
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["solo-d2 = solo_d2.__main__:main"]},

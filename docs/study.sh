@@ -1,8 +1,8 @@
 #!/bin/bash
 # All architectures on one data set, under one schedule:
 #   bash docs/study.sh shapes|pennfudan|nuclei RATE [OPTIONS]
-# Wants DETECTRON2_DATASETS and, but for shapes, WEIGHTS=mobilenetv2_imagenet.pth. A part that is
-# killed goes on where it was when it is called again.
+# Needs DETECTRON2_DATASETS and, except for shapes, WEIGHTS=mobilenetv2_imagenet.pth. If it is
+# killed, run it again: it continues where it was.
 set -eu
 part=$1 rate=$2
 shift 2
@@ -12,11 +12,10 @@ case $part in
     pennfudan) folder=configs/pennfudan suffix=_mobilenetv2 iterations=240 ;;
     nuclei) folder=configs/nuclei suffix=_mobilenetv2 iterations=400 ;;
 esac
-# without the matrix instructions for bfloat16 (AMX) a CPU is quicker in float32: AMP=False
-overrides=(SOLVER.AMP.ENABLED "${AMP:-True}" SOLVER.BASE_LR "$rate")
+overrides=(SOLVER.BASE_LR "$rate")
 [ "$part" = shapes ] || overrides+=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
-exec "${PYTHON:-python}" -m solo_d2.tools.compare --train --output "output/study/${part}_$rate" --iterations $iterations "$@" \
+exec "${PYTHON:-python}" -m solo_d2 compare --train --output "output/study/${part}_$rate" --iterations $iterations "$@" \
     "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
     "CenterMask=$folder/centermask$suffix.yaml" \
     "YOLACT=$folder/yolact$suffix.yaml" \

@@ -6,14 +6,14 @@ from .tools.env import missing_requirement
 
 _missing = missing_requirement()
 if _missing:
-    # `python -m solo_d2 env` must run all the same, and says more
+    # `python -m solo_d2 env` must still run: it prints more details
 
     def __getattr__(name: str) -> object:
         raise ImportError(_missing)
 
 else:
     with _warnings.catch_warnings():
-        # fvcore and Detectron2 use what PyTorch deprecates
+        # fvcore and Detectron2 use features that PyTorch has deprecated
         _warnings.simplefilter("ignore", FutureWarning)
         from . import data, modeling
         from .config import add_solo_d2_config

@@ -7,26 +7,28 @@ from solo_d2.tools.env import missing_requirement
 
 # verb -> what it does; each is solo_d2/tools/<verb>.py or a package of that name
 VERBS = {
+    "train": "train and evaluate a model",
     "predict": "segment images, folders and videos",
     "check": "list every problem of a COCO json file and its images",
     "compare": "train, evaluate and time several models, and report on them",
+    "report": "evaluate and time one trained model, and report on it",
     "click": "measure how well AdaptIS segments objects from one click each",
     "export": "write a model as ONNX or torch.export file, and compare it with the model",
     "benchmark": "time a model's parts",
-    "convert": "turn a published checkpoint into one of solo_d2",
+    "convert": "convert a published checkpoint for solo_d2",
     "env": "print installed versions and how to install what is missing",
 }
 
 
 def main() -> int:
-    """Run the verb that the command line names; returns its exit code."""
+    """Run the verb given on the command line; returns its exit code."""
     usage = "usage: solo-d2 VERB ...\n\n" + "\n".join(f"  {v:<10} {h}" for v, h in VERBS.items())
     verb = sys.argv[1] if len(sys.argv) > 1 else ""
     if verb in ("-h", "--help"):
         print(usage)
         return 0
     if verb not in VERBS:
-        problem = f"there is no verb {verb!r}" if verb else "name a verb"
+        problem = f"unknown verb {verb!r}" if verb else "no verb given"
         print(f"{usage}\n\nerror: {problem}", file=sys.stderr)
         return 2
     if verb != "env" and (problem := missing_requirement()):

@@ -1,11 +1,13 @@
-"""What the command lines of all tools have in common."""
+"""Command-line arguments that all tools share."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# Detectron2's config; those of solo_d2 are below the same.
+from .errors import UnsafeFileError, is_user_error, one_line
+
+# Sections of Detectron2's config; the keys of solo_d2 are in the same sections.
 CONFIG_ROOTS = frozenset(
     "CUDNN_BENCHMARK DATALOADER DATASETS FLOAT32_PRECISION GLOBAL INPUT MODEL OUTPUT_DIR SEED "
     "SOLVER TEST VERSION VIS_PERIOD".split()
@@ -18,18 +20,18 @@ def parse(
     """Parse options, inputs and KEY VALUE pairs in any order.
 
     Args:
-        parser: for the options. If it has a positional argument "inputs" with nargs="*", words
-            that belong to nothing else are added to it.
-        arguments: by default those of the command line.
+        parser: defines the options. If it has a positional argument "inputs" with nargs="*",
+            leftover words are added to it.
+        arguments: the words to parse; by default those of the command line.
 
     Returns:
-        Its values, and under ``opts`` the keys and values of the config in turn.
+        The parsed options. ``opts`` lists config keys, each followed by its value.
     """
     opts, words = split_overrides(sys.argv[1:] if arguments is None else arguments)
     if len(opts) % 2:
         parser.error(f"config key {opts[-1]} has no value")
     options, rest = parser.parse_known_args(words)
-    # A parser of Detectron2 has "opts" of its own, which gets what is no option.
+    # Detectron2's parser has its own "opts", which collects the words that are not options.
     options.opts = opts + list(getattr(options, "opts", None) or [])
     if rest and hasattr(options, "inputs") and not any(word.startswith("-") for word in rest):
         options.inputs += rest
@@ -38,18 +40,38 @@ def parse(
     return options
 
 
-def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(config keys, each with the word that follows it; all other words).
+def print_error(error: Exception, options: argparse.Namespace) -> None:
+    """Say on one line what the user can mend; any other error is raised again.
 
-    A key is a word that begins with the name of a config section, and is not a file.
+    Args:
+        error: that ended the command.
+        options: of the command, to name the one that helps, if it has that.
     """
-    opts, others = [], []
-    remaining = iter(words)
-    for word in remaining:
-        if word.split(".")[0] in CONFIG_ROOTS and not Path(word).exists():
-            opts += [word, *(value for value in [next(remaining, None)] if value is not None)]
-        else:
+    if not is_user_error(error):
+        raise error
+    hint = ""
+    if isinstance(error, UnsafeFileError) and hasattr(options, "allow_pickle"):
+        hint = "; if you trust the file, add --allow-pickle"
+    print(f"error: {one_line(error)}{hint}", file=sys.stderr)
+
+
+def split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(config keys, each followed by its value; all other words).
+
+    A key is a word that begins with the name of a config section and is not an existing file. The
+    last key has no value if no word or an option follows it.
+    """
+    opts: list[str] = []
+    others: list[str] = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if word.split(".")[0] not in CONFIG_ROOTS or Path(word).exists():
             others.append(word)
+        elif not remaining or remaining[0].startswith("--"):
+            return [*opts, word], [*others, *remaining]
+        else:
+            opts += [word, remaining.pop(0)]
     return opts, others
 
 
@@ -71,5 +93,5 @@ def add_model_arguments(
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="load weights that can run code; only for files that you trust",
+        help="load weights that may run code; only for files that you trust",
     )

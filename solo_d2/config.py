@@ -19,13 +19,13 @@ from .modeling.yolact.config import add_yolact_config
 
 
 def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequence[str] = ()) -> CN:
-    """Defaults, then a config file, then data sets, then KEY VALUE pairs.
+    """Merge the defaults, a config file, data sets and KEY VALUE pairs, in this order.
 
     Args:
         config_file: a yaml file, or the name of a packaged one, for example
-            "SOLOv2/SOLOv2_R50_3x.yaml"; "" for none. No code in it is run.
-        data: json and image folder for training, json and image folder for validation, or nothing.
-        opts: keys and values in turn.
+            "SOLOv2/SOLOv2_R50_3x.yaml"; "" for none. Code in the file is never run.
+        data: nothing, or json file and image folder for training, then those for validation.
+        opts: config keys, each followed by its value.
 
     Raises:
         UserError: a file is missing or has an invalid format, a key is unknown, or a value has the
@@ -52,22 +52,22 @@ def load_config(config_file: str = "", *, data: Sequence[str] = (), opts: Sequen
 
 
 def _read_yaml(path: str) -> dict:
-    """A yaml file merged into those that it is based on, read without running code from it."""
+    """Read a yaml file merged with its bases, without running code from any of them."""
     try:
         content = CN.load_yaml_with_base(path)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(f"yaml tags for Python objects are not allowed: {error}") from error
     except RecursionError as error:
-        raise ValueError("it is based on itself, or nested too deeply") from error
+        raise ValueError("it is its own _BASE_, or is nested too deeply") from error
     except (TypeError, AttributeError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError("it does not map keys to values")
+        raise ValueError("it is not a mapping of keys to values")
     return content
 
 
 def use_available_device(cfg: CN) -> None:
-    """Change MODEL.DEVICE to the CPU, and say so, where it is CUDA and there is none."""
+    """Set MODEL.DEVICE to the CPU, with a warning, if it is CUDA and CUDA is not available."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("CUDA is not available: running on the CPU")
         cfg.MODEL.DEVICE = "cpu"
@@ -102,14 +102,14 @@ def _add_data(cfg: CN) -> None:
     cfg.DATASETS.CUSTOM.TRAIN_IMAGES = ""
     cfg.DATASETS.CUSTOM.VAL_JSON = ""
     cfg.DATASETS.CUSTOM.VAL_IMAGES = ""
-    # Take annotations with "iscrowd": 1 for single objects, as brush tools write them.
+    # Treat annotations with "iscrowd": 1 as single objects: brush tools write every mask so.
     cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = False
 
     # Overfitting check: train and evaluate on the first N images of DATASETS.TRAIN that contain
     # objects (0 = off).
     cfg.DATASETS.OVERFIT_IMAGES = 0
 
-    # The embedded data set: "shapes_train" and "shapes_val", drawn on first use.
+    # The embedded data set, "shapes_train" and "shapes_val", which is drawn on first use.
     cfg.DATASETS.SHAPES = CN()
     cfg.DATASETS.SHAPES.TRAIN_IMAGES = 2000
     cfg.DATASETS.SHAPES.VAL_IMAGES = 200
@@ -120,25 +120,25 @@ def _add_data(cfg: CN) -> None:
 
 def _add_input(cfg: CN) -> None:
     # "default": Detectron2's (CROP, resize, RANDOM_FLIP). "ssd": CROP, the augmentation of SSD with
-    # YOLACT's parameters (photometric, expand, crop), RANDOM_FLIP, resize; an image that lost all
+    # YOLACT's parameters (photometric, expand, crop), RANDOM_FLIP, resize; an image that loses all
     # of its objects is replaced by another one.
     cfg.INPUT.AUGMENTATION = "default"
-    # Give crowd regions to the model too, as instances with the field gt_crowd. Only for
-    # architectures that ignore what they predict there (YOLACT, AdaptIS, the SOLO family).
+    # Also pass crowd regions to the model, as instances with the field gt_crowd. Only for
+    # architectures that do not train on them as objects (YOLACT, AdaptIS, the SOLO family).
     cfg.INPUT.KEEP_CROWD = False
 
 
 def _add_training(cfg: CN) -> None:
     # "SGD" as in Detectron2, or "AdamW" with the same parameter groups.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Largest L2 norm of all gradients together (0 = no limit). SOLVER.CLIP_GRADIENTS limits each
-    # parameter on its own.
+    # Maximum L2 norm of all gradients together (0 = no limit). SOLVER.CLIP_GRADIENTS limits each
+    # parameter separately.
     cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0
-    # Keep model_best.pth by this metric. "": the one that the model is made for ("segm/AP",
-    # "bbox/AP" without masks, "panoptic_seg/PQ" for AdaptIS), of the first test set if there are
-    # several. To choose another of them, write "<name>/segm/AP".
+    # The metric that selects model_best.pth. "": the model's main metric ("segm/AP", "bbox/AP"
+    # without masks, "panoptic_seg/PQ" for AdaptIS), on the first test set if there are several. To
+    # choose another test set, write "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = ""
-    # Stop after this many evaluations in a row without a better one (0 = train to the end).
+    # Stop after this many evaluations in a row without improvement (0 = train to the end).
     cfg.TEST.PATIENCE = 0
     # After each evaluation, draw this many test images with ground truth and prediction.
     cfg.TEST.VIS_IMAGES = 8

@@ -1,4 +1,4 @@
-"""Pictures of instances, alone or beside the ground truth. The only code here that draws them.
+"""Drawing instances, alone or beside the ground truth. The package has no other drawing code.
 
 Shape shorthand:
 
@@ -17,15 +17,15 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode, Instances
 from detectron2.structures.masks import polygons_to_bitmask
 from PIL import Image, ImageDraw
 
+from .data.images import read_image
 from .label_layout import font, letters_mask, place_labels
 
 _FILL = 0.4  # opacity of a mask
-# Any few in a row differ strongly, and all show on dark and on bright images.
+# Successive colors differ strongly, and all are visible on dark and on bright images.
 _PALETTE = (
     (255, 82, 82),  # red
     (0, 190, 255),  # sky blue
@@ -41,8 +41,8 @@ _PALETTE = (
     (205, 165, 255),  # lilac
 )
 
-# Pixels of the grid: space around each panel, height of a caption, largest width of a panel as a
-# multiple of its height, font.
+# Layout of the grid: margin around each panel and height of a caption in pixels, maximum width of a
+# panel as a multiple of its height, font size.
 _MARGIN = 4
 _CAPTION = 18
 _MAX_ASPECT = 2.0
@@ -74,13 +74,13 @@ def draw_instances(
 ) -> np.ndarray:
     """Draw masks (or boxes, where there are no masks), class names and scores over an image.
 
-    A label that finds no place without covering other objects or labels is left out.
+    A label is omitted if it would cover too much of the objects, or another label.
 
     Args:
-        image_rgb: (H, W, 3) uint8. It is not changed.
+        image_rgb: (H, W, 3) uint8; not modified.
         instances: predictions with ``scores``, ``pred_classes`` and ``pred_masks`` (N, H, W),
             ``pred_boxes`` (which contain the masks), or both, on any device.
-        names: of the classes; a class without a name is labeled with its number.
+        names: class names; a class without a name is labeled with its number.
         color_by: "instance" gives each instance a color of its own, "class" each class.
         labels: write class names and scores.
         score_threshold: instances with a lower score are left out.
@@ -95,7 +95,7 @@ def draw_instances(
         raise ValueError(f"color_by is {color_by!r}, not 'instance' or 'class'")
     classes = instances.pred_classes.tolist()
     scores = instances.scores.tolist()
-    # The index among all instances, so that another threshold changes no color.
+    # Indices among all instances, so that colors do not depend on the threshold.
     kept = [i for i, score in enumerate(scores) if score >= score_threshold]
     colors = [instance_color(i if color_by == "instance" else classes[i]) for i in kept]
     texts = [f"{_name(classes[i], names)} {scores[i]:.0%}" for i in kept]
@@ -111,10 +111,10 @@ def draw_masks(
     """Draw masks in given colors, with labels where there is room for them.
 
     Args:
-        image_rgb: (H, W, 3) uint8. It is not changed.
+        image_rgb: (H, W, 3) uint8; not modified.
         rles: compressed RLE of each mask, in COCO's format.
         colors: RGB of each mask; see ``instance_color``.
-        labels: of each mask.
+        labels: text of each mask.
 
     Returns:
         (H, W, 3) uint8, RGB.
@@ -127,7 +127,7 @@ def draw_points(image_rgb: np.ndarray, points: Sequence[tuple[float, float]]) ->
     """Draw dots over an image.
 
     Args:
-        image_rgb: (H, W, 3) uint8. It is not changed.
+        image_rgb: (H, W, 3) uint8; not modified.
         points: x and y in pixels; integers are pixel centers.
 
     Returns:
@@ -150,18 +150,18 @@ def comparison_grid(
     score_threshold: float,
     height: int = 240,
 ) -> np.ndarray:
-    """One row per image: the image, its ground truth, the prediction; above it the file name.
+    """One row per image: the image, its ground truth and the prediction, below the file name.
 
     Args:
         records: Detectron2 dataset dicts; "annotations" may be absent or empty.
         predictions: for each record the ``Instances`` at the image's size, or the model's output
             ``{"instances": Instances}``.
-        names: of the classes; a class without a name is labeled with its number.
+        names: class names; a class without a name is labeled with its number.
         score_threshold: predictions with a lower score are left out.
-        height: of a panel in pixels. Images are scaled to it; their aspect ratio is kept.
+        height: height of a panel in pixels. Images are scaled to it and keep their aspect ratio.
 
     Returns:
-        (rows * (height + margins and caption), W, 3) uint8, RGB; without records a blank caption.
+        (rows * (height + margins and caption), W, 3) uint8, RGB; without records only the header.
 
     Raises:
         ValueError: the numbers of records and predictions differ.
@@ -170,7 +170,7 @@ def comparison_grid(
         raise ValueError(f"{len(records)} records but {len(predictions)} predictions")
     rows = []
     for record, prediction in zip(records, predictions):
-        image = read_image(record["file_name"], format="RGB")
+        image = read_image(record["file_name"])
         instances = prediction["instances"] if isinstance(prediction, Mapping) else prediction
         instances = instances[instances.scores >= score_threshold]
         panels = _panels(image, record.get("annotations", []), instances, names, height)
@@ -192,7 +192,7 @@ def _panels(
     names: Sequence[str] | None,
     height: int,
 ) -> list[np.ndarray]:
-    """Image, ground truth, prediction: scaled first and then drawn on, for sharp lines."""
+    """Image, ground truth, prediction; scaled before anything is drawn, so that lines are sharp."""
     h, w = image.shape[:2]
     scale = min(height / h, _MAX_ASPECT * height / w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
@@ -207,13 +207,13 @@ def _panels(
         ([_annotated_region(a, h, w) for a in annotations], truth),
         (_predicted_regions(instances, range(len(instances))), texts),
     ):
-        scaled = [_scale(region, size[0] / w, size[1] / h) for region in regions]
+        scaled = [_scale(region, (w, h), size) for region in regions]
         panels.append(_draw(small, scaled, [instance_color(i) for i in range(len(scaled))], labels))
     return panels
 
 
 def _predicted_regions(instances: Instances, kept: Sequence[int]) -> list[_Region]:
-    """Of the instances with these indices."""
+    """The regions of the instances with the given indices."""
     boxes = instances.pred_boxes.tensor.cpu().numpy() if instances.has("pred_boxes") else None
     if boxes is not None and not instances.has("pred_masks"):
         return [_box_region(boxes[i]) for i in kept]
@@ -244,7 +244,7 @@ def _annotated_region(annotation: Mapping[str, Any], height: int, width: int) ->
 def _mask_region(
     mask: np.ndarray, start: Sequence[int] = (0, 0), stop: Sequence[int] | None = None
 ) -> _Region:
-    """``mask``: (H, W) uint8, 0 or 1. It is looked at from x, y ``start`` to ``stop`` only."""
+    """``mask``: (H, W) uint8, 0 or 1; only the window from x, y ``start`` to ``stop`` is read."""
     stop = stop or mask.shape[::-1]
     window = np.ascontiguousarray(mask[start[1] : stop[1], start[0] : stop[0]])
     left, top, width, height = cv2.boundingRect(window) if window.size else (0, 0, 0, 0)
@@ -257,12 +257,17 @@ def _box_region(box: np.ndarray) -> _Region:
     return _Region(x1, y1, x2 - x1, y2 - y1, None)
 
 
-def _scale(region: _Region, x: float, y: float) -> _Region:
-    left, top = round(region.left * x), round(region.top * y)
+def _scale(region: _Region, old: tuple[int, int], new: tuple[int, int]) -> _Region:
+    """The region in an image of another width and height; at least a pixel, if it had one."""
+    if region.mask is not None and not region.mask.size:
+        return region
+    x, y = new[0] / old[0], new[1] / old[1]
+    left = min(round(region.left * x), new[0] - 1)
+    top = min(round(region.top * y), new[1] - 1)
     width = max(1, round((region.left + region.width) * x) - left)
     height = max(1, round((region.top + region.height) * y) - top)
     mask = region.mask
-    if mask is not None and mask.size:
+    if mask is not None:
         mask = cv2.resize(mask * 255, (width, height), interpolation=cv2.INTER_LINEAR)
         mask = (mask > 127).astype(np.uint8)
     return _Region(left, top, width, height, mask)
@@ -319,7 +324,7 @@ def _outline(
 
 
 def _owners(regions: Sequence[_Region], image: np.ndarray) -> np.ndarray:
-    """(H, W): at each pixel the number of the region drawn there last, from 1; 0 for none."""
+    """(H, W): at each pixel the number, from 1, of the region drawn there last; 0 for none."""
     owner = np.zeros(image.shape[:2], np.int32)
     for number, region in enumerate(regions, 1):
         if region.mask is not None:
@@ -350,7 +355,9 @@ def _name(category: int, names: Sequence[str] | None) -> str:
 
 
 def instance_color(number: int) -> tuple[int, int, int]:
-    """RGB. The palette repeats lighter, then darker."""
+    """RGB of the color with this number. After its last color the palette repeats, lighter, then
+    darker.
+    """
     target, weight = ((0, 0.0), (255, 0.35), (0, 0.3))[number // len(_PALETTE) % 3]
     base = np.array(_PALETTE[number % len(_PALETTE)])
     red, green, blue = (base + (target - base) * weight).round().astype(int).tolist()

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and what the command line makes of them."""
+"""Errors that users can fix, and how the command line reports them."""
 
 import re
 import traceback
@@ -8,8 +8,12 @@ class UserError(Exception):
     """Something in the config, the files or the command is wrong; the message is one line."""
 
 
+class UnsafeFileError(UserError):
+    """Reading the file may run code from it."""
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error on one line, also of one that crossed a process boundary."""
+    """The message of an error on one line, even if the error crossed a process boundary."""
     # KeyError puts its message in quotes.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -30,11 +34,11 @@ _CHECKED: dict[str, tuple[type[Exception], ...]] = {
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the message tells the user what to mend.
+    """Whether the message alone is enough for the user to fix the error.
 
-    That is so for a ``UserError``, for what the system says about files and loading processes, and
-    for values that solo_d2 or Detectron2 refuse. All else keeps its traceback, also such an error
-    on whose way there is code of a user's plug-in: it may be the plug-in that is wrong.
+    This is true for a ``UserError``, for system errors about files and data loading processes, and
+    for values that solo_d2 or Detectron2 reject. Other errors keep their traceback. So does an
+    error that passed through a user's plug-in, because the plug-in may be wrong.
     """
     if isinstance(error, (UserError, OSError)):
         return True
@@ -44,6 +48,6 @@ def is_user_error(error: BaseException) -> bool:
         )
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [frame.f_globals.get("__name__", "").partition(".")[0] for frame in frames]
-    if not set(modules) <= {*_CHECKED, "__main__", "train_net", "torch"}:
+    if not set(modules) <= {*_CHECKED, "__main__", "torch"}:
         return False
     return isinstance(error, _CHECKED.get(modules[-1] if modules else "", ()))

@@ -1,4 +1,4 @@
-"""What a predictor takes for an image."""
+"""The inputs that a predictor accepts as images."""
 
 import contextlib
 import warnings
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from .data.images import ImageError, read_image
 from .errors import UserError
 
-# Masks have the size of the image: a hundred of them take 100 bytes for each of these pixels.
+# Masks have the size of the image: a hundred masks take 100 bytes per pixel.
 MAX_PIXELS = 64_000_000
 
 
@@ -20,14 +20,14 @@ class UnreadableError(UserError):
 
 
 def as_rgb(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """(H, W, 3) uint8, RGB, from a path, a PIL image or such an array.
+    """Convert an input to an (H, W, 3) uint8 RGB array.
 
     Args:
-        image: see above. A file is read as in training.
-        max_pixels: larger images are refused before they are decoded; 0 for no limit but Pillow's.
+        image: a path, a PIL image, or an array of that kind. A file is read as in training.
+        max_pixels: larger images are refused before they are decoded; 0: only Pillow's limit.
 
     Raises:
-        UnreadableError: the input is none of these, is too large, or cannot be read.
+        UnreadableError: the input is of another kind, is too large, or cannot be read.
     """
     if isinstance(image, str | Path):
         return _read(image, max_pixels)
@@ -42,7 +42,7 @@ def as_rgb(image: Any, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     else:
         kind = type(image).__name__
     raise UnreadableError(
-        f"an image is a path, a PIL image or an RGB array (H, W, 3) of uint8, not {kind}"
+        f"an image must be a path, a PIL image or an RGB array (H, W, 3) of uint8, not {kind}"
     )
 
 
@@ -57,7 +57,7 @@ def _read(path: str | Path, max_pixels: int) -> np.ndarray:
         raise UnreadableError(f"no file {path}") from None
     except (ImageError, Image.DecompressionBombError) as error:
         raise UnreadableError(str(error)) from error
-    _check_size(pixels.shape[1::-1], max_pixels)  # of a format that Pillow does not know
+    _check_size(pixels.shape[1::-1], max_pixels)  # for formats that Pillow does not know
     return pixels
 
 

@@ -1,4 +1,4 @@
-"""Where the labels of a picture go, and what their letters look like."""
+"""Placing the labels of a picture, and rendering their text."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# A label may cover this much of any object, and so many times more of its own.
+# A label may cover at most this share of an object, and _OWN_FACTOR times as much of its own.
 _MAX_COVERED = 0.05
 _OWN_FACTOR = 4
 # All labels together cover at most this much of the image.
@@ -22,16 +22,16 @@ def place_labels(
 ) -> list[tuple[int, int] | None]:
     """Left and top of each label; None for one without a free place.
 
-    A label lies within the image, off other labels, and covers next to nothing of any object.
+    A label lies inside the image, overlaps no other label and covers little of any object.
 
     Args:
         owner: (H, W) int, which object is visible at a pixel: 0 none, i + 1 object i.
         boxes: N bounding boxes, the most important first.
-        labels: N arrays of a label's height and width.
+        labels: N arrays, each with the height and width of a label.
     """
     owner = owner.copy()
     label = len(boxes) + 1  # stands for any label in ``owner``
-    # The largest number of pixels that a label may cover of each; its own object gets more.
+    # Maximum number of pixels of each object that a label may cover; more for its own object.
     limits = _MAX_COVERED * np.bincount(owner.ravel(), minlength=label + 1)
     limits[0] = owner.size
     budget = _MAX_LABELED * owner.size
@@ -58,7 +58,7 @@ def _best_place(
     limits: np.ndarray,
     candidates: Iterable[tuple[int, int]],
 ) -> tuple[int, int] | None:
-    """Of the candidates within ``limits`` the first that covers no other object, or else least."""
+    """The first candidate within ``limits`` that covers no other object; else the best one."""
     best, least = None, np.inf
     for x, y in candidates:
         part = owner[y : y + size[0], x : x + size[1]]
@@ -98,7 +98,7 @@ def letters_mask(text: str, font_size: int) -> np.ndarray:
 
 @lru_cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """OpenCV's own font has ASCII only; this one comes with matplotlib, which Detectron2 needs."""
+    """A font with more than OpenCV's ASCII; it comes with matplotlib, which Detectron2 needs."""
     spec = find_spec("matplotlib")
     assert spec is not None and spec.origin is not None
     path = Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"

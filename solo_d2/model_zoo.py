@@ -14,14 +14,14 @@ _CONFIGS = next((f for f in (_HERE / "configs", _HERE.parent / "configs") if f.i
 
 
 class ZooModel(NamedTuple):
-    """A packaged config. What was not published is None."""
+    """A packaged config. Values that were not published are None."""
 
     config: str  # for get_config_file and --config-file
     mask_ap: float | None
     box_ap: float | None
-    data: str | None  # that the AP was measured on
+    data: str | None  # on which the AP was measured
     repository: str | None
-    weights_page: str | None  # where the authors offer the weights; "convert" takes their file
+    weights_page: str | None  # where the authors offer the weights, a file for "convert"
 
 
 def get_config_file(name: str) -> str:
@@ -39,7 +39,7 @@ def get_config_file(name: str) -> str:
 
 
 def config_names() -> list[str]:
-    """Names of the packaged configs, without those that only serve as a base of others."""
+    """Names of the packaged configs, without those that only serve as bases of others."""
     files = _CONFIGS.glob("*/*.yaml")
     return sorted(f"{f.parent.name}/{f.name}" for f in files if not f.name.startswith("Base-"))
 

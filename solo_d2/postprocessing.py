@@ -1,4 +1,4 @@
-"""The one place that knows the output size."""
+"""From soft masks to the output size, which no other step knows."""
 
 from detectron2.structures import Boxes, Instances
 
@@ -18,14 +18,14 @@ def postprocess(
     Args:
         instances: ``image_size`` is the network's input without padding; ``pred_masks`` are soft,
             (N, h, w), and cover the padded input.
-        height, width: of the output.
+        height, width: output size.
         padded_size: height and width of the network's padded input.
         mask_threshold: a pixel is set where the soft mask exceeds this.
 
     Returns:
         Instances of size (height, width): ``pred_masks`` (n, height, width) bool, ``pred_boxes``
-        tight around them with exclusive right and bottom, and every other field as it was. Those
-        without a pixel are dropped: a mask may lie in the padding only, or vanish when resized.
+        tight around them with exclusive right and bottom; other fields are unchanged. Instances
+        without a pixel are dropped: a mask may lie entirely in the padding, or vanish when resized.
     """
     masks = upsample_to_binary(
         instances.pred_masks,

@@ -15,6 +15,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
 
+from .checkpoint.architecture import match_configs
 from .checkpoint.checkpointer import Checkpointer
 from .checkpoint.load import load_weights_file
 from .config import load_config, use_available_device
@@ -29,17 +30,19 @@ from .modeling.num_classes import dataset_num_classes, get_value, num_classes_ke
 from .modeling.own_keys import all_keys_honored
 from .modeling.prepare import prepare
 
+_MODELS = Path(__file__).resolve().parent / "models"
+
 
 @dataclass(frozen=True)
 class Result:
-    """What was found in one image.
+    """The instances found in one image.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
         instances: on the CPU, at the size of the image.
-        names: of all classes.
-        category_ids: of all classes, as in the COCO json of the data set.
-        points: x and y of the points that were asked for.
+        names: names of all classes.
+        category_ids: ids of all classes, as in the COCO json of the data set.
+        points: x and y of the points passed to ``click``.
     """
 
     image: np.ndarray
@@ -53,7 +56,7 @@ class Result:
     ) -> np.ndarray:
         """The image with its instances, (H, W, 3) uint8, RGB; see ``drawing.draw_instances``.
 
-        What was asked for by points is drawn whatever its score.
+        Instances found by ``click`` are drawn regardless of their scores.
         """
         drawn = draw_instances(
             self.image,
@@ -90,14 +93,14 @@ class Result:
 
 
 class Predictor:
-    """A model that takes images of any kind and size; ``load`` makes one.
+    """A model that accepts images of any kind and size; ``load`` creates one.
 
     Attributes:
         model: the module, in eval mode.
-        names: of the classes.
-        category_ids: of the classes, as in the COCO json of the data set.
-        max_pixels: larger images are refused; 0 for no limit.
-        resize, input_format: how ``network_input`` is made.
+        names: class names.
+        category_ids: ids of the classes, as in the COCO json of the data set.
+        max_pixels: larger images are refused; 0: no limit.
+        resize, input_format: how ``network_input`` resizes an image and orders its channels.
     """
 
     def __init__(
@@ -112,12 +115,12 @@ class Predictor:
     ):
         """
         Args:
-            model: any of Detectron2's interface that returns "instances".
-            resize: brings an image to the size that the model is for.
-            input_format: "RGB" or "BGR", the channel order that the model takes.
-            names: of the classes.
+            model: any model with Detectron2's interface that returns "instances".
+            resize: resizes an image as the model expects it.
+            input_format: "RGB" or "BGR", the channel order that the model expects.
+            names: class names.
             category_ids: 1, 2, ... by default.
-            max_pixels: see above.
+            max_pixels: see the class.
         """
         if input_format not in ("RGB", "BGR"):
             raise ValueError(f"input_format is {input_format!r}, not 'RGB' or 'BGR'")
@@ -143,10 +146,10 @@ class Predictor:
         """Find the instances of an image, or of each in a list.
 
         Args:
-            image: a path, a PIL image or an RGB array (H, W, 3) of uint8, or a list of them.
+            image: a path, a PIL image or an RGB array (H, W, 3) of uint8, or a list of these.
 
         Raises:
-            UnreadableError: an image cannot be read, is too large, or is none of these.
+            UnreadableError: an image cannot be read, is too large, or is of another kind.
         """
         if isinstance(image, list | tuple):
             return [self._predict_one(x) for x in image]
@@ -163,7 +166,7 @@ class Predictor:
         return self._result(pixels, output["instances"])
 
     def set_image(self, image: Any) -> None:
-        """Look at an image once, for any number of ``click``. AdaptIS only.
+        """Embed an image once, for any number of calls of ``click``. AdaptIS only.
 
         Args:
             image: see ``predict``.
@@ -177,18 +180,18 @@ class Predictor:
             self._points = AdaptISPredictor(
                 self.model, resize=self.resize, input_format=self.input_format
             )
-        self._image = None  # a bad image does not leave the one before it
+        self._image = None  # a bad image must not leave the previous one set
         image = as_rgb(image, max_pixels=self.max_pixels)
         self._points.set_image(image)
         self._image = image
 
     def click(self, points: Any, labels: Sequence[int] | None = None) -> Result:
-        """The object at each point of the image that was set; one instance per point, in order.
+        """Find the object at each point of the current image; one instance per point, in order.
 
         Args:
-            points: x and y in pixels of the image; one point or a list of them.
-            labels: None, or for each point 1 (on the object) or 0 (not on it): then all points
-                are about one object, and there is one instance.
+            points: x and y in pixels of the image; one point or a list of points.
+            labels: None, or for each point 1 (on the object) or 0 (not on it). With labels, all
+                points refer to one object, and there is one instance.
 
         Raises:
             UserError: no image is set.
@@ -210,7 +213,7 @@ class Predictor:
         image = image_rgb if self.input_format == "RGB" else image_rgb[:, :, ::-1]
         transform = self.resize.get_transform(image)
         if isinstance(transform, T.ResizeTransform):
-            # a very long image would be left with no pixel across
+            # a very elongated image would be resized to a side of 0 pixels
             transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
         image = transform.apply_image(image).transpose(2, 0, 1)
         return torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32)
@@ -226,16 +229,18 @@ def load(
     """Load a trained model.
 
     Args:
-        source: the output folder of a training, a checkpoint in such a folder, a file of
-            ``solo-d2 export``, or a config: a yaml file, the name of a packaged one, or a config
-            object, which is not changed.
-        weights: of the model; by default those of the folder, or MODEL.WEIGHTS of the config.
-        opts: config keys and values in turn.
-        allow_pickle: load weights that can run code; only for files that you trust.
+        source: the output folder of a training run, a checkpoint, a file written by
+            ``solo-d2 export``, the name of a packaged model such as "nuclei", or a config: a yaml
+            file, the name of a packaged one, or a config object, which is not modified. For a
+            checkpoint, the config is config.yaml in its folder, or else the packaged config whose
+            model has the same tensors.
+        weights: a checkpoint; by default that of the folder, or MODEL.WEIGHTS of the config.
+        opts: config keys, each followed by its value.
+        allow_pickle: load weights that may run code; only for files that you trust.
 
     Raises:
-        UserError: a file is missing or wrong, the weights do not belong to the model or lack a part
-            of it, or the number of classes is unknown.
+        UserError: a file is missing or invalid, the weights do not fit the model or are incomplete,
+            or the number of classes is unknown.
         ValueError: the config has an unsupported value.
     """
     for path in (source, weights):
@@ -245,7 +250,7 @@ def load(
             return load_exported(path, allow_pickle=allow_pickle)
     cfg, file = _find(source, str(weights), opts)
     if not file:
-        raise UserError(f"no weights: give them, or set MODEL.WEIGHTS in the config ({source})")
+        raise UserError(f"no weights: pass them, or set MODEL.WEIGHTS in the config ({source})")
     use_available_device(cfg)
     checkpoint = load_weights_file(file, allow_pickle=allow_pickle)
     names = _trained_names(checkpoint)
@@ -287,34 +292,75 @@ def load_exported(path: str | Path, *, allow_pickle: bool = False) -> Predictor:
 
 
 def _find(source: str | Path | CfgNode, weights: str, opts: Sequence[str]) -> tuple[CfgNode, str]:
-    """(config, weights) of what ``load`` is given."""
+    """(config, weights) for the arguments of ``load``."""
     if isinstance(source, CfgNode):
         cfg = source.clone()
         cfg.defrost()
         cfg.merge_from_list(list(opts))
     else:
-        path = Path(source)
+        path = _packaged_model(source) or Path(source)
         if path.is_dir():
             source = path / "config.yaml"
             weights = weights or _last_weights(path)
         elif path.suffix not in (".yaml", ".yml"):
             if weights:
-                raise UserError(f"{path} is not a config, so it cannot go with weights {weights}")
+                raise UserError(f"{path} is not a config, so weights {weights} do not go with it")
             if not path.exists():
-                raise UserError(f"no run folder, checkpoint or config {path}")
+                raise UserError(
+                    f"no run folder, checkpoint or config {path}, nor a packaged model "
+                    f"({', '.join(packaged_models())})"
+                )
             source, weights = path.parent / "config.yaml", str(path)
             if not source.is_file():
-                raise UserError(
-                    f"there is no config.yaml beside {path}; name the config, and {path} as weights"
-                )
+                source = _packaged_config(path)
         cfg = load_config(str(source), opts=opts)
     return cfg, weights or cfg.MODEL.WEIGHTS
 
 
+def packaged_models() -> list[str]:
+    """Names of the trained models in the package, for ``load``."""
+    return sorted(path.parent.name for path in _MODELS.glob("*/config.yaml"))
+
+
+def _packaged_model(source: str | Path) -> Path | None:
+    """The folder of a packaged model, unless there is a run folder with that name."""
+    if str(source) in packaged_models() and not Path(source, "config.yaml").exists():
+        return _MODELS / source
+    return None
+
+
+def _packaged_config(file: Path) -> str:
+    """Name of the packaged config that a checkpoint without config.yaml belongs to."""
+    checkpoint = load_weights_file(file)
+    architecture = (checkpoint.get("solo_d2") or {}).get("architecture")
+    advice = f"there is no config.yaml beside {file}; give its config, and {file} as weights"
+    if architecture is None:
+        raise UserError(advice)
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in checkpoint["model"].items()
+        if not name.endswith(".num_batches_tracked")
+    }
+    fitting = [match for match in match_configs(shapes, architecture) if not match.differences]
+    models = {_inference_settings(match.config()) for match in fitting}
+    if len(models) != 1:
+        names = ", ".join(match.name for match in fitting)
+        raise UserError(f"{advice}. It fits {names or 'no packaged one'}")
+    return fitting[0].name
+
+
+def _inference_settings(cfg: CfgNode) -> str:
+    """The settings, besides the weights, that predictions depend on."""
+    model = cfg.MODEL.clone()
+    model.WEIGHTS = model.DEVICE = ""
+    sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
+    return f"{model} {sizes} {cfg.TEST.DETECTIONS_PER_IMAGE}"
+
+
 def _last_weights(folder: Path) -> str:
-    """The best, the final or the last checkpoint of a training."""
+    """The best, the final or the last checkpoint of a training run."""
     last = folder / "last_checkpoint"
-    names = ["model_best.pth", "model_final.pth"]
+    names = ["model_best.pth", "model_final.pth", "model.pth"]
     names += [last.read_text(encoding="utf-8").strip()] if last.is_file() else []
     for name in names:
         if (folder / name).is_file():
@@ -329,12 +375,12 @@ def _trained_names(checkpoint: dict[str, Any]) -> list[str] | None:
 
 
 def _dataset_metadata(cfg: CfgNode, *, needed: bool) -> Any:
-    """Metadata with class names of the config's data; None where they are not known."""
+    """Metadata with class names of the config's data; None if they are unknown."""
     if needed:
         try:
-            dataset_num_classes(cfg)  # loads a set that is registered, but was not loaded yet
+            dataset_num_classes(cfg)  # loads a set that is registered but not loaded yet
         except (ValueError, OSError):
-            pass  # not known, or not on this machine: the config may say the number
+            pass  # unknown, or not on this machine: the config may give the number
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         if MetadataCatalog.get(name).get("thing_classes"):
             return MetadataCatalog.get(name)

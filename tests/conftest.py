@@ -18,12 +18,12 @@ def _folder(variable: str, default: str) -> Path:
 
 
 def reference_folder() -> Path:
-    """Where the reference tables and goldens are; may not exist."""
+    """Folder of the reference tables and goldens; may not exist."""
     return _folder("SOLO_D2_REFERENCE", "../shared/reference")
 
 
 def data_folder() -> Path:
-    """Where the real images are; may not exist."""
+    """Folder of the real images; may not exist."""
     return _folder("SOLO_D2_DATA", "../shared/data")
 
 
@@ -93,7 +93,7 @@ def stand_in_weights(reference_dir):
 
 
 class LargestFloat(TorchDispatchMode):
-    """Within it: the bytes of the largest floating-point tensor that any operator returned."""
+    """Records the size in bytes of the largest floating-point tensor that an operator returned."""
 
     def __init__(self):
         super().__init__()

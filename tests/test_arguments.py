@@ -53,6 +53,7 @@ def test_a_file_with_the_name_of_a_section_is_an_input(tmp_path, monkeypatch):
     ("words", "message"),
     [
         (["a.jpg", "MODEL.DEVICE"], "config key MODEL.DEVICE has no value"),
+        (["SEED", "--typo", "3"], "config key SEED has no value"),
         (["a.jpg", "--typo"], "unrecognized arguments: --typo"),
     ],
 )

@@ -55,11 +55,11 @@ def test_a_file_with_code_is_refused_and_nothing_is_run(tmp_path, tag, place):
 @pytest.mark.parametrize(
     "text, complaint",
     [
-        ("", "does not map keys to values"),
-        ("just words", "does not map keys to values"),
-        ("- 1\n- 2", "does not map keys to values"),
+        ("", "not a mapping of keys to values"),
+        ("just words", "not a mapping of keys to values"),
+        ("- 1\n- 2", "not a mapping of keys to values"),
         ("MODEL: [", "expected"),
-        ('_BASE_: "broken.yaml"', "based on itself"),
+        ('_BASE_: "broken.yaml"', "its own _BASE_"),
         ('_BASE_: "nowhere.yaml"', "nowhere.yaml"),
         ("MODEL: 3\nVERSION: 2", "MODEL"),
         ("SOLVER: {MAX_ITER: many}\nVERSION: 2", "SOLVER.MAX_ITER"),

@@ -23,7 +23,7 @@ def load(name):
 
 
 def build(cfg, num_classes):
-    """On the meta device: no memory, no initial values, and no data set needs to exist."""
+    """Build on the meta device: no memory, no initial values, and no data set is needed."""
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     for key in num_classes_keys(cfg):
         cfg.merge_from_list([key, num_classes])

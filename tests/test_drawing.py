@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, and odd sizes."""
+"""Drawing: colors, places, and unusual sizes."""
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -118,7 +118,7 @@ def test_small_objects_are_drawn_over_large_ones():
 
 
 def label_pixels(height, width, boxes):
-    """What writing labels changes: (H, W) bool."""
+    """(H, W) bool: the pixels that labels change."""
     instances = predict(height, width, boxes)
     without, labeled = (
         draw_instances(gray(height, width), instances, NAMES, labels=x) for x in (False, True)
@@ -130,7 +130,7 @@ def test_a_label_stands_above_its_object_and_at_the_border_elsewhere_within_the_
     rows, columns = np.nonzero(label_pixels(200, 300, [(100, 80, 200, 160)]))
     assert rows.max() < 80 and rows.min() > 50
     assert columns.min() >= 100
-    # the whole image, and against each border: a label of the same size, nowhere cut
+    # the whole image, and at each border: a label of the same size, never cut off
     size = np.ptp(rows), np.ptp(columns)
     for box in [(0, 0, 300, 200), (0, 0, 30, 30), (290, 0, 300, 200), (0, 180, 300, 200)]:
         rows, columns = np.nonzero(label_pixels(200, 300, [box]))
@@ -138,7 +138,7 @@ def test_a_label_stands_above_its_object_and_at_the_border_elsewhere_within_the_
 
 
 def test_labels_leave_other_objects_visible():
-    """A dense scene: labels are left out rather than put over objects."""
+    """A dense scene: labels are omitted rather than drawn over objects."""
     boxes = [(x, y, x + 22, y + 22) for y in range(0, 240, 24) for x in range(0, 240, 24)]
     covered = label_pixels(240, 240, boxes)
     for x1, y1, x2, y2 in boxes:
@@ -200,6 +200,19 @@ def test_grid_takes_images_of_any_ratio_without_annotations_or_predictions(tmp_p
     grid = comparison_grid(records, predictions, NAMES, score_threshold=0.5, height=60)
     assert grid.shape[0] >= len(sizes) * 60
     assert grid.shape[1] <= 3 * 2 * 60 + 40
+
+
+@pytest.mark.parametrize("size", [(500, 333), (999, 17)])
+def test_grid_takes_masks_without_a_pixel_and_of_one_in_a_corner(tmp_path, size):
+    height, width = size
+    boxes = [(0, 0, 0, 0), (width - 1, height - 1, width, height)]
+    plain, drawn = (
+        comparison_grid(
+            [record(tmp_path, *size)], [predict(*size, b)], NAMES, score_threshold=0.5, height=64
+        )
+        for b in ([], boxes)
+    )
+    assert (plain != drawn).any()
 
 
 def test_grid_of_nothing_is_a_picture_too():

@@ -1,4 +1,4 @@
-"""Reading images: every kind becomes RGB of 8 bits, or is refused in one line."""
+"""Reading images: every kind becomes 8-bit RGB or is refused in one line."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def ramp(height=20, width=30, channels=3):
 
 def test_files_and_pil_images_are_turned_by_their_exif_data(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    exif[0x0112] = 6  # to be rotated clockwise by 90 degrees
     path = save(tmp_path / "turned.jpg", ramp(20, 30), exif=exif)
     with Image.open(path) as image:
         assert as_rgb(image).shape == as_rgb(path).shape == (30, 20, 3)

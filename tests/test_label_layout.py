@@ -1,4 +1,4 @@
-"""Labels of a picture: in the image, off each other, and next to nothing of an object hidden."""
+"""Labels lie inside the image, do not overlap, and hide almost nothing of an object."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -48,7 +48,7 @@ def test_a_free_object_gets_its_label_above_and_a_full_image_within():
 def test_the_place_that_hides_no_other_object_is_taken():
     owner = np.zeros((100, 200), int)
     owner[40:60, 50:120] = 1
-    owner[:40, :200] = 2  # above: would be allowed, but hides a little of this one
+    owner[:40, :200] = 2  # above: allowed, but hides a little of this object
     assert place_labels(owner, [(50, 40, 70, 20)], [np.zeros((10, 30))]) == [(50, 60)]
 
 

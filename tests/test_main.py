@@ -1,4 +1,4 @@
-"""The front door: which verbs there are, and what an unknown one gets."""
+"""The command line's verbs, and the error for an unknown one."""
 
 import importlib.util
 
@@ -16,7 +16,9 @@ def test_help_lists_every_verb_and_each_is_a_tool(monkeypatch, capsys):
         assert importlib.util.find_spec(f"solo_d2.tools.{verb}") is not None
 
 
-@pytest.mark.parametrize(("words", "message"), [(["draw"], "no verb 'draw'"), ([], "name a verb")])
+@pytest.mark.parametrize(
+    ("words", "message"), [(["draw"], "unknown verb 'draw'"), ([], "no verb given")]
+)
 def test_other_words_are_refused_with_the_list(monkeypatch, capsys, words, message):
     monkeypatch.setattr("sys.argv", ["solo-d2", *words])
     assert front.main() == 2

@@ -1,4 +1,4 @@
-"""The packaged configs, and the agreement of the published figures with the tables in configs/."""
+"""The packaged configs, and that the published figures agree with the tables in configs/."""
 
 import re
 from pathlib import Path

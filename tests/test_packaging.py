@@ -14,7 +14,7 @@ SOURCES = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", 
 
 
 def run(*words: str, folder: Path, **environment: str) -> str:
-    """Standard output of a Python command; a failing one is an error with all that it printed."""
+    """Standard output of a Python command; if it fails, the error shows all of its output."""
     ended = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
@@ -48,7 +48,7 @@ def wheel(sources):
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory):
-    """Runs a Python command with the installed wheel, in a folder without sources."""
+    """Run a Python command with the installed wheel, in a folder without sources."""
     folder = tmp_path_factory.mktemp("elsewhere")
     target = tmp_path_factory.mktemp("site-packages")
     pip = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target)]

@@ -1,4 +1,4 @@
-"""Three lines of Python: load, predict, save; for every way a model can be stored."""
+"""Load, predict and save, for every way a model can be stored."""
 
 import json
 
@@ -14,6 +14,7 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 import solo_d2
+from solo_d2.checkpoint.architecture import Match
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.config import load_config, use_available_device
 from solo_d2.errors import UserError
@@ -73,7 +74,7 @@ MODELS = {
 
 
 def make_run(folder, name):
-    """A run folder with config.yaml, final weights for two named classes, and nameless ones."""
+    """A run folder with config.yaml and final weights, for two named classes and without names."""
     text, key = MODELS[name]
     (folder / "config.yaml").write_text(f"VERSION: 2\n{text}")
     cfg = load_config(str(folder / "config.yaml"), opts=[key, "2"])
@@ -88,7 +89,7 @@ def make_run(folder, name):
 
 
 class Runs(dict):
-    """Name of a model -> its run folder, made when it is asked for."""
+    """Name of a model -> its run folder, created on first use."""
 
     def __init__(self, factory):
         self.factory = factory
@@ -132,7 +133,7 @@ def probe(*, min_size=32, max_size=64, input_format="RGB"):
     return Predictor(Probe(), resize=resize, input_format=input_format, names=["x"])
 
 
-# What the model is given
+# The input of the model
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (8, 20000), (8, 100000), (3000, 2)])
@@ -228,7 +229,7 @@ def test_instances_are_those_of_default_predictor(runs, photo):
     assert torch.equal(ours.pred_masks, theirs.pred_masks)
 
 
-# Where a model comes from
+# Sources of a model
 
 
 def test_run_folder_checkpoint_and_config_with_weights_are_the_same(runs, photo, monkeypatch):
@@ -245,13 +246,42 @@ def test_run_folder_checkpoint_and_config_with_weights_are_the_same(runs, photo,
 def test_the_best_checkpoint_of_a_run_is_taken_or_else_the_last(tmp_path):
     folder = make_run(tmp_path, "adaptis")
     (folder / "model_final.pth").rename(folder / "model_0000009.pth")
-    with pytest.raises(UserError, match="no checkpoint: none of model_best.pth, model_final.pth"):
+    with pytest.raises(
+        UserError, match=r"no checkpoint: none of model_best\.pth, model_final\.pth"
+    ):
         load(folder)
     (folder / "last_checkpoint").write_text("model_0000009.pth")
     assert load(folder).names == ["disc", "bar"]
     (folder / "model_best.pth").write_text("broken")
     with pytest.raises(UserError, match=r"model_best\.pth"):
         load(folder)
+
+
+def test_a_bare_checkpoint_finds_its_packaged_config(tmp_path):
+    def save(name, *opts):
+        sets = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()", *opts]
+        model = build_model(load_config(name, opts=sets))
+        Checkpointer(model, str(tmp_path), thing_classes=["a", "b"]).save("model")
+
+    file = tmp_path / "model.pth"
+    save("quick/solov2_shapes.yaml", "MODEL.SOLO.NUM_CLASSES", "2")
+    predictor = load(file)
+    assert predictor.names == ["a", "b"] and type(predictor.model).__name__ == "SOLOv2"
+    assert predictor._resize.short_edge_length == (128, 128)
+    save("quick/solov2_shapes.yaml", "MODEL.SOLO.NUM_CLASSES", "2", "MODEL.SOLO.CONV_DIM", "32")
+    with pytest.raises(UserError, match=r"no config\.yaml beside .* It fits no packaged one"):
+        load(file)
+
+
+def test_a_checkpoint_that_fits_configs_with_other_settings_is_refused(tmp_path, monkeypatch):
+    torch.save(
+        {"model": {"x": torch.zeros(1)}, "solo_d2": {"architecture": "SOLOv2"}},
+        tmp_path / "model.pth",
+    )
+    fitting = [Match(f"SOLOv2/SOLOv2_{x}_3x.yaml", 80, 0) for x in ("R50", "Light_448_R50")]
+    monkeypatch.setattr("solo_d2.predictor.match_configs", lambda *args: fitting)
+    with pytest.raises(UserError, match="fits SOLOv2/SOLOv2_R50_3x.yaml, SOLOv2/SOLOv2_Light_448"):
+        load(tmp_path / "model.pth")
 
 
 def test_the_config_is_not_changed(runs):
@@ -291,15 +321,16 @@ def test_names_come_from_the_data_set_where_the_checkpoint_has_none(runs):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none.pth", r"no run folder, checkpoint or config .*none\.pth"),
+        ("none.pth", r"no run folder, checkpoint or config .*none\.pth, nor .*nuclei"),
         ("none.yaml", r"none\.yaml"),
         ("alone/model.pth", r"no config\.yaml beside .*model\.pth"),
-        ("alone", r"alone holds no checkpoint"),
+        ("empty", r"empty holds no checkpoint"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, source, message):
     (tmp_path / "alone").mkdir()
-    (tmp_path / "alone" / "model.pth").touch()
+    (tmp_path / "empty").mkdir()
+    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "alone" / "model.pth")
     with pytest.raises(UserError, match=message):
         load(tmp_path / source)
 

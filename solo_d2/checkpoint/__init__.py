@@ -1,4 +1,4 @@
-"""Checkpoints: loading any file safely, saving whole files, converting those of other projects."""
+"""Checkpoints: safe loading, atomic saving, and conversion of other projects' files."""
 
 from .checkpointer import Checkpointer, build_checkpointer
 from .load import load_weights_file

@@ -1,4 +1,4 @@
-"""Which packaged config has a model with the tensors of a file."""
+"""Finding the packaged configs whose models have the tensors of a file."""
 
 import re
 from collections import Counter
@@ -36,12 +36,12 @@ def match_configs(
     lacking: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> list[Match]:
-    """The packaged configs that fit a state dict, or the nearest one where none does.
+    """The packaged configs that fit a state dict, or the closest one if none fits.
 
     Args:
-        shapes: of the state dict, under our names.
+        shapes: shapes of the state dict, under our names.
         architecture: the meta-architecture.
-        lacking: patterns of whole names that the state dict need not have.
+        lacking: patterns for whole names that the state dict may lack.
         settings: config keys and values. Configs with other values are returned only if no config
             with these values fits.
     """
@@ -60,7 +60,7 @@ def match_configs(
 
 
 def differing_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that ``cfg`` has other values for."""
+    """The settings for which ``cfg`` has other values."""
     return {key: value for key, value in settings.items() if get_value(cfg, key) != value}
 
 
@@ -71,7 +71,7 @@ def fit_num_classes(cfg: CfgNode, shapes: Shapes) -> int:
 
 
 def config_with_classes(cfg: CfgNode, num_classes: int) -> CfgNode:
-    """A copy for so many classes, whatever data sets are named in it."""
+    """A copy with this number of classes, regardless of the data sets it names."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
@@ -81,7 +81,7 @@ def config_with_classes(cfg: CfgNode, num_classes: int) -> CfgNode:
 
 
 def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's state dict, from a model without memory for its numbers."""
+    """Names and shapes of a model's state dict, from a model on the meta device."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -127,10 +127,10 @@ def _match(name: str, shapes: Shapes, differing_names: int) -> Match:
 
 
 def _fit(shapes: Shapes, two: Shapes, three: Shapes) -> tuple[int, int]:
-    """Compare with a model's shapes for 2 and for 3 classes, which show how they depend on that.
+    """Compare with a model's shapes for 2 and 3 classes, which show how they depend on the number.
 
     Returns:
-        The number of classes that explains most of the shapes, and how many others there are.
+        The number of classes that explains most of the shapes, and how many it does not explain.
     """
     explained: Counter[int | None] = Counter()  # number of classes -> tensors
     for key in two.keys() & shapes.keys():
@@ -144,7 +144,7 @@ def _fit(shapes: Shapes, two: Shapes, three: Shapes) -> tuple[int, int]:
 def num_classes_of(
     shape: tuple[int, ...], two: tuple[int, ...], three: tuple[int, ...]
 ) -> int | None:
-    """The number of classes for which a tensor has this shape; None: it never has."""
+    """The number of classes for which a tensor has this shape; None if there is none."""
     if len(shape) != len(two):
         return None
     found = set()

@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, made safe against kills, wrong files and files with code."""
+"""Detectron2's checkpointer, made safe against kills, wrong files and files that run code."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from solo_d2.errors import UserError, one_line
 from solo_d2.files import atomic_write
 
-from .fit import belongs, counted, describe_shapes, listed, nonfinite
+from .fit import belongs, counted, describe_shapes, listed, nonfinite, wrong_types
 from .load import adapt_to_model, load_weights_file
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Saves whole files only, loads them without running code, and refuses those of other models.
+    """Saves atomically, loads files without running code, and refuses those of other models.
 
-    Training starts from whatever fits: ImageNet weights of the backbone, or a checkpoint for other
-    classes, whose class layers are left out and named. Under "solo_d2" a saved file has the names
-    of the architecture and of the classes.
+    Training starts from all tensors that fit: ImageNet weights of the backbone, or a checkpoint for
+    other classes, whose class layers are skipped and named in the log. Saved files have the names
+    of the architecture and of the classes under "solo_d2".
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class Checkpointer(DetectionCheckpointer):
         """
         Args:
             model: may be wrapped for distributed training.
-            save_dir: of the checkpoints; "" saves none.
-            thing_classes: names of the classes that the model is for; None: not known.
-            require_complete: refuse files that lack a tensor of the model, as prediction and
-                evaluation need it. Resuming a training always requires all of them.
+            save_dir: folder of the checkpoints; "" saves none.
+            thing_classes: names of the model's classes; None: unknown.
+            require_complete: refuse files that lack a tensor of the model; for prediction and
+                evaluation. Resuming a training run always requires all of them.
             allow_pickle: also load files that may run code.
-            save_to_disk: by default in the main process only.
-            checkpointables: see Detectron2.
+            save_to_disk: by default only in the main process.
+            checkpointables: see Detectron2's ``Checkpointer``.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.thing_classes = None if thing_classes is None else list(thing_classes)
@@ -66,7 +66,7 @@ class Checkpointer(DetectionCheckpointer):
         weights = self.model.state_dict()
         if bad := nonfinite(weights):
             raise UserError(
-                f"checkpoint {path} is not written: values are inf or NaN in {listed(bad)}"
+                f"checkpoint {path} is not written: there are inf or NaN values in {listed(bad)}"
             )
         architecture = type(self.model).__name__
         data = {
@@ -88,12 +88,12 @@ class Checkpointer(DetectionCheckpointer):
         """Load a file or URL into the model; see Detectron2.
 
         Returns:
-            What else the file holds.
+            The other entries of the file.
 
         Raises:
             FileNotFoundError: there is no such file.
             UserError: it cannot be read, belongs to another architecture, has weights that are
-                infinite or NaN, or is incomplete where it must be complete; one line.
+                infinite or NaN, or is incomplete but must be complete; the message is one line.
         """
         if not path:
             if self.require_complete:
@@ -115,11 +115,14 @@ class Checkpointer(DetectionCheckpointer):
         complete = self.require_complete or bool(resumed)
         self._load_weights(path, weights, checkpoint.get("solo_d2") or {}, complete=complete)
         for key in resumed:
+            state, own = checkpoint.pop(key), self.checkpointables[key].state_dict()
+            if wrong := next(wrong_types(state, own, key), ""):
+                raise UserError(f"weights {path}: its {wrong}")
             try:
-                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+                self.checkpointables[key].load_state_dict(state)
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(
-                    f"weights {path}: its {key!r} is not of this training ({one_line(error)})"
+                    f"weights {path}: its {key!r} is not from this training run ({one_line(error)})"
                 ) from error
         return checkpoint
 
@@ -134,13 +137,13 @@ class Checkpointer(DetectionCheckpointer):
         }
         fitting = {name: tensor for name, tensor in weights.items() if name not in shapes}
         if bad := nonfinite(fitting):
-            raise UserError(f"weights {path}: values are inf or NaN in {listed(bad)}")
+            raise UserError(f"weights {path}: there are inf or NaN values in {listed(bad)}")
+        origin = f" (saved from {saved['architecture']})" if saved.get("architecture") else ""
         if not belongs(fitting, weights, model):
-            origin = f" (saved from {saved['architecture']})" if saved.get("architecture") else ""
             raise UserError(
-                f"weights {path}{origin} are not of {type(self.model).__name__}: hardly any tensor "
-                f"fits; the first in the file is {next(iter(weights))}, the first in the model "
-                f"{next(iter(model))}"
+                f"weights {path}{origin} are not for {type(self.model).__name__}: hardly any "
+                f"tensor fits; the first in the file is {next(iter(weights))}, the first in the "
+                f"model {next(iter(model))}"
             )
         missing, unused = self.model.load_state_dict(fitting, strict=False)
         parameters = {name for name, _ in self.model.named_parameters()}
@@ -152,14 +155,15 @@ class Checkpointer(DetectionCheckpointer):
             differences.append(describe_shapes(shapes, len(names or ()), len(ours or ())))
         if differences + missing and complete:
             differences += [f"the file lacks {listed(missing)}"] if missing else []
-            raise UserError(f"weights {path} do not fit the model: {'; '.join(differences)}")
+            kind = type(self.model).__name__
+            raise UserError(f"weights {path}{origin} do not fit {kind}: {'; '.join(differences)}")
         unused = [name for name in unused if not name.endswith("num_batches_tracked")]
         for what, of in (("not in the file", missing), ("not in the model", unused)):
             differences += [f"{what}: {counted(of)}"] if of else []
         if differences:
-            self.logger.warning(f"Weights {path} fit in part: {'; '.join(differences)}")
+            self.logger.warning(f"Weights {path} fit only in part: {'; '.join(differences)}")
         if names and ours and len(names) == len(ours) and names != ours:
-            self.logger.warning(f"{path} was trained for the classes {names}; here they are {ours}")
+            self.logger.warning(f"{path} was trained for the classes {names}; the model has {ours}")
 
 
 def build_checkpointer(
@@ -173,7 +177,7 @@ def build_checkpointer(
     """A checkpointer in OUTPUT_DIR that knows the classes of the config's data.
 
     Args:
-        cfg: of the model.
+        cfg: config of the model.
         model, require_complete, allow_pickle, checkpointables: see ``Checkpointer``.
     """
     sets = [name for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if isinstance(name, str)]

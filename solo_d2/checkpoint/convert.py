@@ -1,4 +1,4 @@
-"""Converting a published checkpoint: every tensor gets its place, or an error names it."""
+"""Converting a published checkpoint: every tensor finds its place, or an error names it."""
 
 import re
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ from .sources import Source
 
 
 def find_configs(weights: Mapping[str, Tensor], source: Source) -> list[Match]:
-    """The packaged configs that a published state dict is for.
+    """The packaged configs that a published state dict fits.
 
     Args:
         weights: a published state dict.
         source: its layout.
 
     Raises:
-        UserError: it fits none; the message names the nearest one and the tensors that differ.
+        UserError: it fits none; the message names the closest one and the tensors that differ.
     """
     shapes = _shapes(convert(weights, source))
     matches = match_configs(
@@ -32,7 +32,9 @@ def find_configs(weights: Mapping[str, Tensor], source: Source) -> list[Match]:
         try:
             _check(shapes, source, nearest.config())
         except UserError as error:
-            raise UserError(f"fits no packaged config; in {nearest.name}, {error}") from None
+            raise UserError(
+                f"fits no packaged config; compared with {nearest.name}, {error}"
+            ) from None
     return matches
 
 
@@ -44,7 +46,7 @@ def convert_checkpoint(
     Args:
         weights: a published state dict.
         source: its layout.
-        cfg: of the model; its number of classes must be that of the weights.
+        cfg: config of the model; its number of classes must be that of the weights.
 
     Raises:
         UserError: tensors are unused or missing, or have another shape; all are named.

@@ -1,7 +1,8 @@
-"""How the tensors of a file fit those of a model, in numbers and in words."""
+"""Comparing the tensors of a file with those of a model, and describing the differences."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -11,10 +12,10 @@ Shape = tuple[int, ...]
 def belongs(
     fitting: Mapping[str, Tensor], weights: Mapping[str, Tensor], model: Mapping[str, Tensor]
 ) -> bool:
-    """Whether something of the heads fits, or half of the file or of the model's backbone.
+    """Whether a file is for this model: a head tensor fits, or half of the file or the backbone.
 
     Args:
-        fitting: tensors of the file, without those whose shape is another one in the model.
+        fitting: tensors of the file, without those that have another shape in the model.
         weights: all tensors of the file.
         model: state dict of the model.
     """
@@ -27,18 +28,18 @@ def belongs(
 
 
 def describe_shapes(shapes: Mapping[str, tuple[Shape, Shape]], in_file: int, in_model: int) -> str:
-    """Name the tensors of another shape, and the numbers of classes where these are the reason.
+    """Name the tensors with different shapes, and the numbers of classes if these are the reason.
 
     Args:
         shapes: name -> shapes in the file and in the model.
-        in_file, in_model: numbers of classes; 0: not known.
+        in_file, in_model: numbers of classes; 0: unknown.
     """
     in_file = in_file or _num_classes(shapes, in_model)
     reason = ""
     if in_file and in_model and in_file != in_model:
         reason = f"the file is for {in_file} classes, the model for {in_model}; "
     each = [f"{name} {theirs} instead of {ours}" for name, (theirs, ours) in shapes.items()]
-    return f"{reason}of another shape: {listed(each)}"
+    return f"{reason}different shapes: {listed(each)}"
 
 
 def _num_classes(shapes: Mapping[str, tuple[Shape, Shape]], in_model: int) -> int:
@@ -49,12 +50,34 @@ def _num_classes(shapes: Mapping[str, tuple[Shape, Shape]], in_model: int) -> in
         return 0
     if ours[0] == in_model + 1:  # a last output for the background
         return theirs[0] - 1
-    per_class, rest = divmod(ours[0], in_model)  # several where there are anchors or boxes
+    per_class, rest = divmod(ours[0], in_model)  # several outputs per class: anchors or boxes
     return 0 if rest or theirs[0] % per_class else theirs[0] // per_class
 
 
+def wrong_types(found: Any, own: Any, name: str) -> Iterator[str]:
+    """What a saved state has of another type than the own state has under the same name.
+
+    Args:
+        found: a state dict from a file, or an entry of one.
+        own: what it would replace; an entry that is None says nothing about types.
+        name: of it, for the messages.
+    """
+    if own is None:
+        return
+    if isinstance(own, Mapping) and isinstance(found, Mapping):
+        for key in own.keys() & found.keys():
+            yield from wrong_types(found[key], own[key], f"{name}.{key}")
+    elif isinstance(own, list) and isinstance(found, list):
+        if len(own) != len(found):
+            yield f"{name} has {len(found)} entries, not {len(own)}"
+        for index, pair in enumerate(zip(found, own)):
+            yield from wrong_types(*pair, f"{name}[{index}]")
+    elif not isinstance(found, (int, float) if type(own) is float else type(own)):
+        yield f"{name} is of type {type(found).__name__}, not {type(own).__name__}"
+
+
 def nonfinite(weights: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors with a value that is infinite or NaN."""
+    """Names of the tensors that have an infinite or NaN value."""
     return [
         name
         for name, tensor in weights.items()

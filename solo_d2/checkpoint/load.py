@@ -1,4 +1,4 @@
-"""Reading checkpoints without running code from them, and fitting their names to a model."""
+"""Reading checkpoints without running code from them, and adapting their names to a model."""
 
 import logging
 import pickle
@@ -14,12 +14,12 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from solo_d2.errors import UserError, one_line
+from solo_d2.errors import UnsafeFileError, UserError, one_line
 
 from .rename_rules import find_new_name, is_dropped, join, recognize
 
 _MULTIARRAYS = ("numpy.core.multiarray", "numpy._core.multiarray")
-# The pickled arrays of Detectron2's model zoo consist of these; none of them can start anything.
+# The pickled arrays of Detectron2's model zoo consist of these; none of them runs foreign code.
 _PLAIN_GLOBALS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
@@ -27,7 +27,7 @@ _PLAIN_GLOBALS = {
     ("numpy", "dtype"),
     *((module, name) for module in _MULTIARRAYS for name in ("_reconstruct", "scalar")),
 }
-# How files of torch.save begin, now and before PyTorch 1.6. Other files are plain pickles.
+# The first bytes of files of torch.save, now and before PyTorch 1.6. Other files are plain pickles.
 _TORCH_STARTS = (
     b"PK\x03\x04",
     *(pickle.dumps(0x1950A86A20F9469CFC6C, protocol) for protocol in range(2, 6)),
@@ -38,9 +38,9 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
     """Read a checkpoint to the CPU without running code from it.
 
     Args:
-        path: a file of PyTorch, or a pickle of Detectron2's or Detectron1's model zoo, whatever its
+        path: a PyTorch file, or a pickle of Detectron2's or Detectron1's model zoo, with any
             suffix; also a name that Detectron2's path manager knows.
-        allow_pickle: load whatever the file holds, which may run code from it.
+        allow_pickle: load any content, which may run code from the file.
 
     Returns:
         The file's dict with the flat state dict under "model", whether the file had it there, under
@@ -49,7 +49,8 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
 
     Raises:
         FileNotFoundError: there is no such file.
-        UserError: it holds more than weights, is damaged, or is no checkpoint; one line, naming it.
+        UserError: it holds more than weights, is damaged, or is not a checkpoint; the message is
+            one line and names the file.
     """
     try:
         local = Path(PathManager.get_local_path(str(path)))
@@ -60,9 +61,8 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
     try:
         content = _read(local, allow_pickle)
     except _NeedsCode as error:
-        raise UserError(
-            f"weights {path}: reading it may run code from it ({error}); if you trust it, predict "
-            "and convert read it with --allow-pickle"
+        raise UnsafeFileError(
+            f"weights {path}: loading it may run code from it ({error})"
         ) from None
     except OSError:
         raise
@@ -76,7 +76,7 @@ def load_weights_file(path: str | Path, *, allow_pickle: bool = False) -> dict[s
 
 
 def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> dict[str, Any]:
-    """Rename the tensors of a foreign file to a model's names.
+    """Rename the tensors of another project's file to a model's names.
 
     Recognized layouts are torchvision's ResNet and MobileNetV2 (for the bottom-up backbone,
     wherever the model has it) and the published checkpoints of ``sources.SOURCES``. The tensors of
@@ -87,7 +87,7 @@ def adapt_to_model(state_dict: Mapping[str, Any], model_keys: Iterable[str]) -> 
         model_keys: all names of the model's state dict.
 
     Returns:
-        A new dict. Tensors that the layout's table drops, such as a classifier, are left out and
+        A new dict. Tensors that the layout's table drops, such as a classifier, are omitted and
         logged once. Unknown names are kept, so that the checkpointer reports them.
     """
     keys = set(model_keys)
@@ -135,7 +135,7 @@ def _read(path: Path, allow_pickle: bool) -> Any:
             return _from_model_zoo(unpickler(file, encoding="latin1").load())  # Python 2 wrote many
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a file that they warn about is refused below
+            warnings.simplefilter("ignore")  # files that cause warnings are refused below
             content = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
         unknown = re.search(r"GLOBAL (\S+)", str(error))
@@ -152,7 +152,7 @@ def _read(path: Path, allow_pickle: bool) -> Any:
 
 
 def _from_model_zoo(content: Any) -> Any:
-    """A pickle of Detectron2, or else of Caffe2 (Detectron1), as Detectron2 reads it."""
+    """A pickle of Detectron2 or of Caffe2 (Detectron1), as Detectron2 reads it."""
     if not isinstance(content, dict) or "model" in content:
         return content
     blobs = content.get("blobs", content)
@@ -178,12 +178,14 @@ def _with_state_dict(content: Any, path: str | Path) -> dict[str, Any]:
             value = torch.from_numpy(np.array(value))
         if not isinstance(value, Tensor):
             raise UserError(f"weights {path}: {name} is a {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise UserError(f"weights {path}: {name} is sparse, quantized or complex")
         tensors[name] = value
     return {**checkpoint, "model": tensors}
 
 
 def _check_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse wrong types in what our checkpointer writes beside the tensors."""
+    """Refuse entries of wrong types among those that our checkpointer adds to the tensors."""
     saved = checkpoint.get("solo_d2")
     entries = [("iteration", checkpoint.get("iteration"), int), ("solo_d2", saved, dict)]
     if isinstance(saved, dict):

@@ -1,4 +1,4 @@
-"""Renaming the tensors of other projects to our names, by the tables of ``sources``.
+"""Renaming the tensors of other projects to our names, with the tables in ``sources``.
 
 A name without a rule is an error; no name is guessed.
 """
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 def recognize(names: Iterable[str]) -> Source | None:
-    """The layout whose signature one of the names matches; None if there is none."""
+    """The layout whose signature matches one of the names; None if there is none."""
     names = list(names)
     for source in SOURCES.values():
         if any(re.match(source.signature, name) for name in names):
@@ -52,7 +52,7 @@ def is_dropped(name: str, source: Source) -> bool:
 
 
 def join(state_dict: Mapping[str, Value], source: Source) -> dict[str, Value]:
-    """The same tensors, with those concatenated that the layout stores in several pieces."""
+    """The same tensors, after concatenating those that the layout stores in several pieces."""
     joined: dict[str, Value] = {}
     pieces: dict[str, list[str]] = {}
     for name, value in state_dict.items():
@@ -72,14 +72,14 @@ def convert(state_dict: Mapping[str, Value], source: Source | None = None) -> di
 
     Args:
         state_dict: name -> tensor.
-        source: their layout; None: recognize it by the names.
+        source: their layout; None: recognize it from the names.
 
     Raises:
         UserError: the layout is unknown, a name has no rule, or two tensors get the same name.
     """
     source = source or recognize(state_dict)
     if source is None:
-        raise UserError(f"the names are of none of the layouts {', '.join(SOURCES)}")
+        raise UserError(f"the names match none of the layouts {', '.join(SOURCES)}")
     state_dict = join(state_dict, source)
     origin: dict[str, str] = {}
     unused = []
@@ -90,9 +90,9 @@ def convert(state_dict: Mapping[str, Value], source: Source | None = None) -> di
         if renamed is None:
             unused.append(name)
         elif renamed in origin:
-            raise UserError(f"both {origin[renamed]} and {name} are named {renamed} here")
+            raise UserError(f"both {origin[renamed]} and {name} would be renamed to {renamed}")
         else:
             origin[renamed] = name
     if unused:
-        raise UserError(f"unused, the layout {source.name} has no such names: {', '.join(unused)}")
+        raise UserError(f"unused, layout {source.name} has no such names: {', '.join(unused)}")
     return {renamed: state_dict[name] for renamed, name in origin.items()}

@@ -1,4 +1,4 @@
-"""Data sets and the mapper. Importing this package registers sets whose names are not taken."""
+"""Data sets and the mapper. Importing this package registers data sets under names still free."""
 
 from .catalog import is_free, register_coco_json, register_named_sets
 from .mapper import InstanceMapper

@@ -1,4 +1,4 @@
-"""One entry of a COCO json: values of any type that tools write, masks, boxes."""
+"""Reading one annotation of a COCO json: values of the types that tools write, masks, boxes."""
 
 import math
 import re
@@ -7,36 +7,36 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
-# Polygons are drawn in time and memory that grow with their circumference, in or out of the image.
+# Drawing a polygon takes time and memory proportional to its perimeter, also outside the image.
 _LARGEST_COORDINATE = 1e6
 # A box is replaced if its IoU with its mask's box is lower and a side is off by more pixels.
 _BOX_IOU, _BOX_TOLERANCE = 0.5, 2.0
 
 
 class DataError(ValueError):
-    """An entry of a json without a single meaning; the message is one line."""
+    """A json entry that is ambiguous or meaningless; the message is one line."""
 
     def __init__(self, what: str, message: str):
         """
         Args:
             what: the kind of error, in the plural.
-            message: what is wrong with this one.
+            message: what is wrong with this entry.
         """
         super().__init__(message)
         self.what = what
 
 
 def show(value: Any) -> str:
-    """A value as in Python, so that '1' is not 1, cut to a readable length."""
+    """A value as in Python, so that '1' differs from 1, shortened to a readable length."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-# --- values; None is what does not convert without loss
+# --- values; None if a value cannot be converted without loss
 
 
 def number(value: Any) -> int | float | None:
-    """A finite number, also one that is written as a text."""
+    """A finite number, also if it is written as text."""
     if isinstance(value, str) and re.fullmatch(r"\s*[-+]?[0-9.]{1,40}(e[-+]?[0-9]+)?\s*", value):
         try:
             value = float(value)
@@ -53,14 +53,14 @@ def whole(value: Any) -> int | None:
 
 
 def identity(value: Any) -> int | str | None:
-    """An id: 3.0 and "3" are 3; "03" stays a text of its own."""
+    """An id: 3.0 and "3" are read as 3; "03" stays text."""
     if isinstance(value, str):
         return int(value) if re.fullmatch(r"0|-?[1-9][0-9]{0,15}", value) else value or None
     return whole(value)
 
 
 def flag(value: Any) -> int | None:
-    """0 or 1 from the ways in which tools write "iscrowd"; some write -1 for unknown."""
+    """0 or 1 from "iscrowd" as various tools write it; some write -1 for unknown."""
     if isinstance(value, str):
         value = {"false": 0, "true": 1, "": 0}.get(value.strip().lower(), value)
     found = int(value) if isinstance(value, bool) else whole(value)
@@ -68,7 +68,7 @@ def flag(value: Any) -> int | None:
 
 
 def mask_of(value: Any, height: int, width: int, repairs: list[str]) -> tuple[Any, str]:
-    """(segmentation, ""), or (None, why there is none); what is changed is added to repairs."""
+    """(segmentation, ""), or (None, why there is none); changes are added to ``repairs``."""
     if not value:
         return None, "no segmentation"
     if isinstance(value, dict):
@@ -80,18 +80,20 @@ def mask_of(value: Any, height: int, width: int, repairs: list[str]) -> tuple[An
     if not mask_util.area(to_rle(good, height, width)):
         return None, "polygons that cover no pixel"
     if len(good) < len(polygons):
-        repairs.append("masks with a degenerate polygon, left out of them")
+        repairs.append("masks with a degenerate polygon, which is removed")
     return good, ""
 
 
 def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
-    """[[x, y, x, y, ...], ...] from this form, or with points in pairs, or of one polygon."""
-    wrong = DataError("annotations of another format", "segmentation is no list of polygons or RLE")
+    """[[x, y, x, y, ...], ...] from that form, from points in pairs, or from a single polygon."""
+    wrong = DataError(
+        "annotations in another format", "segmentation is neither a list of polygons nor an RLE"
+    )
     if not isinstance(value, list):
         raise wrong
     if not any(isinstance(x, (list, dict)) for x in value):  # the numbers of one polygon
         value = [value]
-        repairs.append("polygons without a list around them, put into one")
+        repairs.append("polygons without an enclosing list, which is added")
     elif len(value) >= 3 and all(isinstance(x, list) and len(x) == 2 for x in value):
         if not any(isinstance(c, list) for x in value for c in x):  # the points of one polygon
             value = [value]
@@ -107,16 +109,16 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
             if None in numbers:
                 bad = polygon[numbers.index(None)]
                 raise DataError(
-                    "polygons whose coordinates are no numbers",
-                    f"segmentation has the coordinate {show(bad)}, which is no number of pixels",
+                    "polygons whose coordinates are not numbers",
+                    f"segmentation has the coordinate {show(bad)}, which is not a number of pixels",
                 )
             polygon = numbers
             repairs.append("polygons whose coordinates are texts, converted")
         for c in polygon:
             if not abs(c) <= _LARGEST_COORDINATE:  # NaN too
                 raise DataError(
-                    "polygons whose coordinates are no numbers",
-                    f"segmentation has the coordinate {show(c)}, which is no number of pixels",
+                    "polygons whose coordinates are not numbers",
+                    f"segmentation has the coordinate {show(c)}, which is not a number of pixels",
                 )
         result.append(polygon)
     return result
@@ -125,14 +127,14 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
 def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any, str]:
     size, counts = value.get("size"), value.get("counts")
     if not isinstance(size, list) or not isinstance(counts, (list, str)):
-        raise DataError("annotations of another format", "segmentation has no size and counts")
+        raise DataError("annotations in another format", "segmentation has no size and counts")
     if [whole(side) for side in size] != [height, width]:
         raise DataError(
-            "masks (RLE) of another size than their image",
+            "masks (RLE) with another size than their image",
             f"segmentation has the size {show(size)}, but the image has [{height}, {width}]",
         )
     runs = [whole(c) for c in counts] if isinstance(counts, list) else _decompress(counts)
-    # pycocotools fills what a truncated RLE leaves open with whatever is in memory
+    # pycocotools fills the missing part of a truncated RLE with uninitialized memory
     numbers = [run for run in runs if run is not None and run >= 0]
     if len(numbers) < len(runs) or sum(numbers) != height * width:
         raise DataError(
@@ -143,34 +145,36 @@ def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any,
         return None, "an empty mask"
     integers = isinstance(counts, str) or {*map(type, counts)} == {int}
     if not integers or {*map(type, size)} != {int}:
-        repairs.append("masks (RLE) whose numbers are no integers, converted")
+        repairs.append("masks (RLE) whose numbers are not integers, converted")
         counts = counts if isinstance(counts, str) else numbers
     return value | {"size": [height, width], "counts": counts}, ""
 
 
 def _decompress(counts: str) -> list[int | None]:
-    """The runs of a compressed RLE: five bits a character; the fourth and later as differences."""
-    runs: list[Any] = []
-    value = shift = 0
-    for character in counts:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64:
-            return [None]
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:  # more to come
-            continue
-        if bits & 16:  # the sign
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return [None] if shift else runs  # ends within a number
+    """The runs of a compressed RLE: five bits per character; from the fourth on, differences.
+
+    [None] if the text is not a compressed RLE.
+    """
+    bits = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(bits & 32 == 0)  # the others have more to come
+    if not len(ends) or ends[-1] != len(bits) - 1 or bits.min() < 0 or bits.max() > 63:
+        return [None]
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 8:  # more bits than any run needs
+        return [None]
+    shifts = 5 * (np.arange(len(bits)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((bits & 31) << shifts, starts)
+    runs -= np.where(bits[ends] & 16, 1 << (5 * lengths), 0)  # the sign
+    for parity in (1, 2):
+        runs[parity::2] = runs[parity::2].cumsum()
+    return runs.tolist()
 
 
 def box_of(
     value: Any, mask_box: list[float] | None, height: int, width: int, repairs: list[str]
 ) -> list[float] | None:
-    """[x, y, width, height]: as stated, or from the mask; None where there is neither."""
+    """[x, y, width, height]: as stated, or from the mask; None if there is neither."""
     box = _box_in_image(value, height, width)
     if mask_box is None:
         if box is None:
@@ -179,11 +183,13 @@ def box_of(
         left, top = max(x, 0), max(y, 0)
         clipped = [left, top, min(x + w, width) - left, min(y + h, height) - top]
         if np.abs(np.subtract(clipped, box)).max() > 1e-3:
-            repairs.append("boxes that leave the image, clipped")
+            repairs.append("boxes that extend beyond the image, clipped")
             return clipped
         return box
     if box is None:
-        state = "missing" if value is None else "that are no [x, y, width, height] in the image"
+        state = (
+            "missing" if value is None else "that are not [x, y, width, height] inside the image"
+        )
         repairs.append(f"boxes {state}, taken from the masks")
         return mask_box
     if _are_unlike(box, mask_box):
@@ -195,7 +201,7 @@ def box_of(
 
 
 def box_of_mask(segmentation: Any, rle: dict) -> list[float]:
-    """[x, y, width, height] around the corners of polygons, as in COCO, or the pixels of an RLE."""
+    """[x, y, width, height] around the vertices of polygons, as in COCO, or an RLE's pixels."""
     if isinstance(segmentation, list):
         height, width = rle["size"]
         corners = np.concatenate([np.asarray(p, dtype=float).reshape(-1, 2) for p in segmentation])
@@ -206,7 +212,7 @@ def box_of_mask(segmentation: Any, rle: dict) -> list[float]:
 
 
 def _box_in_image(value: Any, height: int, width: int) -> list[float] | None:
-    """Four numbers of which there is an area in the image, else None."""
+    """Four numbers of a box with an area inside the image, else None."""
     if not isinstance(value, list) or len(value) != 4:
         return None
     box = [n for n in map(number, value) if n is not None]

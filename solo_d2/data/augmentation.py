@@ -1,7 +1,7 @@
-"""What ``cfg.INPUT`` does to an image and its annotations, before any model sees them.
+"""The augmentations that ``cfg.INPUT`` selects.
 
 Detectron2's crop, resize and flip; or the augmentation of SSD (arXiv 1512.02325) with YOLACT's
-published parameters. Random numbers are numpy's global ones, as in Detectron2.
+published parameters. Random numbers come from numpy's global state, as in Detectron2.
 """
 
 # Detectron2's augmentations use numpy's legacy global state.
@@ -16,7 +16,7 @@ from detectron2.data import transforms as T
 
 KINDS = ("default", "ssd")
 
-# RGB; of ImageNet, as published
+# RGB; the mean color of ImageNet, as published
 _CANVAS_COLOR = (124, 117, 104)
 _MAX_EXPAND = 4.0
 
@@ -42,22 +42,22 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T
 
 
 def test_resize(cfg: CfgNode) -> T.Augmentation:
-    """How an image is resized for inference."""
+    """The augmentation that resizes an image for inference."""
     return build_augmentations(cfg, is_train=False)[0]
 
 
-test_resize.__test__ = False  # type: ignore[attr-defined]  # no test, though pytest would think so
+test_resize.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
 
 
 def to_network_input(
     image_rgb: np.ndarray, resize: T.Augmentation, image_format: str
 ) -> torch.Tensor:
-    """An image as a model takes it.
+    """Convert an image to the input of a model.
 
     Args:
         image_rgb: (H, W, 3) uint8.
         resize: see ``test_resize``.
-        image_format: "RGB" or "BGR", the order of channels that the model takes.
+        image_format: "RGB" or "BGR", the channel order that the model expects.
 
     Returns:
         (3, H', W') float32.
@@ -65,14 +65,14 @@ def to_network_input(
     image = image_rgb if image_format == "RGB" else image_rgb[:, :, ::-1]
     transform = resize.get_transform(image)
     if isinstance(transform, T.ResizeTransform):
-        # a very long image would be left with no pixel across
+        # a very elongated image would be resized to a side of 0 pixels
         transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
     image = transform.apply_image(image)
     return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float32)
 
 
 def _build_ssd(image_format: str, mask_format: str) -> list[T.Augmentation | T.Transform]:
-    # importing the project registers PointRend's heads, which nobody else needs
+    # importing the project registers PointRend's heads, which are not needed otherwise
     from detectron2.projects.point_rend import ColorAugSSDTransform
 
     if image_format not in ("RGB", "BGR"):
@@ -80,15 +80,15 @@ def _build_ssd(image_format: str, mask_format: str) -> list[T.Augmentation | T.T
     if mask_format != "bitmask":
         raise ValueError("INPUT.AUGMENTATION 'ssd' needs INPUT.MASK_FORMAT 'bitmask'")
     fill = _CANVAS_COLOR if image_format == "RGB" else _CANVAS_COLOR[::-1]
-    # YOLACT's code has the same photometric steps and ranges, but does not round or clip to bytes
+    # YOLACT's code has the same photometric steps and ranges, but neither rounds nor clips to bytes
     return [ColorAugSSDTransform(image_format), RandomExpand(_MAX_EXPAND, fill), ConstrainedCrop()]
 
 
 class WindowTransform(T.Transform):
-    """Look at the image through a window, which may be larger than the image.
+    """Crop the image to a window, which may extend beyond the image.
 
-    A box is clipped to the window; one whose center is not inside becomes empty, for its object
-    leaves the image. Polygons are moved only: rasterizing clips them.
+    Boxes are clipped to the window. A box whose center is outside becomes empty, because its object
+    is dropped from the image. Polygons are only moved: rasterizing clips them.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class WindowTransform(T.Transform):
     ):
         """
         Args:
-            x0, y0: where the window's left upper corner is in the image; may be negative.
-            width, height: of the window.
-            fill: color of what is not image, a number per channel. Masks are not set there.
+            x0, y0: the window's upper left corner in the image; may be negative.
+            width, height: size of the window.
+            fill: color outside the image, a number per channel. Masks are 0 there.
         """
         super().__init__()
         self._set_attributes(locals())
@@ -133,13 +133,13 @@ class WindowTransform(T.Transform):
 
 
 class RandomExpand(T.Augmentation):
-    """With probability 1/2, put the image somewhere on a larger canvas."""
+    """With probability 1/2, put the image at a random place on a larger canvas."""
 
     def __init__(self, max_ratio: float, fill: Sequence[float]):
         """
         Args:
             max_ratio: the canvas has 1 to ``max_ratio`` times the image's height and width.
-            fill: color of the canvas, in the image's order of channels.
+            fill: color of the canvas, in the image's channel order.
         """
         super().__init__()
         self._init(locals())
@@ -155,12 +155,12 @@ class RandomExpand(T.Augmentation):
 
 
 class ConstrainedCrop(T.Augmentation):
-    """Nothing, or a crop of 0.3 to 1 of the sides that holds the center of an object.
+    """No crop, or a crop with 0.3 to 1 times the sides that contains the center of an object.
 
-    SSD also asks for a minimum IoU with an object, drawn from five values. YOLACT's code tests it
-    in a way that cannot fail, and its author saw a lower AP with the test in order; what is left
-    of it is that one image in six stays whole. (``RandomIoUCrop`` of torchvision keeps its window
-    to itself in most versions.)
+    SSD also requires a minimum IoU with an object, drawn from five values. In YOLACT's code that
+    test can never fail, and its author measured a lower AP after fixing it. All that remains of it
+    is that one image in six is not cropped. (torchvision's ``RandomIoUCrop`` does not reveal its
+    window in most versions.)
     """
 
     KEEP = 1 / 6
@@ -173,7 +173,7 @@ class ConstrainedCrop(T.Augmentation):
             boxes: (N, 4) x1, y1, x2, y2 of the objects in pixels, without crowds.
         """
         if len(boxes) == 0:
-            return T.NoOpTransform()  # no crop would do
+            return T.NoOpTransform()  # no crop can contain an object
         height, width = image.shape[:2]
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         while self._rand_range() >= self.KEEP:
@@ -186,7 +186,7 @@ class ConstrainedCrop(T.Augmentation):
         return T.NoOpTransform()
 
     def _draw(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """(TRIES, 4) x1 y1 x2 y2, whole numbers, and whether their aspect ratio is allowed."""
+        """(TRIES, 4) x1, y1, x2, y2, whole numbers, and whether each aspect ratio is allowed."""
         w = self._rand_range(0.3 * width, width, self.TRIES)
         h = self._rand_range(0.3 * height, height, self.TRIES)
         left = self._rand_range(0, 1, self.TRIES) * (width - w)

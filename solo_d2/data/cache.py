@@ -1,4 +1,4 @@
-"""The folder of what solo_d2 derives: embedded data sets, tidied annotations."""
+"""The cache folder for generated files: embedded data sets and repaired annotations."""
 
 import os
 import shutil
@@ -15,17 +15,17 @@ def cache_folder() -> Path:
 
 
 def ensure_folder(name: str, fill: Callable[[Path], None]) -> Path:
-    """The folder ``name`` of the cache, filled by ``fill(folder)`` if it is not there yet.
+    """The folder ``name`` of the cache, filled by ``fill(folder)`` if it does not exist yet.
 
-    It appears with all its content or not at all: it is filled under another name, then renamed.
-    Processes that need it at once take turns, and all but the first find it ready.
+    It is filled under another name and then renamed, so it is never incomplete. Processes that need
+    it at the same time take turns, and all but the first find it ready.
     """
     root = cache_folder()
     folder = root / name
     if folder.is_dir():  # also when the cache is read-only
         return folder
-    # The kernel frees the lock of a killed process, so whoever holds it is alone,
-    # and any unfinished folder was left by a process that died.
+    # The kernel releases the lock of a killed process. So the holder is alone, and any unfinished
+    # folder was left by a process that died.
     with file_lock(str(root / "writing")):
         for leftover in root.glob("unfinished-*"):
             shutil.rmtree(leftover, ignore_errors=True)

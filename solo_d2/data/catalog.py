@@ -1,6 +1,6 @@
 """Data sets in Detectron2's catalogs: users' COCO json files, named folders, subsets.
 
-Nothing that somebody else registered is ever replaced.
+Data sets that others registered are never replaced.
 """
 
 import hashlib
@@ -21,15 +21,19 @@ from .images import ImageError, read_size
 
 logger = logging.getLogger(__name__)
 
+DATASETS_HINT = (
+    "Set DETECTRON2_DATASETS to the folder that has the data sets, or pass your own with --data"
+)
+
 
 class Loader:
-    """What ``DatasetCatalog`` calls for a data set of ours."""
+    """The function that ``DatasetCatalog`` calls to load a data set of ours."""
 
     def __init__(self, name: str):
         self.name = name
 
     def set_metadata(self, **values: Any) -> None:
-        """Also replaces earlier values, which Detectron2's ``set`` refuses."""
+        """Set metadata, replacing earlier values, which Detectron2's ``set`` refuses."""
         metadata = MetadataCatalog.get(self.name)
         for key, value in values.items():
             if metadata.get(key, value) != value:
@@ -38,7 +42,7 @@ class Loader:
 
 
 class CocoLoader(Loader):
-    """Loads a COCO json. The evaluator reads a repaired copy where the file needed repairs."""
+    """Loads a COCO json. If the file needs repairs, the evaluator reads a repaired copy."""
 
     def __init__(
         self,
@@ -50,14 +54,14 @@ class CocoLoader(Loader):
     ):
         """
         Args:
-            name: of the data set.
-            source: gives the json file and the image folder when the set is loaded.
+            name: name of the data set.
+            source: returns the json file and the image folder when the set is loaded.
             masks, crowd_is_object: see ``read_coco``.
         """
         super().__init__(name)
         self.source = source
         self.options = {"masks": masks, "crowd_is_object": crowd_is_object}
-        self._read: tuple[Any, CocoFile] | None = None  # of which file, its content
+        self._read: tuple[Any, CocoFile] | None = None  # (identity of the file, its content)
 
     def __call__(self) -> list[dict[str, Any]]:
         coco, image_root = self.read()
@@ -67,11 +71,11 @@ class CocoLoader(Loader):
         return records
 
     def read(self) -> tuple[CocoFile, Path]:
-        """The repaired content and the image folder; enters both into the metadata.
+        """The repaired content and the image folder; both are also set in the metadata.
 
         Raises:
             FileNotFoundError, ValueError: see ``read_coco``; or the set was registered with
-                other classes than the file has.
+                other classes than those in the file.
         """
         json_file, image_root = self.source()
         stat = json_file.stat() if json_file.exists() else None
@@ -107,9 +111,9 @@ class SubsetLoader(Loader):
     def __init__(self, name: str, parent: str, which: int | Sequence[int]):
         """
         Args:
-            name: of the subset.
-            parent: name of the whole.
-            which: how many of the first images with objects, or the ids of images.
+            name: name of the subset.
+            parent: name of the whole set.
+            which: the number of images to take from the first ones with objects, or image ids.
         """
         super().__init__(name)
         self.parent = parent
@@ -118,7 +122,7 @@ class SubsetLoader(Loader):
     def __call__(self) -> list[dict[str, Any]]:
         """
         Raises:
-            ValueError: the whole set has fewer such images, or none of an id.
+            ValueError: the whole set has fewer such images, or lacks an id.
         """
         records = list(DatasetCatalog.get(self.parent))
         if isinstance(self.which, int):
@@ -153,10 +157,10 @@ def _has_objects(record: dict[str, Any]) -> bool:
 
 
 def enter(loader: Loader, **metadata: Any) -> None:
-    """Register a data set of ours, in place of one of ours with that name.
+    """Register a data set of ours, replacing one of ours with that name.
 
     Raises:
-        ValueError: the name is somebody else's.
+        ValueError: somebody else registered the name.
     """
     if not is_free(loader.name):
         raise ValueError(f"a data set {loader.name!r} is registered already; use another name")
@@ -168,7 +172,7 @@ def enter(loader: Loader, **metadata: Any) -> None:
 
 
 def source_file(name: str) -> str:
-    """The json file that a data set is made from, also if the evaluator reads a repaired copy."""
+    """The original json file of a data set, even if the evaluator reads a repaired copy."""
     loader = DatasetCatalog.data.get(name)
     if isinstance(loader, CocoLoader):
         return str(loader.source()[0])
@@ -176,7 +180,7 @@ def source_file(name: str) -> str:
 
 
 def is_free(name: str) -> bool:
-    """Whether no data set but one of ours has this name."""
+    """Whether the name is unused, or used by a data set of ours."""
     return isinstance(DatasetCatalog.data.get(name), Loader | None)
 
 
@@ -190,13 +194,13 @@ def register_coco_json(
 ) -> CocoFile:
     """Register a COCO json; its categories, in the order of their ids, are the classes.
 
-    The file is read and checked now, its images are looked for when the set is loaded. What has a
-    single meaning is repaired, annotations without a mask are skipped, both with one warning that
-    counts them; then the metadata's ``json_file``, which the evaluator reads, is a repaired copy
+    The file is read and checked now; its images are looked for when the set is loaded. Unambiguous
+    errors are repaired and annotations without a mask are skipped, with one warning that counts
+    them. In that case the metadata's ``json_file``, which the evaluator reads, is a repaired copy
     in the cache folder.
 
     Args:
-        name: of the data set; one that was registered by this function is replaced.
+        name: name of the data set; one that this function registered before is replaced.
         json_file: in the format of COCO's instances_*.json.
         image_root: the folder that the json's file names are relative to.
         masks, crowd_is_object: see ``read_coco``.
@@ -222,7 +226,7 @@ def register_coco_json(
 
 
 def register_named_sets() -> None:
-    """Register the sets that ``configs`` use, where their names are not taken.
+    """Register the data sets that ``configs`` use, unless their names are taken.
 
     Each is a folder in $DETECTRON2_DATASETS (default "datasets"), read when the set is loaded.
     """
@@ -250,6 +254,8 @@ def register_named_sets() -> None:
 def _find_folder(folder: str, split: str) -> Callable[[], tuple[Path, Path]]:
     def find() -> tuple[Path, Path]:
         root = datasets_folder() / folder
+        if not root.is_dir():
+            raise FileNotFoundError(f"no data set folder {root}. {DATASETS_HINT}")
         return root / "annotations" / f"instances_{split}.json", root / split
 
     return find
@@ -261,7 +267,7 @@ def datasets_folder() -> Path:
 
 
 def check_images_exist(records: Sequence[dict[str, Any]], source: str) -> None:
-    """Look for the image files of data set records.
+    """Check that the image files of data set records exist.
 
     Raises:
         FileNotFoundError: some are missing; the message counts them and names the first.
@@ -279,7 +285,7 @@ def check_image_headers(records: Sequence[dict[str, Any]]) -> None:
     """Compare the sizes of image files with the records, without decoding them.
 
     Raises:
-        ValueError: one is no image or has another size; the message names it.
+        ValueError: a file is not an image or has another size; the message names it.
     """
     for record in records:
         name, stated = record["file_name"], (record["width"], record["height"])
@@ -295,10 +301,10 @@ def check_image_headers(records: Sequence[dict[str, Any]]) -> None:
 
 
 def write_document(json_file: str | Path, document: dict[str, Any]) -> str:
-    """Write a document to the cache folder, named by its source and content; returns the path."""
+    """Write a document to the cache folder, named after source and content; returns the path."""
     content = json.dumps(document).encode()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    folder = cache_folder() / "tidied"
+    folder = cache_folder() / "annotations"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{Path(json_file).stem}-{digest}.json"
     if not copy.exists():

@@ -1,8 +1,8 @@
-"""The one reader of COCO json files: it repairs what has a single meaning and refuses the rest.
+"""The only reader of COCO json files: it repairs unambiguous errors and refuses the rest.
 
-Detectron2's ``load_coco_json`` drops some annotations without a word and answers others with an
-assertion, and its evaluator reads the file once more by itself. Here training, evaluation and the
-check all use the document that ``read_coco`` returns.
+Detectron2's ``load_coco_json`` silently drops some annotations and fails with an assertion on
+others, and its evaluator reads the file again by itself. Here training, evaluation and the check
+all use the document that ``read_coco`` returns.
 """
 
 import json
@@ -28,29 +28,29 @@ from .annotations import (
     whole,
 )
 
-# What the reader makes of an offender: it raises, leaves it out, or corrects it.
+# What the reader does with a faulty entry: it raises an error, skips it, or corrects it.
 REFUSED, SKIPPED, REPAIRED = "refused", "skipped", "repaired"
 
 # pycocotools stores ids in float64 and pixel counts in 32 bits.
 _LARGEST_ID = 2**53
 _LARGEST_IMAGE = 2**31
-# COCO itself has 1 % crowds. Brush tools write each of their masks as one.
+# COCO itself has 1 % crowds. Brush tools mark each of their masks as a crowd.
 _USUAL_CROWDS = 0.05
 BOXES_UNLIKE_MASKS = "boxes unlike their masks (corners or fractions?), taken from the masks"
 
 
 class CocoFile(NamedTuple):
-    """What ``read_coco`` makes of a file."""
+    """The result of ``read_coco``."""
 
     document: dict[str, Any]  # repaired; ids are whole numbers
     classes: list[str]
     ids: dict[int, int]  # category id -> index into ``classes``
-    findings: dict[tuple[str, str], list[str]]  # (effect, what) -> the offenders
+    findings: dict[tuple[str, str], list[str]]  # (effect, what) -> the faulty entries
     changed: bool  # whether the document differs from the file
 
     @property
     def objects(self) -> int:
-        """Annotations that are no crowds."""
+        """Number of annotations that are not crowds."""
         return sum(not a["iscrowd"] for a in self.document["annotations"])
 
     def counts(self, effect: str) -> str:
@@ -72,13 +72,13 @@ def read_coco(
     Args:
         json_file: in the format of COCO's instances_*.json.
         image_root: the folder that the json's file names are relative to.
-        masks: whether each annotation needs a mask; else a box is enough.
-        crowd_is_object: take every "iscrowd" for 0. Brush tools write 1 for single objects.
-        tolerant: leave out what would be refused and list it among the findings.
+        masks: whether each annotation needs a mask; otherwise a box is enough.
+        crowd_is_object: treat every "iscrowd" as 0. Brush tools write 1 for single objects.
+        tolerant: skip entries that would be refused and list them among the findings.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no COCO json, or an entry is refused; the message names the file, the
+        ValueError: it is not a COCO json, or an entry is refused; the message names the file, the
             entry and the field.
     """
     document, plain = _parse(Path(json_file))
@@ -91,7 +91,7 @@ def read_coco(
 
 
 def to_records(coco: CocoFile, image_root: str) -> list[dict[str, Any]]:
-    """A read file in Detectron2's data set format."""
+    """The content of a file in Detectron2's data set format."""
     records = {
         image["id"]: {
             "file_name": os.path.join(image_root, image["file_name"]),
@@ -119,10 +119,10 @@ def to_records(coco: CocoFile, image_root: str) -> list[dict[str, Any]]:
 
 
 def _parse(path: Path) -> tuple[dict[str, Any], bool]:
-    """The document, and whether pycocotools can read the file too: UTF-8 without a mark."""
+    """The document, and whether pycocotools can read the file too: UTF-8 without a BOM."""
     try:
         content = path.read_bytes()
-        document = json.loads(content)  # tells UTF-8, 16 and 32 apart, with a mark or without
+        document = json.loads(content)  # detects UTF-8, 16 and 32, with or without a BOM
     except FileNotFoundError:
         raise FileNotFoundError(f"no annotations file {path}") from None
     except RecursionError:
@@ -198,15 +198,17 @@ class _Reader:
                 yield where, entry
 
     def _known(self, section: str, *needed: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """(id, entry) of those with an id of their own."""
+        """(id, entry) of the entries that have a unique id."""
         seen = set()
         for where, entry in self._entries(section, "id", *needed):
             key = identity(entry["id"])
             if key is None:
-                what = f"{section} with an id that is no number or text"
-                self._refuse(what, f"{where} has the id {show(entry['id'])}, no number or text")
+                what = f"{section} with an id that is neither a number nor a text"
+                self._refuse(
+                    what, f"{where} has the id {show(entry['id'])}, neither a number nor a text"
+                )
             elif key in seen:
-                what = f"{section} with the id of another one"
+                what = f"{section} with the same id as another one"
                 self._refuse(what, f"the id {show(key)} appears twice in {section!r}")
             else:
                 seen.add(key)
@@ -244,7 +246,7 @@ class _Reader:
                 )
                 continue
             if any(type(entry[k]) is not int for k in sides):
-                self._add(REPAIRED, "image sizes that are no integers, converted", name)
+                self._add(REPAIRED, "image sizes that are not integers, converted", name)
             if "\\" in name and not (self._image_root / name).exists():
                 self._add(REPAIRED, "file names with backslashes, replaced by slashes", name)
                 name = name.replace("\\", "/")
@@ -261,11 +263,11 @@ class _Reader:
                 self._add(REPAIRED, "category names that are numbers, taken as texts", str(name))
                 name = str(name)
             if not isinstance(name, str):
-                what = "categories whose name is no text"
-                self._refuse(what, f"category {show(key)} has the name {show(name)}, no text")
+                what = "categories whose name is not a text"
+                self._refuse(what, f"category {show(key)} has the name {show(name)}, not a text")
                 continue
             if name in names:
-                what = "categories with the name of another one, told apart by their ids"
+                what = "categories with the same name as another one, distinguished by their ids"
                 self._add(REPAIRED, what, f"{name} ({key})")
                 name = f"{name} ({key})"
             names.add(name)
@@ -281,62 +283,62 @@ class _Reader:
                 where = f"annotation {show(entry['id'])} of image {show(entry['image_id'])}"
             try:
                 found = _references(entry, images, categories)
-                tidy, repairs = self._tidy(entry | found, images[identity(entry["image_id"])])
+                repaired, repairs = self._repair(entry | found, images[identity(entry["image_id"])])
             except DataError as error:
                 self._refuse(error.what, f"{where}: {error}")
                 continue
-            if tidy is None:
+            if repaired is None:
                 self._add(SKIPPED, f"annotations with {repairs[0]}", where)
                 continue
             if any(type(entry[k]) is not int for k in found):
                 repairs.append("annotations that refer to ids of another type, converted")
             for what in repairs:
                 self._add(REPAIRED, what, where)
-            annotations.append(tidy)
+            annotations.append(repaired)
         return self._with_ids(annotations)
 
     def _with_ids(self, annotations: list[dict]) -> list[dict]:
-        """pycocotools records a match by the annotation's id in an array of floats, 0 for none."""
+        """Renumber ids if needed: pycocotools stores matches by id, as floats, with 0 for none."""
         ids = [a.get("id") for a in annotations]
         times = Counter(i for i in ids if type(i) is int and 0 < i <= _LARGEST_ID)
         if times.total() == len(ids) == len(times):
             return annotations
-        what = "annotation ids missing, repeated or not positive, all are renumbered"
+        what = "annotation ids missing, repeated or not positive, all renumbered"
         for value in ids:
             if type(value) is not int or times[value] != 1:
                 self._add(REPAIRED, what, f"annotation {show(value)}")
         return [a | {"id": i} for i, a in enumerate(annotations, start=1)]
 
-    def _tidy(self, entry: dict, image: dict) -> tuple[dict | None, list[str]]:
-        """(annotation, repairs), or (None, [why it is left out])."""
+    def _repair(self, entry: dict, image: dict) -> tuple[dict | None, list[str]]:
+        """(annotation, repairs), or (None, [why it is skipped])."""
         height, width = image["height"], image["width"]
-        tidy = dict(entry)
+        repaired = dict(entry)
         repairs: list[str] = []
-        tidy["iscrowd"] = self._crowd_flag(entry, repairs)
+        repaired["iscrowd"] = self._crowd_flag(entry, repairs)
         segmentation, reason = mask_of(entry.get("segmentation"), height, width, repairs)
         mask_box = area = None
         if segmentation is None:
             if self._masks:
                 return None, [reason]
-            tidy.pop("segmentation", None)
+            repaired.pop("segmentation", None)
         else:
             rle = to_rle(segmentation, height, width)
             mask_box, area = box_of_mask(segmentation, rle), float(mask_util.area(rle))
-            tidy["segmentation"] = segmentation
+            repaired["segmentation"] = segmentation
         box = box_of(entry.get("bbox"), mask_box, height, width, repairs)
         if box is None:
             return None, ["a box that is not four numbers with an area in the image, and no mask"]
-        tidy["bbox"] = box
+        repaired["bbox"] = box
         stated = number(entry.get("area"))
         if stated is None or not 0 < stated <= height * width:
             source = "masks" if area else "boxes"
-            state = "missing" if entry.get("area") is None else "that are no numbers of pixels"
+            state = "missing" if entry.get("area") is None else "that are not a number of pixels"
             repairs.append(f"areas {state}, taken from the {source}")
             stated = area or box[2] * box[3]
         elif isinstance(entry["area"], str):
             repairs.append("areas that are texts, converted")
-        tidy["area"] = stated
-        return tidy, repairs
+        repaired["area"] = stated
+        return repaired, repairs
 
     def _crowd_flag(self, entry: dict, repairs: list[str]) -> int:
         value = entry.get("iscrowd")
@@ -345,11 +347,11 @@ class _Reader:
             message = f"iscrowd is {show(value)}, neither 0 nor 1"
             raise DataError("annotations whose iscrowd is neither 0 nor 1", message)
         if value is None:
-            repairs.append("iscrowd missing, taken for 0")
+            repairs.append("iscrowd missing, taken as 0")
         elif type(value) is not int or value != is_crowd:
             repairs.append("iscrowd not 0 or 1, converted")
         if is_crowd and self._crowd_is_object:
-            repairs.append("crowds taken for objects (DATASETS.CUSTOM.CROWD_IS_OBJECT)")
+            repairs.append("crowds taken as objects (DATASETS.CUSTOM.CROWD_IS_OBJECT)")
             is_crowd = 0
         if entry.get("ignore") is not None and flag(entry["ignore"]) != 0:
             message = 'COCO metrics do not know "ignore"; use "iscrowd": 1'
@@ -371,7 +373,7 @@ def _references(entry: dict, images: dict[Any, dict], categories: dict[Any, dict
 
 
 def _is_path(name: str) -> bool:
-    """Not so for NUL and what no file system can encode."""
+    """False for names with NUL or with characters that the file system cannot encode."""
     try:
         return b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The one reader of image files: for training, evaluation, prediction and pictures."""
+"""The only reader of image files, used by training, evaluation, prediction and pictures."""
 
 from pathlib import Path
 
@@ -12,18 +12,18 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message says why and does not name the file."""
+    """An image that cannot be read; the message gives the reason but not the file name."""
 
 
 def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
-    """Read an image file, also one of more than 8 bits.
+    """Read an image file of 8 or more bits per channel.
 
-    EXIF orientation is applied and an alpha channel dropped; gray becomes color; of several frames
-    the first is taken. Images of 8 bits are read as by Detectron2. Values of 16 bits are divided by
+    EXIF orientation is applied, an alpha channel is dropped, gray becomes color, and of several
+    frames the first is read. 8-bit images are read as in Detectron2. 16-bit values are divided by
     257, so that 65535 becomes 255; floats from 0 to 1 are multiplied by 255.
 
     Args:
-        path: of the file.
+        path: path of the file.
         image_format: "RGB", "BGR" or another format of Detectron2's ``read_image``.
 
     Returns:
@@ -31,7 +31,7 @@ def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: it is no image, is broken, or has a range of values that is not known.
+        ImageError: it is not an image, is broken, or has an unknown range of values.
     """
     try:
         with PathManager.open(str(path), "rb") as file, Image.open(file) as image:
@@ -51,7 +51,7 @@ def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of the image as ``read_image`` gives it, mostly without decoding it.
+    """(width, height) of the image that ``read_image`` returns, usually without decoding it.
 
     Raises:
         FileNotFoundError, ImageError: see ``read_image``.
@@ -72,14 +72,14 @@ def orientation(image: Image.Image, *, decode: bool = False) -> int:
     """EXIF orientation of an opened file, 1 to 8; 1 is upright.
 
     Args:
-        image: opened.
-        decode: look behind the pixels of a PNG too, for which Pillow decodes them all.
+        image: an opened image.
+        decode: also look for EXIF data after the pixels of a PNG, which makes Pillow decode them.
     """
     if image.format == "PNG" and not decode and "exif" not in image.info:
         return 1
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whatever broken EXIF data raises; Detectron2 ignores it too
+    except Exception:  # broken EXIF data raises many errors; Detectron2 ignores it too
         return 1
     return found if found in range(1, 9) else 1
 
@@ -87,12 +87,12 @@ def orientation(image: Image.Image, *, decode: bool = False) -> int:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # whatever broken EXIF data raises; Detectron2 ignores it too
+    except Exception:  # broken EXIF data raises many errors; Detectron2 ignores it too
         return image
 
 
 def _read_with_opencv(path: str | Path, image_format: str) -> np.ndarray:
-    """What Pillow does not know, such as color TIFF of 16 bits."""
+    """Read formats that Pillow does not support, such as 16-bit color TIFF."""
     local = PathManager.get_local_path(str(path))
     array = cv2.imread(local, cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
     if array is None:
@@ -114,7 +114,7 @@ def _to_8_bit(array: np.ndarray) -> np.ndarray:
         scaled = array.astype(np.float64) / 257
     else:
         raise ImageError(
-            f"has values from {low:g} to {high:g} ({array.dtype}); known are 8 bits, 16 bits and "
-            "floats from 0 to 1"
+            f"has values from {low:g} to {high:g} ({array.dtype}); supported are 8 bits, 16 bits "
+            "and floats from 0 to 1"
         )
     return np.rint(scaled).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""From a record of a data set to a training example."""
+"""From a data set record to a training example."""
 
 import copy
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ from .images import read_image
 class InstanceMapper(DatasetMapper):
     """Detectron2's mapper that honors every key of INPUT.
 
-    It can keep crowds, reads images of more than 8 bits, lets augmentations ask for "boxes" (those
-    of the objects), and takes images without objects through crops, where the original takes boxes
-    from masks that do not exist. Pass it to ``build_detection_train_loader(cfg, mapper=...)``.
+    It can keep crowds, reads images with more than 8 bits, lets augmentations use "boxes" (those
+    of the objects), and can crop images without objects, for which the original fails to compute
+    boxes from masks. Pass it to ``build_detection_train_loader(cfg, mapper=...)``.
     """
 
     @configurable
@@ -51,14 +51,15 @@ class InstanceMapper(DatasetMapper):
             is_train, augmentations, image_format, use_instance_mask, use_keypoint,
             instance_mask_format, keypoint_hflip_indices, precomputed_proposal_topk,
             recompute_boxes: see ``DatasetMapper``.
-            keep_crowd: give crowd regions too, behind the objects; a field ``gt_crowd`` (N,) bool
-                of the instances tells them.
-            reject_emptied: give None where augmentation left nothing of an image's objects; the
-                loader then takes another image.
-            num_classes: of the model; classes out of its range are an error. None: not checked.
+            keep_crowd: also return crowd regions, after the objects; they are marked in a field
+                ``gt_crowd`` (N,) bool of the instances.
+            reject_emptied: return None if augmentation removed all objects of an image; the loader
+                then takes another image.
+            num_classes: number of classes of the model; a class out of range is an error. None:
+                not checked.
 
         Raises:
-            ValueError: crowds are to be kept as polygons; COCO has them as RLE.
+            ValueError: ``keep_crowd`` is set with polygon masks; COCO stores crowds as RLE.
         """
         super().__init__(
             is_train,
@@ -73,7 +74,7 @@ class InstanceMapper(DatasetMapper):
         )
         if keep_crowd and self.instance_mask_format != "bitmask":
             raise ValueError(
-                'INPUT.KEEP_CROWD needs INPUT.MASK_FORMAT: "bitmask"; crowds are no polygons'
+                'INPUT.KEEP_CROWD needs INPUT.MASK_FORMAT: "bitmask"; crowds are not polygons'
             )
         self.keep_crowd = keep_crowd
         self.reject_emptied = reject_emptied
@@ -100,7 +101,7 @@ class InstanceMapper(DatasetMapper):
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """A record to the model's input; None rejects it, see ``reject_emptied``.
+        """From a record to the model's input; None rejects it, see ``reject_emptied``.
 
         Raises:
             UserError: the image or its annotations cannot be used; the message names the file.
@@ -111,7 +112,9 @@ class InstanceMapper(DatasetMapper):
             utils.check_image_size(example, image)
         semantic = None
         if "sem_seg_file_name" in example:
-            semantic = utils.read_image(example.pop("sem_seg_file_name"), "L").squeeze(2)
+            file = example.pop("sem_seg_file_name")
+            with _naming({"file_name": file}):
+                semantic = utils.read_image(file, "L").squeeze(2)
         annotations = example.pop("annotations", None)
         objects = [a for a in annotations or () if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
@@ -119,7 +122,8 @@ class InstanceMapper(DatasetMapper):
         augmented = T.AugInput(image, boxes=np.array(boxes).reshape(-1, 4), sem_seg=semantic)
         transforms = self.augmentations(augmented)
         image_shape = augmented.image.shape[:2]
-        pixels = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        # a copy: of one row or column, a flipped view counts as contiguous, which torch refuses
+        pixels = augmented.image.transpose(2, 0, 1).copy()
         example["image"] = torch.as_tensor(pixels)
         if augmented.sem_seg is not None:
             example["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
@@ -144,11 +148,11 @@ class InstanceMapper(DatasetMapper):
         transforms: T.TransformList,
         image_shape: tuple[int, int],
     ) -> Any:
-        """``Instances`` of what is left in the image.
+        """``Instances`` of the annotations that remain in the image.
 
         Args:
             annotations: objects, then crowds.
-            objects: how many of them are objects.
+            objects: number of objects.
             transforms: from the file's pixels to the example's.
             image_shape: height and width of the example.
         """
@@ -172,7 +176,7 @@ class InstanceMapper(DatasetMapper):
         )
         if self.keep_crowd:
             instances.gt_crowd = torch.arange(len(annotations)) >= objects
-        # what an augmentation took out of the image by its box is gone, whatever its mask says
+        # an object whose box an augmentation emptied is dropped, even if its mask has pixels left
         instances = utils.filter_empty_instances(instances, by_mask=False)
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
@@ -192,7 +196,7 @@ class InstanceMapper(DatasetMapper):
 
 @contextmanager
 def _naming(record: dict[str, Any]) -> Iterator[None]:
-    """Errors about the record's content name its file."""
+    """Make errors about the record's content name its file."""
     try:
         yield
     except (OSError, ValueError) as error:

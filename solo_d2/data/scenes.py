@@ -12,22 +12,22 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-# Pixels per image pixel and axis when a shape is drawn; its anti-aliased edge comes from these.
+# Samples per image pixel and axis when a shape is drawn, for anti-aliased edges.
 _SUPERSAMPLING = 4
-# A shape keeps at least this fraction of its whole area in view, and this many pixels.
+# At least this fraction of a shape's area, and at least this many pixels, stay visible.
 MIN_VISIBLE = 0.5
 MIN_PIXELS = 40
-# Square root of the area of the smallest shape in pixels, and of the largest in sides of the image.
+# Square root of the area of the smallest shape, in pixels, and of the largest, in image sides.
 _SMALLEST = 16.0
 _LARGEST = 0.95
-# Largest rotation in radians. Upright shapes are learned in minutes, freely turning ones in hours.
+# Largest rotation in radians. Upright shapes are learned in minutes, freely rotated ones in hours.
 _TILT = 0.35
 
 Contours = list[NDArray[np.float64]]
 
 
 class DrawnObject(NamedTuple):
-    """One object, or one crowd: many tiny objects of a class that are not told apart."""
+    """One object, or one crowd: many tiny objects of a class, not annotated separately."""
 
     category: int  # index into the set's classes
     mask: NDArray[np.bool_]  # (H, W), the visible part
@@ -36,7 +36,7 @@ class DrawnObject(NamedTuple):
 
 class _Layer(NamedTuple):
     alpha: NDArray  # (H, W) coverage in [0, 1]
-    area: float  # pixels, outside of the image included
+    area: float  # pixels, including those outside the image
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -113,7 +113,7 @@ def _polygon_area(points: NDArray[np.float64]) -> float:
 def _rasterize(contours: Contours, size: tuple[int, int]) -> NDArray:
     """(H, W) coverage of each pixel."""
     canvas = np.zeros((size[0] * _SUPERSAMPLING, size[1] * _SUPERSAMPLING), np.uint8)
-    # cv2 puts the center of a pixel, not its corner, on whole numbers
+    # in cv2, whole numbers are the centers of pixels, not their corners
     points = [np.round((c * _SUPERSAMPLING - 0.5) * 16).astype(np.int32) for c in contours]
     cv2.fillPoly(canvas, points, 255, shift=4)
     alpha = cv2.resize(canvas, size[::-1], interpolation=cv2.INTER_AREA)
@@ -186,11 +186,11 @@ def _background(rng: Generator, size: tuple[int, int]) -> NDArray:
         (_stripes(rng, size, 10, 50), 14 if rng.uniform() < 0.4 else 0),
     ):
         image += pattern[..., None] * rng.uniform(-strength, strength, 3).astype(np.float32)
-    # soft blobs: the tops of a noise field, without a sharp edge or a shape of their own
+    # soft blobs: the peaks of a noise field, without sharp edges or distinct shapes
     for _ in range(rng.integers(0, 3)):
         alpha = np.clip(noise(rng, size, rng.uniform(3, 6), octaves=1) - 1.2, 0, 1)
         image = _blend(image, 0.6 * alpha, base + rng.uniform(-60, 60, 3).astype(np.float32))
-    # thin lines and open curves, too thin to be a ring
+    # lines and open curves, too thin to be mistaken for rings
     for _ in range(rng.integers(0, 6)):
         steps = rng.normal(0, 1, (8, 2)) * rng.choice([0.0, 0.6]) + rng.normal(0, 1, 2)
         points = rng.uniform(0, 1, 2) * size[::-1] + np.cumsum(steps, 0) * max(size) / 14
@@ -233,13 +233,24 @@ def _crowd_region(layers: list[_Layer], size: tuple[int, int]) -> NDArray[np.boo
     return closed[9:-9, 9:-9].astype(bool)
 
 
+def _paint(rng: Generator, image: NDArray, layer: _Layer) -> None:
+    """Blend a layer into the image, in place, with a texture that contrasts with what it covers."""
+    y, x, h, w = cv2.boundingRect((layer.alpha.T > 0).astype(np.uint8))
+    window = np.s_[y : y + h, x : x + w]
+    alpha, behind = layer.alpha[window], image[window]
+    surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
+    contrast = 110 if rng.uniform() < 0.85 else 65
+    color = _contrasting_color(rng, surrounding, contrast)
+    image[window] = _blend(behind, alpha, _texture(rng, (h, w), color, spread=20))
+
+
 def draw_scene(
     rng: Generator, height: int, width: int
 ) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
     """One random scene.
 
-    Later shapes cover earlier ones. A shape that would hide too much of another one, or too much
-    of which lies outside of the image, is placed anew or left out, so whatever is drawn is listed.
+    Later shapes cover earlier ones. A shape that would hide too much of another one, or that lies
+    too far outside the image, is placed again or omitted. So every drawn shape is listed.
 
     Returns:
         The image, (H, W, 3) uint8 RGB, and its shapes from the bottom to the top.
@@ -284,13 +295,6 @@ def draw_scene(
                 break
 
     for layer in layers:
-        y, x, h, w = cv2.boundingRect((layer.alpha.T > 0).astype(np.uint8))
-        window = np.s_[y : y + h, x : x + w]
-        alpha, behind = layer.alpha[window], image[window]
-        surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
-        contrast = 110 if rng.uniform() < 0.85 else 65
-        color = _contrasting_color(rng, surrounding, contrast)
-        image[window] = _blend(behind, alpha, _texture(rng, (h, w), color, spread=20))
-
+        _paint(rng, image, layer)
     image += rng.uniform(2, 6) * rng.standard_normal(image.shape, np.float32)
     return np.clip(np.round(image), 0, 255).astype(np.uint8), shapes

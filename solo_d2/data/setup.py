@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
 
 from solo_d2.modeling.num_classes import (
     dataset_num_classes,
@@ -14,6 +15,7 @@ from solo_d2.modeling.num_classes import (
 )
 
 from .catalog import (
+    DATASETS_HINT,
     SubsetLoader,
     check_image_headers,
     check_images_exist,
@@ -28,19 +30,19 @@ from .shapes import SHAPES
 
 
 def setup_datasets(cfg: CfgNode) -> None:
-    """Register the data sets that a config describes and enter them into DATASETS.TRAIN and TEST.
+    """Register the data sets that a config describes and set DATASETS.TRAIN and TEST to them.
 
     Call it once, after merging the config and before freezing it. "shapes_train" and "shapes_val"
     get the parameters of DATASETS.SHAPES. If DATASETS.CUSTOM names a json file, "<NAME>_train" and
-    "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (by nothing, where only one is named).
-    With DATASETS.OVERFIT_IMAGES both become the same few images. Where the number of classes is -1,
-    that of the data takes its place. Data sets that others registered stay as they are.
+    "<NAME>_val" replace DATASETS.TRAIN and DATASETS.TEST (if only one is named, the other becomes
+    empty). With DATASETS.OVERFIT_IMAGES both become the same few images. A number of classes of -1
+    is replaced by that of the data. Data sets that others registered are not changed.
 
     Raises:
-        FileNotFoundError: a file or folder of DATASETS.CUSTOM is missing, or an image of it.
+        FileNotFoundError: a file or folder of DATASETS.CUSTOM, or one of its images, is missing.
         ValueError: half of DATASETS.CUSTOM is missing, a json is refused or has nothing to train
             on, a validation image has another size than in the json, two of the data sets have
-            different classes, or there are fewer images than are to be overfitted.
+            different classes, or there are fewer images than DATASETS.OVERFIT_IMAGES.
     """
     register_shapes(cfg)
     custom = find_custom(cfg)
@@ -60,16 +62,21 @@ def setup_datasets(cfg: CfgNode) -> None:
     if any(get_value(cfg, key) == -1 for key in num_classes_keys(cfg)):
         try:
             write_num_classes(cfg, dataset_num_classes(cfg))
-        except ValueError:  # no data set at all: the model says so, if it is built
+        except ValueError:  # no data set at all: building a model will report it
             pass
 
 
 def require_images(cfg: CfgNode) -> None:
-    """Look for every image of DATASETS.TEST, so that none is missing after the training.
+    """Check that every image of DATASETS.TEST exists, before a training run and not after it.
 
     Raises:
-        FileNotFoundError: some are missing; the message counts them and names the first.
+        FileNotFoundError: some are missing (the message counts them and names the first), or a json
+            file of DATASETS.TRAIN or TEST is missing.
     """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        json_file = MetadataCatalog.get(name).get("json_file") if isinstance(name, str) else None
+        if json_file and not PathManager.exists(json_file):
+            raise FileNotFoundError(f"data set {name!r}: no file {json_file}. {DATASETS_HINT}")
     for name in cfg.DATASETS.TEST:
         records = DatasetCatalog.get(name)
         if isinstance(records, list):
@@ -99,14 +106,19 @@ def _register_custom(cfg: CfgNode, data_set: CustomSet, *, is_train: bool) -> No
                     f"{data_set.json_file}: the mask of annotation {annotation['id']} is an RLE; "
                     'set INPUT.MASK_FORMAT to "bitmask"'
                 )
-    records = DatasetCatalog.get(data_set.name)  # looks for the images
-    if not is_train:  # an evaluation comes late
+    records = DatasetCatalog.get(data_set.name)  # checks that the images exist
+    if not is_train:  # fail now rather than at the first evaluation
         check_image_headers(records)
 
 
 def register_shapes(cfg: CfgNode) -> None:
     """Register "shapes_*" with the parameters of DATASETS.SHAPES, unless the names are taken."""
     parameters = cfg.DATASETS.SHAPES
+    if len(parameters.IMAGE_SIZE) != 2:
+        raise ValueError(
+            "DATASETS.SHAPES.IMAGE_SIZE must be a height and a width, not "
+            f"{[*parameters.IMAGE_SIZE]}"
+        )
     if is_free("shapes_train") and is_free("shapes_val"):
         SHAPES.register(
             train_images=parameters.TRAIN_IMAGES,
@@ -117,7 +129,7 @@ def register_shapes(cfg: CfgNode) -> None:
 
 
 def find_custom(cfg: CfgNode) -> dict[str, CustomSet | None]:
-    """What DATASETS.CUSTOM names for "TRAIN" and for "VAL"; None for nothing.
+    """The sets that DATASETS.CUSTOM names for "TRAIN" and "VAL"; None if it names none.
 
     Raises:
         FileNotFoundError: a file or folder is missing.

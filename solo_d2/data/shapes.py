@@ -1,4 +1,4 @@
-"""The embedded data sets "shapes", "rods" and "tubes": drawn, in COCO's format, on first use."""
+"""The embedded data sets "shapes", "rods" and "tubes", drawn on first use, in COCO's format."""
 
 import json
 import logging
@@ -14,13 +14,14 @@ import numpy as np
 import pycocotools.mask as mask_util
 from numpy.random import Generator
 from numpy.typing import NDArray
+from tqdm import trange
 
 from .cache import ensure_folder
 from .catalog import CocoLoader, enter
 from .scenes import CLASSES, DrawnObject, draw_scene
 from .toys import draw_rods, draw_tubes
 
-# A polygon stands for a mask only if pycocotools draws it back with at least this IoU.
+# A polygon replaces a mask only if pycocotools rasterizes it with at least this IoU.
 _POLYGON_IOU = 0.95
 _JPEG_QUALITY = 95
 
@@ -34,16 +35,16 @@ class DrawnSet:
     """A data set "<name>_train" and "<name>_val" of random scenes."""
 
     name: str
-    # Part of the cache folder's name: raise it whenever the same parameters give other files.
+    # Part of the cache folder's name: increase it when the same parameters give other files.
     version: int
-    category_ids: Mapping[str, int]  # of the classes, in their order
+    category_ids: Mapping[str, int]  # class name -> category id, in class order
     draw_scene: DrawScene
     # Defaults of ``register``: images per split; height and width in pixels.
     train_images: int
     val_images: int
     image_size: tuple[int, int]
     suffix: str = ".png"
-    # Share of the objects whose mask is written as a polygon, if one polygon can show it.
+    # Share of the objects whose mask is written as a polygon, if one polygon can represent it.
     polygons: float = 0.0
 
     @property
@@ -55,10 +56,10 @@ class DrawnSet:
     ) -> None:
         """Write ``root/annotations/instances_<split>.json`` and the images in ``root/<split>/``.
 
-        An image and its masks depend on the seed, the split, the index and the size alone.
+        An image and its masks depend only on the seed, the split, the index and the size.
 
         Args:
-            root: made if needed.
+            root: created if needed.
             count: number of images.
             size: height and width in pixels, at least 32.
             seed: not negative.
@@ -78,7 +79,8 @@ class DrawnSet:
         logging.getLogger(__name__).info(f"Drawing {count} images of {self.name}_{split}")
         images: list[dict] = []
         annotations: list[dict] = []
-        for index in range(count):
+        # on terminals only
+        for index in trange(count, desc=f"Drawing {self.name}_{split}", leave=False, disable=None):
             rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
             image, objects = self.draw_scene(rng, *size)
             file_name = f"{index + 1:06d}{self.suffix}"
@@ -102,11 +104,11 @@ class DrawnSet:
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
 
     def ensure(self, *, count: int, size: tuple[int, int], seed: int, split: str) -> Path:
-        """The folder of a split in the cache, drawn if it is not there yet.
+        """The folder of a split in the cache, drawn if it does not exist yet.
 
-        The cache is $SOLO_D2_CACHE, or ~/.cache/solo_d2. The folder is complete whenever it is
-        there, also when several processes ask for it at once or one is killed half-way.
-        Arguments and errors are those of ``generate``.
+        The cache is $SOLO_D2_CACHE, or ~/.cache/solo_d2. The folder is never incomplete, even if
+        several processes need it at once or one is killed half-way. Arguments and errors are those
+        of ``generate``.
         """
         return ensure_folder(
             self._folder_name(count, size, seed, split),
@@ -121,14 +123,14 @@ class DrawnSet:
         image_size: tuple[int, int] | None = None,
         seed: int = 0,
     ) -> None:
-        """Register "<name>_train" and "<name>_val"; nothing is drawn before they are loaded.
+        """Register "<name>_train" and "<name>_val"; they are drawn when they are loaded.
 
         Registering again replaces them.
 
         Args:
             train_images, val_images: images per split.
             image_size: height and width in pixels.
-            seed: of the drawing.
+            seed: seed of the random numbers.
         """
         height, width = image_size or self.image_size
         counts = {
@@ -152,10 +154,10 @@ def _files(draw: Callable[[], Path], split: str) -> tuple[Path, Path]:
 
 
 def mask_annotation(rng: Generator, thing: DrawnObject, polygons: float) -> dict[str, Any]:
-    """An object as COCO has it; area and box are those of the segmentation as written."""
+    """An object in COCO's format; area and box are those of the segmentation as written."""
     rle = mask_util.encode(np.asfortranarray(thing.mask, np.uint8))
     segmentation: Any = {"size": list(thing.mask.shape), "counts": rle["counts"].decode()}
-    if thing.is_crowd:  # COCO's crowds are uncompressed
+    if thing.is_crowd:  # COCO stores crowds uncompressed
         segmentation["counts"] = _uncompressed_counts(thing.mask)
     elif rng.uniform() < polygons:
         polygon = _polygon(thing.mask)
@@ -178,12 +180,12 @@ def _uncompressed_counts(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def _polygon(mask: NDArray[np.bool_]) -> list[float] | None:
-    """x, y, x, y, ... around a mask; None where one polygon cannot stand for it."""
+    """x, y, x, y, ... around a mask; None if one polygon cannot represent it."""
     doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if len(contours) != 1:  # several parts, or a hole
         return None
-    # From the centers of boundary pixels, doubled, to the nearest corners of pixels.
+    # from the centers of boundary pixels, in doubled coordinates, to the nearest pixel corners
     corners = np.round((contours[0] + 0.5) / 2).astype(np.float32)
     outline = cv2.approxPolyDP(corners, 0.6, closed=True).reshape(-1, 2)
     if len(outline) < 3:
@@ -205,11 +207,11 @@ SHAPES = DrawnSet(
     val_images=200,
     image_size=(128, 128),
     suffix=".jpg",
-    # COCO has polygons and both kinds of RLE; so does this.
+    # COCO has polygons and both kinds of RLE, and so does this set.
     polygons=0.8,
 )
-# The toy sets of the AdaptIS paper, after the description of their recipe. Numbers and sizes are
-# the published ones.
+# The toy sets of the AdaptIS paper, drawn according to their published description, with the
+# published numbers and sizes.
 RODS = DrawnSet(
     name="rods",
     version=1,

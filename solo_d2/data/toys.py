@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from .scenes import DrawnObject, noise
 
-# An object of which less is in view is drawn but not listed.
+# An object with fewer visible pixels is drawn but not listed.
 MIN_PIXELS = 20
-_SEGMENTS = 10  # of the polyline that stands for a curve
+_SEGMENTS = 10  # of the polyline that approximates a curve
 
 
 class _Canvas:
@@ -30,7 +30,7 @@ class _Canvas:
             depth: (h, w) distance from each pixel's center to the outline, negative outside.
             corner: y, x of the window in the picture.
             color: (h, w, 3).
-            opacity: 1 hides what is below.
+            opacity: 1 hides everything below.
         """
         h, w = depth.shape
         window = np.s_[corner[0] : corner[0] + h, corner[1] : corner[1] + w]
@@ -40,7 +40,7 @@ class _Canvas:
         self.count += 1
 
     def objects(self) -> list[DrawnObject]:
-        """What is in view of each object, from bottom to top."""
+        """The visible part of each object, from bottom to top."""
         masks = [self.top == index for index in range(self.count)]
         return [DrawnObject(0, mask) for mask in masks if mask.sum() >= MIN_PIXELS]
 
@@ -84,8 +84,8 @@ def draw_tubes(
 ) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
     """Bent, tapered tubes and some ellipses, blue, with a dark soft rim, slightly transparent.
 
-    12 to 52 of them in 128 x 128 pixels, and as many per area in other sizes, on pale blue. What
-    is seen through an object belongs to the object.
+    12 to 52 of them in 128 x 128 pixels, and as many per area in other sizes, on pale blue. Pixels
+    of an object seen through a transparent one belong to the transparent one.
 
     Returns:
         The image, (H, W, 3) uint8 RGB, and its objects from bottom to top.

@@ -1,4 +1,4 @@
-"""What is refused before a training starts."""
+"""Checks before a training run starts."""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from solo_d2.errors import UserError
 from solo_d2.modeling.num_classes import get_value
+from solo_d2.modeling.options import check_choice
 from solo_d2.modeling.own_keys import refuse_test_time_augmentation
 
 try:
@@ -17,23 +18,40 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# key -> (least value, what is allowed)
+# key -> (minimum, what is allowed)
 _LIMITS = {
     "SOLVER.MAX_ITER": (1, "a positive number of iterations"),
     "SOLVER.IMS_PER_BATCH": (1, "a positive number of images"),
+    "SOLVER.BASE_LR_END": (0, "0 or more"),
+    "SOLVER.MOMENTUM": (0, "0 or more"),
+    "SOLVER.WEIGHT_DECAY": (0, "0 or more"),
     "SOLVER.CHECKPOINT_PERIOD": (1, "a positive number of iterations"),
     "SOLVER.WARMUP_ITERS": (0, "0 or more iterations"),
     "SOLVER.REFERENCE_WORLD_SIZE": (0, "a number of GPUs, or 0 to scale nothing"),
+    "MODEL.FPN.OUT_CHANNELS": (1, "a positive number of channels"),
+    "MODEL.BACKBONE.FREEZE_AT": (0, "0 (nothing), 1 (the stem) to 5 (everything)"),
+    "INPUT.MAX_SIZE_TRAIN": (1, "a positive number of pixels"),
+    "INPUT.MIN_SIZE_TEST": (0, "a number of pixels, or 0 to leave images as they are"),
+    "INPUT.MAX_SIZE_TEST": (1, "a positive number of pixels"),
+    "DATASETS.OVERFIT_IMAGES": (0, "0 or more images"),
     "DATALOADER.NUM_WORKERS": (0, "0 or more processes"),
     "TEST.PATIENCE": (0, "a number of evaluations, or 0 for no early stop"),
     "TEST.VIS_IMAGES": (0, "0 or more images"),
+}
+
+_CHOICES = {
+    "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
+    "INPUT.FORMAT": ("RGB", "BGR", "L", "YUV-BT.601"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
 }
 
 
 def check_config(cfg: CfgNode, world_size: int) -> None:
     """
     Args:
-        cfg: of a training or evaluation.
+        cfg: config of a training or evaluation.
         world_size: number of processes.
 
     Raises:
@@ -46,6 +64,15 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     solver = cfg.SOLVER
     if not 0 < solver.BASE_LR < float("inf"):
         raise UserError(f"SOLVER.BASE_LR is {solver.BASE_LR!r}, but must be a positive number")
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if not sizes or min(sizes) < 0:
+        raise UserError(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, but must be numbers of pixels")
+    pyramid = [*cfg.MODEL.FPN.IN_FEATURES]
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone" and pyramid[-1:] != ["res5"]:
+        raise UserError(
+            f"MODEL.FPN.IN_FEATURES is {pyramid}, but must end with 'res5', which P5 and P6 are "
+            "made from"
+        )
     reference = solver.REFERENCE_WORLD_SIZE or world_size
     if solver.IMS_PER_BATCH % reference:
         of = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "processes"
@@ -59,6 +86,8 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
             f"{', '.join(sorted(name for name, _ in META_ARCH_REGISTRY))}"
         )
     try:
+        for key, choices in _CHOICES.items():
+            check_choice(key, get_value(cfg, key), choices)
         refuse_test_time_augmentation(cfg)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -66,24 +95,25 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
 
 @contextmanager
 def training_folder(folder: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """The folder of a training, for one process at a time.
+    """Lock the folder of a training run, so that only one process uses it.
 
     Args:
-        folder: is made where it is missing.
-        resume: go on with the training in it, if there is one.
-        overwrite: start anew where there is one. Its curves, results and pointer to the last
-            checkpoint are deleted; checkpoints stay until they are replaced.
+        folder: created if it is missing.
+        resume: continue the run in it, if there is one.
+        overwrite: replace the run in it, if there is one. Its curves, results and pointer to
+            the last checkpoint are deleted; checkpoints stay until they are replaced.
 
     Raises:
-        UserError: another process trains in it, or it holds a training and neither is asked for.
+        UserError: another process trains in it, or it contains a run but neither ``resume``
+            nor ``overwrite`` is set.
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     with open(path / ".lock", "w") as file:
         if fcntl is not None:
             try:
-                # The system frees it when this process ends, however it ends. Loading processes,
-                # which may live on for seconds, do not inherit it, unlike one of ``flock``.
+                # The system releases this lock whenever the process ends. Unlike a lock of
+                # ``flock``, it is not inherited by data loading processes, which may run longer.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 raise UserError(f"another process is training in {folder} (OUTPUT_DIR)") from None
@@ -97,8 +127,8 @@ def _make_room(folder: Path, *, overwrite: bool) -> None:
     found = [folder / name for name in names if (folder / name).exists()]
     if found and not overwrite:
         raise UserError(
-            f"{folder} holds a training ({found[0].name}); continue it with --resume, replace it "
-            "with --overwrite, or choose another OUTPUT_DIR"
+            f"{folder} contains a training run ({found[0].name}); continue it with --resume, "
+            "replace it with --overwrite, or choose another OUTPUT_DIR"
         )
     for file in [*found, *folder.glob("events.out.tfevents.*")]:
         os.unlink(file)

@@ -16,7 +16,7 @@ from solo_d2.checkpoint import Checkpointer
 from solo_d2.errors import UserError
 from solo_d2.files import atomic_write
 
-# Mixed precision halves its loss scale after each overflow; here nothing but NaN is left.
+# Mixed precision halves its loss scale after each overflow. Below this scale, gradients are NaN.
 _MIN_LOSS_SCALE = 2.0**-24
 
 
@@ -29,17 +29,18 @@ class EarlyStop(BaseException):
 
 
 class StopAtNonFiniteLoss(HookBase):
-    """No optimization step is made with a loss or gradient that is inf or NaN.
+    """Stops the training before a step with a loss or gradient that is inf or NaN.
 
-    To be registered with Detectron2's ``SimpleTrainer`` or ``AMPTrainer``. In mixed precision,
-    gradients may overflow: there ``GradScaler`` leaves out the step and lowers the scale.
+    Register it with Detectron2's ``SimpleTrainer`` or ``AMPTrainer``. In mixed precision, gradients
+    may overflow; then ``GradScaler`` skips the step and lowers the scale.
     """
 
     def __init__(self, model: nn.Module, output_dir: str):
         """
         Args:
-            model: the one that gets the batches, thus DistributedDataParallel where that is used.
-            output_dir: of nonfinite_loss.json.
+            model: the module that is called with the batches, that is, DistributedDataParallel if
+                it is used.
+            output_dir: folder of nonfinite_loss.json.
         """
         self._output_dir = output_dir
         self._images: list[dict[str, Any]] = []
@@ -57,7 +58,7 @@ class StopAtNonFiniteLoss(HookBase):
         scaler = getattr(self.trainer, "grad_scaler", None)
         norm = None
         if scaler is None:
-            # with no limit it only measures
+            # without a limit, this only computes the norm
             norm = nn.utils.clip_grad_norm_(self.trainer.model.parameters(), math.inf)
             total = total + norm
         if comm.get_world_size() > 1:
@@ -86,27 +87,27 @@ class StopAtNonFiniteLoss(HookBase):
             }
             with atomic_write(path) as file:
                 file.write(json.dumps(content, indent=1, default=str).encode())
-        comm.synchronize()  # the first process that ends takes the others with it
+        comm.synchronize()  # the first process that exits ends the others
         raise NonFiniteLossError(
             f"iteration {iteration}: {', '.join(sorted(bad)) or 'the gradient'} is not finite; the "
-            f"images of the batch are in {path}, the weights before it in the last checkpoint"
+            f"images of the batch are in {path}, earlier weights in the last checkpoint"
         )
 
 
 class KeepBest(HookBase):
-    """Saves model_best.pth after an evaluation that was better than all before it.
+    """Saves model_best.pth after each evaluation that is better than all earlier ones.
 
     Unlike Detectron2's ``BestCheckpointer`` it survives a resume, leaves "last_checkpoint" alone,
-    and can end the training.
+    and can end the training run.
     """
 
     def __init__(self, period: int, checkpointer: Checkpointer, metric: str, patience: int = 0):
         """
         Args:
-            period: of the evaluations, which an ``EvalHook`` in front of this one makes.
+            period: period of the evaluations; their ``EvalHook`` must come before this hook.
             checkpointer: writes the file in the main process.
-            metric: name of what is to be large, for example "segm/AP".
-            patience: stop after so many evaluations in a row without a better one; 0: never.
+            metric: name of the metric to maximize, for example "segm/AP".
+            patience: stop after this many evaluations in a row without improvement; 0: never.
         """
         self._period = period
         self._checkpointer = checkpointer
@@ -155,12 +156,14 @@ class KeepBest(HookBase):
         return {"best": self.best, "best_iter": self.best_iter, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state["best"], int | float | None):
+            raise TypeError(f"the best {self._metric} is {state['best']!r}, not a number")
         self.best, self.best_iter = state["best"], state["best_iter"]
         self.waited = state["waited"]
 
 
 class UntaggedCheckpointer(Checkpointer):
-    """Saves files that a resume does not start from."""
+    """Saves checkpoints that a resumed training does not start from."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         pass

@@ -12,8 +12,8 @@ from torch import nn
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Detectron2's SGD, or AdamW with the same parameter groups.
 
-    For any trainer of Detectron2: return it from the trainer's ``build_optimizer``. Gradients are
-    clipped within ``step``, thus after ``AMPTrainer`` has unscaled them.
+    For any Detectron2 trainer: return it from the trainer's ``build_optimizer``. Gradients are
+    clipped within ``step``, that is, after ``AMPTrainer`` has unscaled them.
 
     Raises:
         ValueError: SOLVER.OPTIMIZER or SOLVER.CLIP_TOTAL_GRAD_NORM has an unsupported value.
@@ -45,9 +45,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def clip_total_grad_norm(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Let each ``step`` scale all gradients together down to an L2 norm of ``max_norm``.
+    """Make each ``step`` scale down the gradients to a total L2 norm of at most ``max_norm``.
 
-    A step with a norm that is not finite raises a RuntimeError instead of ruining the weights.
+    If the norm is not finite, ``step`` raises a RuntimeError instead of ruining the weights.
     """
 
     def clip(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

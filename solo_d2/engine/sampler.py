@@ -1,4 +1,4 @@
-"""Which images a training sees, and in which order after an interruption."""
+"""The order of the training images, which continues after an interruption."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -21,16 +21,16 @@ class ResumableSampler(Sampler[int]):
     def __init__(self, build: Callable[..., Sampler[int]], seed: int):
         """
         Args:
-            build: makes the sampler of this process, given ``seed``; can be pickled.
+            build: creates the sampler of this process, given ``seed``; must be picklable.
             seed: the same in all processes.
         """
         self._build = build
         self.seek(seed, 0)
 
     def seek(self, seed: int, start: int) -> None:
-        """Begin at the image number ``start`` of this process. Call it before iterating."""
+        """Start at this process's image number ``start``. Call it before iterating."""
         self.seed, self.start = seed, start
-        # here, because a loading process does not know its rank
+        # built here, because a data loading process does not know its rank
         self._sampler = self._build(seed=seed)
 
     def __iter__(self) -> Iterator[int]:
@@ -38,7 +38,7 @@ class ResumableSampler(Sampler[int]):
 
 
 def resumable_sampler(loader: Any) -> ResumableSampler | None:
-    """The sampler of a loader of Detectron2, None where its stream cannot be continued."""
+    """The sampler of a Detectron2 loader; None if its stream cannot be continued."""
     while loader is not None:  # loaders wrap data sets that wrap samplers
         sampler = getattr(loader, "sampler", None)
         if isinstance(sampler, ResumableSampler):
@@ -50,13 +50,13 @@ def resumable_sampler(loader: Any) -> ResumableSampler | None:
 def build_train_loader(cfg: CfgNode) -> Any:
     """Detectron2's ``build_detection_train_loader`` with our mapper and a ``ResumableSampler``.
 
-    An iterable data set and Detectron2's rarer samplers start anew after an interruption.
+    Iterable data sets and Detectron2's less common samplers start over after an interruption.
 
     Raises:
         UserError: DATASETS.TRAIN has no usable image, or a record lacks its size.
     """
     if not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty")
+        raise UserError("DATASETS.TRAIN is empty: name data sets there, or give --data")
     loader, mapper = cfg.DATALOADER, InstanceMapper(cfg, is_train=True)
     try:
         records = get_detection_dataset_dicts(
@@ -69,7 +69,7 @@ def build_train_loader(cfg: CfgNode) -> Any:
                 cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
             ),
         )
-    except AssertionError as error:  # how Detectron2 says that nothing is left
+    except AssertionError as error:  # Detectron2's report that no image is left
         raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
     if loader.ASPECT_RATIO_GROUPING and isinstance(records, list):
         for record in records:

@@ -1,4 +1,4 @@
-"""Detectron2's trainer with what it lacks for these models."""
+"""Detectron2's trainer, extended for these models."""
 
 import importlib
 import logging
@@ -24,7 +24,7 @@ from solo_d2.checkpoint import build_checkpointer
 from solo_d2.data.mapper import InstanceMapper
 from solo_d2.errors import UserError
 from solo_d2.evaluation.build import build_evaluators
-from solo_d2.evaluation.coco import write_results
+from solo_d2.evaluation.coco import summary_lines, write_results
 from solo_d2.modeling.own_keys import all_keys_honored
 from solo_d2.modeling.prepare import prepare
 
@@ -38,7 +38,7 @@ def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], UserError))
 
 
-# Detectron2's loop logs whatever ends it with a traceback; a UserError says all in its message.
+# Detectron2's loop logs every exception with a traceback; for a UserError the message is enough.
 logging.getLogger("detectron2.engine.train_loop").addFilter(_is_worth_a_traceback)
 
 
@@ -46,13 +46,13 @@ class Trainer(DefaultTrainer):
     """``DefaultTrainer`` for any Detectron2 model, honoring every key of solo_d2.
 
     It keeps the best model, stops at a loss or gradient that is not finite, draws predictions after
-    each evaluation, and continues the stream of images where a checkpoint was made.
+    each evaluation, and continues the stream of images from a checkpoint.
     """
 
     def __init__(self, cfg: CfgNode):
         """
         Raises:
-            UserError: the config cannot be trained; see ``check_config``, ``build_train_loader``.
+            UserError: the config is unsuitable; see ``check_config``, ``build_train_loader``.
         """
         check_config(cfg, comm.get_world_size())
         super().__init__(_without_amp_on_cpu(cfg))
@@ -61,7 +61,7 @@ class Trainer(DefaultTrainer):
         self._seed = self._sampler.seed if self._sampler else self.cfg.SEED
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks, and ours where they belong among them."""
+        """Detectron2's hooks, with ours inserted at their places."""
         cfg = self.cfg
         self.checkpointer = build_checkpointer(cfg, self.model, trainer=weakref.proxy(self))
         best = UntaggedCheckpointer(
@@ -102,7 +102,7 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         if self._sampler is not None:
-            # ASPECT_RATIO_GROUPING holds a few images back; they are lost or repeated
+            # ASPECT_RATIO_GROUPING holds a few images back; these are lost or repeated
             batch_size = self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
             self._sampler.seek(self._seed, self.start_iter * batch_size)
         super().before_train()
@@ -129,8 +129,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's, with frozen batch norms folded and in the quicker memory format."""
-        if "POINT_HEAD" in cfg.MODEL:  # registers its heads: a process of its own read no config
+        """Detectron2's model, with frozen batch norms folded and in the faster memory format."""
+        if "POINT_HEAD" in cfg.MODEL:  # registers its heads; a spawned process has read no config
             importlib.import_module("detectron2.projects.point_rend")
         with all_keys_honored():
             return prepare(super().build_model(cfg))
@@ -157,11 +157,20 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:
+        """Detectron2's, and one line of log for each task."""
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process():
+            for line in summary_lines(results):
+                logging.getLogger(__name__).info(line)
+        return results
+
+    @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """``test`` with Detectron2's test-time augmentation; results are named "<task>_TTA".
 
         Raises:
-            UserError: the architecture has none.
+            UserError: the architecture has no test-time augmentation.
         """
         check_config(cfg, comm.get_world_size())
         evaluators = [cls.build_evaluator(cfg, x, "inference_TTA") for x in cfg.DATASETS.TEST]
@@ -170,7 +179,7 @@ class Trainer(DefaultTrainer):
 
 
 def best_metric(cfg: CfgNode) -> str:
-    """TEST.BEST_METRIC, or what the model is made for; of the first of several test sets."""
+    """TEST.BEST_METRIC, or the model's main metric, on the first of several test sets."""
     name = cfg.TEST.BEST_METRIC
     if not name:
         architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
@@ -181,7 +190,7 @@ def best_metric(cfg: CfgNode) -> str:
 
 
 def _without_amp_on_cpu(cfg: CfgNode) -> CfgNode:
-    """``cfg`` without mixed precision where it cannot be used."""
+    """``cfg``, without mixed precision if that cannot be used."""
     if not cfg.SOLVER.AMP.ENABLED or torch.device(cfg.MODEL.DEVICE).type != "cpu":
         return cfg
     logging.getLogger(__name__).warning(
@@ -196,11 +205,11 @@ def _without_amp_on_cpu(cfg: CfgNode) -> CfgNode:
 
 @contextmanager
 def _interrupt_at_end() -> Iterator[None]:
-    """Let a Ctrl-C wait for the end of the block, a second one not.
+    """Delay a first Ctrl-C until the end of the block; a second one interrupts at once.
 
-    Within a step it would break the connection to a loading process, which then prints a traceback.
+    Within a step, it would break the connection to a loading process, which prints a traceback.
     """
-    if threading.current_thread() is not threading.main_thread():  # where there are no signals
+    if threading.current_thread() is not threading.main_thread():  # other threads get no signals
         yield
         return
     pressed = False

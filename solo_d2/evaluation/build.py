@@ -1,4 +1,4 @@
-"""Which evaluators a data set and a model need."""
+"""Choosing the evaluators for a data set and a model."""
 
 import os
 
@@ -24,17 +24,17 @@ from .pictures import PredictionPictures
 
 
 def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:
-    """What Detectron2's train_net.py builds for the data set, then ours.
+    """The evaluators that Detectron2's train_net.py builds for the data set, then ours.
 
-    A model class whose ``best_metric`` is a panoptic one is evaluated by it on any data set.
+    If the ``best_metric`` of the model class is panoptic, it is evaluated on any data set.
 
     Args:
-        cfg: of the model.
-        dataset_name: registered; without "evaluator_type" in its metadata it counts as "coco".
-        folder: for detections.
+        cfg: config of the model.
+        dataset_name: a registered set; without "evaluator_type" in its metadata it is "coco".
+        folder: output folder for detections.
 
     Raises:
-        UserError: the data set is of a type that the model has no output for.
+        UserError: the model has no output for the type of the data set.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)

@@ -1,7 +1,8 @@
-"""COCO's metrics, computed by faster-coco-eval where it is installed: the same numbers, sooner."""
+"""COCO's metrics, computed by faster-coco-eval if installed: the same numbers in less time."""
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ except ImportError:
 
 
 def mask_score(result: Mapping[str, Any]) -> float:
-    """What ranks the mask of a detection in COCO's format: its own score, if it has one."""
+    """The score that ranks the mask of a detection in COCO's format: the mask's own, if any."""
     return result.get("mask_score", result["score"])
 
 
@@ -32,20 +33,19 @@ def evaluate_coco(
     """Evaluate detections by COCO's rules.
 
     Args:
-        ground_truth: of pycocotools.
-        results: in COCO's format; they are not changed. For "segm", a "mask_score" takes the place
-            of the "score".
+        ground_truth: a data set loaded by pycocotools.
+        results: in COCO's format; not modified. For "segm", a "mask_score" replaces the "score".
         iou_type: "bbox" or "segm".
-        max_dets: three numbers of detections per image and class; the last is AP's.
-        image_ids: of the images to evaluate; None for all.
-        fast: use faster-coco-eval; by default where it is installed.
+        max_dets: three limits on the detections per image and class; AP uses the last.
+        image_ids: ids of the images to evaluate; None for all.
+        fast: use faster-coco-eval; by default if it is installed.
 
     Returns:
-        A ``COCOeval`` with ``eval`` and ``stats``, those of pycocotools up to rounding.
+        A ``COCOeval`` with ``eval`` and ``stats``, equal to those of pycocotools up to rounding.
     """
     copies = [dict(result) for result in results]
     for result in copies if iou_type == "segm" else ():
-        # masks have areas of their own: pycocotools would take a box's where there is one
+        # a mask has its own area, but pycocotools would use the area of the box if there is one
         result.pop("bbox", None)
         result["score"] = mask_score(result)
     fast = bool(copies) and COCOeval_faster is not None if fast is None else fast and bool(copies)
@@ -62,12 +62,14 @@ def evaluate_coco(
         evaluation.accumulate()
     for name in ("precision", "recall", "scores"):
         evaluation.eval[name] = np.asarray(evaluation.eval[name])
-    COCOevalMaxDets.summarize(evaluation)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        COCOevalMaxDets.summarize(evaluation)
+    logging.getLogger(__name__).info(f"{iou_type}:\n{printed.getvalue()}")
     return evaluation
 
 
 def _load(ground_truth: COCO, results: list[dict[str, Any]]) -> COCO:
-    """``COCO.loadRes``, which does not know how to load nothing."""
+    """``COCO.loadRes``, which fails if there are no results."""
     if results:
         return ground_truth.loadRes(results)
     empty = COCO()

@@ -1,9 +1,9 @@
-"""Panoptic quality from ``panoptic_seg``, also for data that knows nothing but its instances.
+"""Panoptic quality from ``panoptic_seg``, also for data that has annotations of instances only.
 
-torchmetrics counts the matches; ``panopticapi``, which Detectron2's evaluator needs, is not on
-PyPI. What is done here gives the library's counts COCO's meaning: it takes what a prediction
-leaves open out of the union and forgives the objects missed there, COCO does neither. So pixels
-that a prediction leaves open get a class of their own.
+torchmetrics counts the matches, since ``panopticapi``, which Detectron2's evaluator needs, is not
+on PyPI. The two differ in pixels that a prediction leaves unlabeled: torchmetrics takes them out of
+the union and forgives the objects missed there, COCO does neither. To count as COCO does, such
+pixels get a class of their own here.
 """
 
 import logging
@@ -31,34 +31,36 @@ VOID = -1
 class PanopticEvaluator(DatasetEvaluator):
     """PQ, SQ and RQ of all classes, things and stuff, under the names of Detectron2's evaluator.
 
-    The truth of a record with "pan_seg_file_name" is that picture. Else it is painted from the
-    annotations, smaller objects over larger ones, where the rest is the first class of stuff and
-    crowds are void.
+    The ground truth of a record with "pan_seg_file_name" is that picture. Otherwise it is painted
+    from the annotations, smaller objects over larger ones; crowds are void, and the rest is the
+    first class of stuff.
 
-    Void pixels of the truth do not count in a union, and predictions that lie in them for more
-    than half are not counted. Classes that neither occur nor are predicted are left out of the
-    averages. (panopticapi knows the class of a crowd: it forgives only predictions of that class,
-    and leaves crowds in the union.)
+    Void pixels of the ground truth do not count in a union, and predictions that lie in them by
+    more than half are not counted. Averages exclude classes that neither occur nor are predicted.
+    (panopticapi knows the class of a crowd: it forgives only predictions of that class, and keeps
+    crowds in the union.)
     """
 
     def __init__(self, dataset_name: str):
         """
         Args:
-            dataset_name: registered. Without ``stuff_classes`` in its metadata it has one class
-                of stuff, the background.
+            dataset_name: a registered set. If its metadata have no ``stuff_classes``, there is one
+                class of stuff, the background.
 
         Raises:
             UserError: torchmetrics is not installed.
         """
+        # loaded first: many sets know their class names only then
+        records = DatasetCatalog.get(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
         self._things = len(metadata.get("thing_classes") or ())
         self._stuff = len(metadata.get("stuff_classes") or ("background",))
         self._dataset_name = dataset_name
-        self._records = {r["file_name"]: r for r in DatasetCatalog.get(dataset_name)}
+        self._records = {r["file_name"]: r for r in records}
         self.reset()
 
     def reset(self) -> None:
-        try:  # here, because it is slow to import and no other evaluation needs it
+        try:  # imported here because it is slow and no other evaluation needs it
             from torchmetrics.detection import PanopticQuality
         except ImportError as error:
             raise UserError(
@@ -67,7 +69,7 @@ class PanopticEvaluator(DatasetEvaluator):
 
         classes = self._things + self._stuff
         self._metric = PanopticQuality(
-            things={*range(self._things), classes},  # the last: open in the prediction
+            things={*range(self._things), classes},  # the last: unlabeled in the prediction
             stuffs=set(range(self._things, classes)),
             allow_unknown_preds_category=False,
             sync_on_compute=False,
@@ -95,7 +97,7 @@ class PanopticEvaluator(DatasetEvaluator):
         for segment in segments:
             shift = 0 if segment["isthing"] else self._things
             classes[ids == segment["id"]] = segment["category_id"] + shift
-        # Whatever is void is one region.
+        # all void pixels are one region
         return torch.stack([classes, torch.where(classes == void, 0, ids.long())], dim=-1)
 
     def counts(self) -> Tensor:
@@ -109,7 +111,7 @@ class PanopticEvaluator(DatasetEvaluator):
                 metric.false_negatives.double(),
             ]
         ).cpu()
-        # torchmetrics has things first too, and the class of what is open last among them
+        # torchmetrics has things first too; the last of them is the class of unlabeled pixels
         return torch.cat([counts[:, : self._things], counts[:, self._things + 1 :]], dim=1)
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
@@ -128,15 +130,15 @@ class PanopticEvaluator(DatasetEvaluator):
 
 
 def panoptic_quality(counts: Tensor, num_things: int) -> dict[str, float]:
-    """PQ, SQ, RQ in per cent: of all classes, of things ("PQ_th", ...) and of stuff ("PQ_st", ...).
+    """PQ, SQ, RQ in percent: of all classes, of things ("PQ_th", ...) and of stuff ("PQ_st", ...).
 
     Args:
-        counts: (4, classes) per class, things first: sum of the IoUs of matches, and the numbers
-            of matches, of predictions and of true segments without one.
-        num_things: how many of the classes are things.
+        counts: (4, classes), things first: the sum of the IoUs of matches, and the numbers of
+            matches, of unmatched predictions and of unmatched true segments.
+        num_things: number of thing classes.
 
     Returns:
-        Averages over those classes that have any count; NaN where there are none.
+        Averages over the classes that have any count; NaN if there are none.
     """
     iou, matched, extra, missed = counts.double()
     both = matched + (extra + missed) / 2
@@ -159,7 +161,7 @@ def paint_ground_truth(
     """One label per pixel from masks that may overlap: smaller ones over larger ones.
 
     Args:
-        annotations: in Detectron2's format; crowds are left void, below all objects.
+        annotations: in Detectron2's format; crowds are void, below all objects.
         size: height and width.
 
     Returns:

@@ -30,12 +30,12 @@ class PredictionPictures(DatasetEvaluator):
     ):
         """
         Args:
-            dataset_name: registered; has "file_name" in its records.
+            dataset_name: a registered set with "file_name" in its records.
             output_dir: pictures are written to iter_<last finished iteration>/ in it, or to
-                eval_only/ without a training.
-            num_images: at most; they are spread evenly over the data set.
-            score_threshold: lower ones are not drawn.
-            max_iter: of the training, after which an evaluation counts for its last iteration.
+                eval_only/ if there is no training run.
+            num_images: maximum number of images; they are spread evenly over the data set.
+            score_threshold: predictions with lower scores are not drawn.
+            max_iter: number of training iterations; a later evaluation counts for the last one.
         """
         records = DatasetCatalog.get(dataset_name)
         chosen = np.linspace(0, len(records) - 1, min(num_images, len(records))).round()
@@ -53,7 +53,7 @@ class PredictionPictures(DatasetEvaluator):
         for x, output in zip(inputs, outputs):
             if x["file_name"] in self._records and "instances" in output:
                 instances = output["instances"]
-                # before they leave the device: masks are large
+                # select before the copy to the CPU: masks are large
                 instances = instances[instances.scores >= self._score_threshold]
                 self._predictions[x["file_name"]] = instances.to("cpu")
 
@@ -64,7 +64,7 @@ class PredictionPictures(DatasetEvaluator):
         predictions = {name: p for part in gathered for name, p in part.items()}
         try:
             self._draw(predictions)
-        except Exception:  # a picture is not worth a training
+        except Exception:  # a failed picture must not end the training run
             logging.getLogger(__name__).exception(f"No pictures of {self._dataset_name}")
 
     def _draw(self, predictions: Mapping[str, Instances]) -> None:

@@ -9,7 +9,7 @@ class AdaIN(nn.Module):
     """Normalize every channel of every sample, then scale and shift it by a control vector.
 
     ``y = (x - mean) / sqrt(var + eps) * scale(w) + bias(w)`` with two linear layers (AdaptIS,
-    section 3). The published PyTorch code adds 1 to the bias (``bias_plus_one``), the one in MXNet
+    section 3). The published PyTorch code adds 1 to the bias (``bias_plus_one``); the MXNet code
     starts with a scale of 1 instead.
     """
 
@@ -24,18 +24,18 @@ class AdaIN(nn.Module):
         """
         Args:
             control_dim: length of the control vector.
-            channels: of the map.
+            channels: channels of the map.
             eps: added to the variance; a constant channel needs it.
             bias_plus_one: see above.
         """
         super().__init__()
         self.scale = nn.Linear(control_dim, channels)
         self.bias = nn.Linear(control_dim, channels)
-        self.eps = max(eps, 1e-12)  # the MXNet formula has none, and fails for constant channels
+        self.eps = max(eps, 1e-12)  # the MXNet code has no eps and fails for constant channels
         self.bias_plus_one = bias_plus_one
 
     def init_weights(self, gain: float = 1.0) -> None:
-        """Xavier, Gaussian; zero biases but for the scale's without ``bias_plus_one``."""
+        """Xavier, Gaussian, with zero biases; without ``bias_plus_one`` the scale's bias is 1."""
         for linear in (self.scale, self.bias):
             nn.init.xavier_normal_(linear.weight, gain)
             nn.init.zeros_(linear.bias)
@@ -51,7 +51,7 @@ class AdaIN(nn.Module):
                 Padding does not count: it would change every cell of the result.
 
         Returns:
-            (n, channels, h, w) of the type of ``x``; the statistics are taken in float32.
+            (n, channels, h, w) with the type of ``x``; the statistics are computed in float32.
         """
         n, channels, h, w = x.shape
         scale = self.scale(control).float()
@@ -59,8 +59,8 @@ class AdaIN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
             if valid is None:
-                # Batch norm of one sample that has the channels of all. With channels-last memory
-                # the CPU's sums would be off in the second digit.
+                # Batch norm of one sample that holds the channels of all samples. In channels-last
+                # memory, the CPU's sums would be off in the second digit.
                 maps = wide.contiguous().view(1, n * channels, h, w)
                 y = F.batch_norm(
                     maps, None, None, scale.flatten(), bias.flatten(), training=True, eps=self.eps

@@ -1,7 +1,7 @@
 """Fast NMS and greedy NMS of boxes that have a score for each class.
 
-Each function takes N candidates and returns the detections in the order of descending scores. A
-candidate may be detected under several classes.
+Each function takes N candidates and returns the detections by descending score. A candidate may be
+detected under several classes.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from .masks import chunk_length
 class Kept(NamedTuple):
     """Detections, best first."""
 
-    index: Tensor  # (D,) int64, which candidate
+    index: Tensor  # (D,) int64 index of the candidate
     classes: Tensor  # (D,) int64
     scores: Tensor  # (D,)
 
@@ -31,18 +31,18 @@ def fast_nms(
     score_threshold: float = 0.0,
     max_detections: int | None = 100,
 ) -> Kept:
-    """Fast NMS of each class by itself (YOLACT, section 3.3).
+    """Fast NMS within each class (YOLACT, section 3.3).
 
     A candidate is dropped if its IoU with a better one of the class exceeds ``iou_threshold``, even
-    if that one is dropped too. Of several boxes without area only the best stays.
+    if that one is dropped too. Of several boxes without area, only the best is kept.
 
     Args:
         boxes: (N, 4) x1, y1, x2, y2 in any unit.
-        scores: (C, N) of each class, without background.
+        scores: (C, N) scores per class, without background.
         iou_threshold: see above.
-        top_k: of each class, the candidates that take part.
-        score_threshold: a candidate counts for a class only above this score; 0 for none.
-        max_detections: of all classes together; None for no limit.
+        top_k: number of candidates of each class that take part.
+        score_threshold: a candidate counts for a class only if its score is higher.
+        max_detections: limit for all classes together; None: no limit.
     """
     top_k = min(top_k, len(boxes))
     top, index = scores.topk(top_k, dim=1)
@@ -61,7 +61,7 @@ def cross_class_fast_nms(
     top_k: int = 200,
     max_detections: int | None = None,
 ) -> Kept:
-    """Fast NMS of all classes together, each candidate under its best class.
+    """Fast NMS across all classes, each candidate under its best class.
 
     Arguments as in ``fast_nms``, but ``top_k`` limits all candidates together; the published code
     has no other limit.
@@ -81,24 +81,24 @@ def traditional_nms(
     score_threshold: float = 0.05,
     max_detections: int | None = 100,
 ) -> Kept:
-    """Greedy NMS of each class by itself, as YOLACT's published code does it.
+    """Greedy NMS within each class, as in YOLACT's published code.
 
     A candidate is dropped if its IoU with a kept, better one of the class is ``iou_threshold`` or
     more, where a box from pixel a to pixel b is b - a + 1 wide.
 
     Args:
         boxes: (N, 4) x1, y1, x2, y2 in pixels.
-        scores: (C, N) of each class, without background.
+        scores: (C, N) scores per class, without background.
         iou_threshold: see above.
-        score_threshold: a candidate counts for a class only above this score.
-        max_detections: of all classes together; None for no limit.
+        score_threshold: a candidate counts for a class only if its score is higher.
+        max_detections: limit for all classes together; None: no limit.
     """
     pixels = boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
-    # torchvision drops only above its threshold: take the next smaller number
+    # torchvision drops only boxes above its threshold, so pass the next smaller number
     below = float(torch.tensor(iou_threshold).nextafter(torch.tensor(0.0)))
     counts = scores > score_threshold
     index, classes = [boxes.new_zeros(0, dtype=torch.long)], [boxes.new_zeros(0, dtype=torch.long)]
-    # Class by class, not with boxes moved apart as in batched_nms: that rounds them.
+    # Class by class: batched_nms moves the boxes of different classes apart, which rounds them.
     for label in counts.any(dim=1).nonzero()[:, 0].tolist():
         candidates = counts[label].nonzero()[:, 0]
         kept = candidates[nms(pixels[candidates], scores[label, candidates], below)]
@@ -127,6 +127,6 @@ def not_overlapped(boxes: Tensor, index: Tensor, iou_threshold: float) -> Tensor
 
 
 def _best(found: Kept, limit: int | None) -> Kept:
-    """The first ``limit`` by score; equal ones in the order given."""
+    """The best ``limit`` by score; equal scores keep their order."""
     order = found.scores.sort(descending=True, stable=True).indices[:limit]
     return Kept(*(field[order] for field in found))

@@ -1,7 +1,7 @@
 """Operations on boxes (x1, y1, x2, y2) in any unit.
 
-torchvision's functions take one set of boxes; these also take groups of them, for Fast NMS of all
-classes at once. On these, YOLACT's goldens hold to the last bit.
+torchvision's functions take one set of boxes; these also take groups of sets, for Fast NMS of all
+classes at once. With them, YOLACT's golden tests hold to the last bit.
 """
 
 import torch
@@ -14,7 +14,7 @@ def box_areas(boxes: Tensor) -> Tensor:
 
 
 def box_intersections(a: Tensor, b: Tensor) -> Tensor:
-    """Areas that pairs of boxes share.
+    """Intersection areas of pairs of boxes.
 
     Args:
         a: (..., N, 4).
@@ -32,7 +32,7 @@ def box_intersections(a: Tensor, b: Tensor) -> Tensor:
 
 
 def box_ious(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of pairs of boxes, (..., N, M); NaN for two without area. Args as above."""
+    """IoU of pairs of boxes, (..., N, M); NaN for two boxes without area. See above for args."""
     shared = box_intersections(a, b)
     union = box_areas(a)[..., :, None] + box_areas(b)[..., None, :]
     return shared / union.sub_(shared)

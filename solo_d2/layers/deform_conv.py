@@ -11,10 +11,10 @@ from torchvision.ops import deform_conv2d
 class DeformConv2d(Conv2d):
     """A ``Conv2d`` that samples its input at predicted offsets.
 
-    It uses torchvision's operator, since Detectron2's own needs its compiled extension. The
+    It uses torchvision's operator, because Detectron2's own needs its compiled extension. The
     convolution ``offset`` predicts (dy, dx) per kernel position; v2 adds a mask logit per position,
-    after all offsets. It starts at zero, so that the layer starts as a plain convolution (v2: half
-    of one).
+    after all offsets. Its weights start at zero, so that the layer starts as a plain convolution
+    (v2: multiplied by one half).
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class DeformConv2d(Conv2d):
         return self.sample(x, self.offset(x))
 
     def sample(self, x: Tensor, offset: Tensor) -> Tensor:
-        """The same with the output of the offset conv given."""
+        """``forward``, given the output of the offset convolution."""
         mask = None
         if self.modulated:
             positions = self.kernel_size[0] * self.kernel_size[1]
             offset, mask = offset.split([2 * positions, positions], dim=1)
             mask = mask.float().sigmoid()
-        # the operator needs one dtype for all tensors: float32, whatever autocast chose
+        # the operator needs one dtype for all tensors: float32, regardless of autocast
         with torch.autocast(x.device.type, enabled=False):
             out = deform_conv2d(
                 x.float(),

@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 def normalizer(count: Tensor, plus: float = 0.0) -> Tensor:
-    """This process's share of (the sum of ``count`` over all processes + ``plus``), of at least 1.
+    """(``count`` summed over all processes + ``plus``, at least 1) / number of processes.
 
-    Divide a sum over the local images by it: after DistributedDataParallel has averaged the
-    gradients, they are those of one process with all images in one batch.
+    Divide a sum over the local images by it. After DistributedDataParallel has averaged the
+    gradients, they equal those of one process with all images in one batch.
 
     Args:
         count: a scalar.

@@ -1,4 +1,4 @@
-"""Frozen batch norm as part of the convolution before it."""
+"""Folding frozen batch norms into the convolutions before them."""
 
 from itertools import pairwise
 from typing import TypeVar
@@ -40,9 +40,9 @@ class FoldedSequential(nn.Sequential):
 def fold_frozen_batch_norms(module: Module) -> Module:
     """Fold the frozen batch norms of all ``Conv2d`` and ``Sequential`` of a module, in place.
 
-    State dicts stay as they are. Layers of other classes, deformable ones too, are left alone.
-    Layers change their class and are not replaced, because Detectron2's FPN and mask head also keep
-    their convolutions in plain lists, and because hooks on them must survive.
+    State dicts do not change. Layers of other classes, including deformable ones, are not touched.
+    Layers change their class instead of being replaced, because Detectron2's FPN and mask head also
+    keep their convolutions in plain lists, and because hooks on them must survive.
 
     Returns:
         The module itself.

@@ -1,7 +1,7 @@
 """Losses of soft masks; each returns one number per mask.
 
-torch and fvcore have the two cross-entropies on logits only, or not under autocast; a mask of
-Decoupled SOLO is a product of two probabilities.
+The cross-entropies of torch and fvcore take only logits, or do not work under autocast; a mask of
+Decoupled SOLO is a product of two probabilities, without a logit.
 """
 
 import torch
@@ -15,14 +15,14 @@ _DICE_EPS = 1e-3
 def dice_loss(probs: Tensor, targets: Tensor) -> Tensor:
     """Dice distance of soft masks, with squared terms in the denominator (SOLO, section 3.3.2).
 
-    The sums are taken in float32, whatever the input: they exceed the range of float16.
+    The sums are always computed in float32, because they exceed the range of float16.
 
     Args:
         probs: (N, H, W) soft masks in [0, 1].
-        targets: (N, H, W) of the same shape, bool or in {0, 1}.
+        targets: (N, H, W), bool or in {0, 1}.
 
     Returns:
-        (N,) distances in [0, 1], float32. Not reduced, so N = 0 is ordinary.
+        (N,) distances in [0, 1], float32. Not reduced, so N = 0 needs no special case.
     """
     p = probs.flatten(1).float()
     t = targets.flatten(1).to(p.dtype)
@@ -34,7 +34,7 @@ def dice_loss(probs: Tensor, targets: Tensor) -> Tensor:
 def mask_bce_loss(probs: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of soft masks, mean over the pixels of each (an ablation of SOLO).
 
-    Arguments and result as in ``dice_loss``. No pixel costs more than 16.
+    Arguments and result as in ``dice_loss``. The loss of a pixel is at most 16.
     """
     return -_probability_of_truth(probs, targets).log().mean(dim=1)
 
@@ -48,7 +48,7 @@ def mask_focal_loss(
 
     Args:
         alpha: weight of the pixels inside; those outside have 1 - alpha.
-        gamma: the higher, the less well-classified pixels count.
+        gamma: focusing parameter; higher values reduce the weight of well-classified pixels.
     """
     p = _probability_of_truth(probs, targets)
     weight = alpha + (1 - 2 * alpha) * (~targets.flatten(1).bool()).to(p.dtype)
@@ -56,7 +56,7 @@ def mask_focal_loss(
 
 
 def _probability_of_truth(probs: Tensor, targets: Tensor) -> Tensor:
-    """(N, pixels) float32: the probability given to each pixel's true side, never 0."""
+    """(N, pixels) float32: the predicted probability of each pixel's true label, never 0."""
     p = probs.flatten(1).float()
     return torch.where(targets.flatten(1).bool(), p, 1 - p).clamp(min=torch.finfo(p.dtype).eps)
 

@@ -18,7 +18,7 @@ def chunk_length(numel: int, itemsize: int = 4) -> int:
 def tight_boxes(masks: Tensor) -> Tensor:
     """Smallest box around each mask, right and bottom exclusive; zeros for an empty mask.
 
-    As ``BitMasks.get_bounding_boxes``, without its loop over masks.
+    Like ``BitMasks.get_bounding_boxes``, but without a loop over masks.
 
     Args:
         masks: (N, H, W) bool.
@@ -62,8 +62,8 @@ def mass_centers(masks: Tensor) -> tuple[Tensor, Tensor]:
 def _axis_counts(masks: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels in each column (N, W) and in each row (N, H), int64.
 
-    Summing bools would first turn each into an integer of eight bytes. Here eight pixels are one
-    integer, whose bytes are summed side by side; 255 terms cannot overflow a byte.
+    Summing bools would first convert each to an eight-byte integer. Here eight pixels are viewed as
+    one integer, whose bytes are summed side by side; 255 terms cannot overflow a byte.
     """
     n, h, w = masks.shape
     padded = masks.new_zeros((n, h, w + -w % 8), dtype=torch.uint8)
@@ -105,10 +105,10 @@ def downsample_unpadded_masks(
     """Shrink masks as AdelaiDet does: from the unpadded image to a rounded size.
 
     When a side of the image is not a multiple of ``stride``, the factor is slightly off ``stride``.
-    Needed only to repeat AdelaiDet's targets (see ``downsample_masks`` for the exact way).
+    Needed only to reproduce AdelaiDet's targets; ``downsample_masks`` is exact.
 
     Args:
-        masks: (N, H, W) bool, of at least ``image_size``.
+        masks: (N, H, W) bool, at least as large as ``image_size``.
         stride: the factor.
         image_size: height and width before padding.
         padded_size: height and width of the batch.
@@ -157,9 +157,10 @@ def upsample_to_binary(
 ) -> Tensor:
     """Bring soft masks to the output size and threshold them, in bounded memory.
 
-    Bilinear to ``padded_size``, crop to ``image_size``, bilinear to ``output_size``, compare. Each
-    output pixel is a weighted mean of a few soft values, so it can exceed ``threshold`` only near
-    a soft value that does: the work is limited to the box around those, and to chunks of masks.
+    Resize to ``padded_size``, crop to ``image_size``, resize to ``output_size``, compare; both
+    resizes are bilinear. Each output pixel is a weighted mean of a few soft values, so it can
+    exceed ``threshold`` only near a soft value that does. Therefore only the boxes around such
+    values are computed, in chunks of masks.
 
     Args:
         soft_masks: (N, h, w) in [0, 1].
@@ -168,8 +169,8 @@ def upsample_to_binary(
         output_size: height and width of the result.
         threshold: a pixel is set where the soft value exceeds this.
         direct: one bilinear step from the soft masks to ``output_size``, as YOLACT does.
-        windows: (N, 4) int64 x1, y1, x2, y2, right and bottom exclusive; no pixel of the result is
-            set outside of its mask's window.
+        windows: (N, 4) int64 x1, y1, x2, y2, right and bottom exclusive; pixels of the result
+            outside of their mask's window are not set.
 
     Returns:
         (N, *output_size) bool.
@@ -183,7 +184,7 @@ def upsample_to_binary(
     sizes = zip(size, padded_size, image_size, output_size)
     rows, columns = (_axis(*along_axis, direct=direct) for along_axis in sizes)
     length = _masks_at_once(device, output_size[0] * output_size[1])
-    # the only wait for the device
+    # the only synchronization with the device
     boxes = tight_boxes(soft_masks > threshold).long().cpu()
     bounds = _reached(boxes, rows, columns, length, windows)
     row_weights, column_weights = rows.weights.to(device), columns.weights.to(device)
@@ -208,14 +209,14 @@ def _masks_at_once(device: torch.device, pixels: int) -> int:
 
 
 class _Axis(NamedTuple):
-    """A resize along one axis. Sizes alone decide it, so it is made on the CPU."""
+    """A resize along one axis. It depends on sizes only, so it is computed on the CPU."""
 
     weights: Tensor  # (inputs, outputs)
-    first: Tensor  # (outputs,) the first input that each output depends on; ascends
-    last: Tensor  # (outputs,) the last one; ascends
+    first: Tensor  # (outputs,) the first input that each output depends on; ascending
+    last: Tensor  # (outputs,) the last one; ascending
 
     def inputs(self, start: int, stop: int) -> slice:
-        """What the outputs from ``start`` to ``stop`` depend on."""
+        """The inputs that the outputs from ``start`` to ``stop`` depend on."""
         return slice(int(self.first[start]), int(self.last[stop - 1]) + 1)
 
 
@@ -231,11 +232,11 @@ def _axis(size: int, padded: int, image: int, output: int, *, direct: bool) -> _
 def _reached(
     boxes: Tensor, rows: _Axis, columns: _Axis, length: int, windows: Tensor | None
 ) -> Tensor:
-    """The outputs that the values in a chunk's boxes reach.
+    """The region of outputs that depend on the values in each chunk's boxes.
 
     Args:
         boxes: (N, 4) int64 around the soft values that exceed the threshold, on the CPU.
-        rows, columns: the resize.
+        rows, columns: the resize along each axis.
         length: masks per chunk.
         windows: see ``upsample_to_binary``.
 
@@ -254,7 +255,7 @@ def _reached(
 
 
 def _inside(windows: Tensor, region: tuple[int, int, int, int]) -> Tensor:
-    """(N, height, width) bool of a region's pixels: whether they lie in the window of each mask."""
+    """(N, height, width) bool: whether a region's pixels lie in the window of each mask."""
     x1, y1, x2, y2 = region
     rows = torch.arange(y1, y2, device=windows.device)
     columns = torch.arange(x1, x2, device=windows.device)
@@ -265,19 +266,19 @@ def _inside(windows: Tensor, region: tuple[int, int, int, int]) -> Tensor:
 
 
 def _resize_matrix(size: int, padded: int, image: int, output: int) -> Tensor:
-    """(size, output) weights of the two resizes along one axis: the operation on the identity."""
+    """(size, output) weights of both resizes along one axis: the resized identity matrix."""
     identity = torch.eye(size)[None]
     upsampled = F.interpolate(identity, size=padded, mode="linear")[..., :image]
     return F.interpolate(upsampled, size=output, mode="linear")[0]
 
 
 def _direct_resize_matrix(size: int, padded: int, image: int, output: int) -> Tensor:
-    """The same for one resize, to the size at which the part without padding has ``output``."""
+    """The same for a single resize, after which the part without padding has ``output`` pixels."""
     identity = torch.eye(size)[None]
     if padded == image:
         return F.interpolate(identity, size=output, mode="linear")[0]
     scale = padded * output / (image * size)
-    # the given scale says where the samples are; rounded sizes would shift them
+    # the exact scale determines the sample positions; rounded sizes would shift them
     resized = F.interpolate(
         identity, scale_factor=scale, mode="linear", recompute_scale_factor=False
     )

@@ -14,8 +14,8 @@ MATRIX_NMS_KERNELS = tuple(_DECAYS)
 def point_nms(scores: Tensor) -> Tensor:
     """Zero every score that is below its upper, left or upper-left neighbor of the same class.
 
-    The window is 2x2 and looks back only, as in the published code: a symmetric 3x3 test keeps
-    other cells. Equal neighbors all survive.
+    The window is 2x2 and looks back only, as in the published code; a symmetric 3x3 window would
+    keep different cells. Equal neighbors all survive.
 
     Args:
         scores: (N, C, S, S), non-negative.
@@ -64,22 +64,22 @@ def matrix_nms(
 
     With i < j in score order, ``decay_j = min_i f(iou_ij) / f(max_k<i iou_ki)``. ``sigma``
     multiplies: ``f(iou) = exp(-sigma * iou ** 2)``; the paper's formula divides, so its 0.5 is 2
-    here. The linear kernel ``1 - iou`` gives NaN to the third of three identical masks, as the
-    original does; a ``score >= threshold`` test then drops it.
+    here. The linear kernel ``1 - iou`` gives NaN for the third of three identical masks, as in the
+    original; a ``score >= threshold`` test then drops it.
 
     Args:
-        masks: (N, H, W) bool, in the order of descending scores.
-        labels: (N,) classes; masks of different classes do not touch each other.
+        masks: (N, H, W) bool, by descending score.
+        labels: (N,) classes; masks of different classes do not affect each other.
         scores: (N,) descending.
         kernel: "gaussian" or "linear".
-        sigma: of the gaussian kernel.
-        finite: keep the linear kernel's divisor above 0, so that duplicates get 0 and never NaN.
+        sigma: factor of the gaussian kernel.
+        finite: keep the linear kernel's divisor above 0, so that duplicates get 0 instead of NaN.
 
     Returns:
         (N,) decayed scores, in the given order.
 
     Raises:
-        ValueError: the kernel is unknown.
+        ValueError: ``kernel`` has an unsupported value.
     """
     if kernel not in _DECAYS:
         raise ValueError(f"kernel must be one of {MATRIX_NMS_KERNELS}, not {kernel!r}")
@@ -87,7 +87,7 @@ def matrix_nms(
         return scores
     decay = _DECAYS[kernel]
     iou = _same_class_iou_above_diagonal(masks, labels)
-    # how strongly mask i is itself overlapped by a better one
+    # largest IoU of mask i with a better one
     compensation = iou.amax(dim=0)
     if finite:
         compensation = compensation.clamp(max=1 - 1e-6)
@@ -99,7 +99,7 @@ def mask_nms(masks: Tensor, labels: Tensor, *, iou_threshold: float = 0.5) -> Te
     """Greedy NMS per class on mask IoU.
 
     Args:
-        masks: (N, H, W) bool, in the order of descending scores.
+        masks: (N, H, W) bool, by descending score.
         labels: (N,) classes.
         iou_threshold: a mask is dropped if its IoU with a kept, better one exceeds this.
 

@@ -1,4 +1,4 @@
-"""Feature maps and points in them."""
+"""Reading feature maps at points, and coordinates relative to points."""
 
 from itertools import product
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def read_at_points(feature: Tensor, points: Tensor, scale: float = 1.0) -> Tensor:
-    """One vector per point, bilinear. Index 0 is the center of the first cell: no half pixel.
+    """One vector per point, bilinear. The first cell's center is at 0, without half-pixel offset.
 
     Args:
         feature: (B, C, h, w).
@@ -46,7 +46,7 @@ def relative_coordinates(
         size: height and width of the map.
         radius: in image pixels.
         scale: cells per image pixel, 1 / stride.
-        append_distance: add the Euclidean distance, taken before the offsets are clamped.
+        append_distance: add the Euclidean distance, computed before the offsets are clamped.
 
     Returns:
         (P, 2 or 3, h, w) float32: row offset, column offset, distance.

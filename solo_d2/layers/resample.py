@@ -1,4 +1,4 @@
-"""Feature maps at other sizes."""
+"""Resizing feature maps."""
 
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
@@ -8,7 +8,7 @@ from .symbolic import same_size
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with half-pixel centers; x itself if it has the size already.
+    """Bilinear resize with half-pixel centers; returns x itself if it already has the size.
 
     Args:
         x: (N, C, h, w); N may be 0, C may not.
@@ -37,8 +37,9 @@ def align_to_grid(feature: Tensor, grid: int, method: str = "interpolate") -> Te
     Args:
         feature: (N, C, H, W).
         grid: S, cells along each axis.
-        method: "interpolate", a bilinear sample at the center of each cell; "adaptive_pool", the
-            maximum over it; "region_grid", the mean of 2 x 2 samples spread evenly over it.
+        method: "interpolate" (a bilinear sample at the center of each cell), "adaptive_pool" (the
+            maximum over the cell) or "region_grid" (the mean of 2 x 2 samples spread evenly over
+            the cell).
 
     Returns:
         (N, C, S, S).
@@ -51,13 +52,13 @@ class UpsampledConv2d(Conv2d):
 
     ``forward`` computes all output channels, ``select`` only the requested ones. ``select``
     convolves before it upsamples, which gives the same result because both are linear. So neither
-    the larger input nor the other channels are ever made, in the backward pass either.
+    the larger input nor the other channels are computed, not even in the backward pass.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int):
         """
         Args:
-            in_channels, out_channels: as of ``Conv2d``.
+            in_channels, out_channels: see ``Conv2d``.
             kernel_size: odd.
         """
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
@@ -77,9 +78,9 @@ class UpsampledConv2d(Conv2d):
             (n, 2h, 2w) float32.
         """
         (h, w), k = x.shape[-2:], self.kernel_size[0]
-        # a convolution reads its input around a position, fold writes: the kernel is mirrored
+        # a convolution reads around each position, fold writes around it: mirror the kernel
         kernels = self.weight.index_select(0, channels).flip(2, 3).permute(0, 2, 3, 1)
-        # the contribution of each position of the kernel, as maps of the input's size
+        # the contribution of each kernel position, as maps of the input's size
         maps = (kernels.flatten(0, 2) @ x.flatten(1)).float().view(-1, k * k, h, w)
         maps = upsample2x(maps)
         if k > 1:

@@ -1,4 +1,4 @@
-"""The number of classes: as configured, or where the config says -1, that of the training set."""
+"""The number of classes: as configured, or that of the training set if the config says -1."""
 
 import os
 from typing import Any
@@ -11,7 +11,7 @@ from detectron2.utils import comm
 
 from solo_d2.files import atomic_write
 
-# Detectron2's own; a model of solo_d2 has the attribute ``num_classes_key``.
+# For Detectron2's own models; a model of solo_d2 has the attribute ``num_classes_key``.
 _DETECTRON2_KEYS = {
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
     "FCOS": "MODEL.RETINANET.NUM_CLASSES",
@@ -19,7 +19,7 @@ _DETECTRON2_KEYS = {
 
 
 def num_classes_keys(cfg: CfgNode) -> tuple[str, ...]:
-    """Names of the keys that hold the number of classes of the model of ``cfg``."""
+    """Names of the config keys that hold the number of classes of the model of ``cfg``."""
     architecture = cfg.MODEL.META_ARCHITECTURE
     key = getattr(META_ARCH_REGISTRY.get(architecture), "num_classes_key", None)
     key = key or _DETECTRON2_KEYS.get(architecture)
@@ -43,12 +43,12 @@ def get_value(cfg: CfgNode, key: str) -> Any:
 
 
 def dataset_num_classes(cfg: CfgNode, *, load: bool = True) -> int:
-    """The number of classes of DATASETS.TRAIN, or of DATASETS.TEST where that says nothing.
+    """The number of classes of DATASETS.TRAIN, or of DATASETS.TEST if that is unknown.
 
     Args:
         cfg: a config.
-        load: load a set whose metadata have no class names yet, as ``register_coco_instances``
-            leaves them.
+        load: load a data set whose metadata have no class names yet, as is the case after
+            ``register_coco_instances``.
 
     Raises:
         ValueError: neither is known.
@@ -69,8 +69,8 @@ def dataset_num_classes(cfg: CfgNode, *, load: bool = True) -> int:
 def resolve_num_classes(cfg: CfgNode, key: str) -> int:
     """The config's number of classes, or the training set's where the config has -1.
 
-    Then the number also takes the place of -1 in ``cfg``, and in the ``config.yaml`` that
-    ``default_setup`` wrote before the model was built: this file and a checkpoint are enough to
+    The number of the training set also replaces the -1 in ``cfg``, and in the ``config.yaml`` that
+    ``default_setup`` wrote before the model was built. So this file and a checkpoint are enough to
     load the model where the data set is not registered.
 
     Args:
@@ -78,7 +78,7 @@ def resolve_num_classes(cfg: CfgNode, key: str) -> int:
         key: full name of the key, for example "MODEL.SOLO.NUM_CLASSES".
 
     Raises:
-        ValueError: the config and the data disagree, or neither says a number.
+        ValueError: the config and the data disagree, or neither gives a number.
     """
     configured = get_value(cfg, key)
     try:

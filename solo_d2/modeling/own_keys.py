@@ -13,7 +13,7 @@ _OPTIMIZER = "return solo_d2.engine.build_optimizer(cfg, model) from your traine
 _MAPPER = "pass mapper=solo_d2.data.InstanceMapper(cfg) to build_detection_train_loader"
 _DATASETS = "call solo_d2.data.setup_datasets(cfg) before you freeze the config"
 
-# key -> (the value that asks for nothing, what honors it in another pipeline)
+# key -> (the value that has no effect, how to honor the key in another pipeline)
 OWN_KEYS = {
     "SOLVER.OPTIMIZER": ("SGD", _OPTIMIZER),
     "SOLVER.CLIP_TOTAL_GRAD_NORM": (0.0, _OPTIMIZER),
@@ -28,7 +28,7 @@ _warned: set[str] = set()
 
 @contextmanager
 def all_keys_honored() -> Iterator[None]:
-    """Models built within the block do not warn: their pipeline honors every key."""
+    """Models built within the block do not warn, because their pipeline honors every key."""
     global _honored
     before, _honored = _honored, True
     try:
@@ -40,10 +40,10 @@ def all_keys_honored() -> Iterator[None]:
 def warn_about_own_keys(cfg: CfgNode) -> None:
     """Warn once, when a model is built, about the keys set in ``cfg`` that need solo_d2's trainer.
 
-    Nothing is said within ``all_keys_honored``.
+    There is no warning within ``all_keys_honored``.
 
     Raises:
-        ValueError: no pipeline can do what ``cfg`` asks for, see ``refuse_test_time_augmentation``.
+        ValueError: no pipeline can honor ``cfg``, see ``refuse_test_time_augmentation``.
     """
     refuse_test_time_augmentation(cfg)
     remedies = {
@@ -71,5 +71,5 @@ def refuse_test_time_augmentation(cfg: CfgNode) -> None:
     if cfg.TEST.AUG.ENABLED and not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
         raise ValueError(
             f"TEST.AUG.ENABLED must be False: {name} has no test-time augmentation, only models "
-            "with MODEL.META_ARCHITECTURE GeneralizedRCNN have"
+            "with MODEL.META_ARCHITECTURE GeneralizedRCNN do"
         )

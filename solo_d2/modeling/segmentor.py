@@ -1,4 +1,4 @@
-"""From a batch of images to their instances: the route of every one-stage architecture here.
+"""From a batch of images to their instances: the base of all one-stage architectures here.
 
 Shape shorthand of this file:
     N: images
@@ -20,17 +20,17 @@ from solo_d2.layers.symbolic import refuse_export
 from solo_d2.postprocessing import postprocess
 
 from .own_keys import warn_about_own_keys
-from .prepare import prepare
+from .prepare import check_precision, prepare
 
 
 class GroundTruth(NamedTuple):
-    """Annotations of one image on the model's device. M = 0 is an ordinary value."""
+    """Annotations of one image on the model's device. M may be 0."""
 
     boxes: Tensor  # (M, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive
     classes: Tensor  # (M,) int64
     masks: Tensor  # (M, H, W) bool, zero in the padding
     image_size: tuple[int, int]  # height and width before padding
-    # Regions of many objects, not annotated one by one; none of them is in the fields above.
+    # Regions of many objects that are not annotated one by one; the fields above exclude them.
     crowd_boxes: Tensor  # (number of crowds, 4)
     crowd_masks: Tensor  # (number of crowds, H, W) bool
 
@@ -41,7 +41,7 @@ class InstanceSegmentor(nn.Module, ABC):
     A subclass implements ``losses`` and ``inference``.
     """
 
-    # Crowd regions do not count as objects, so INPUT.KEEP_CROWD is allowed.
+    # Crowd regions are not trained as objects, so INPUT.KEEP_CROWD is allowed.
     separates_crowds = True
 
     def __init__(
@@ -56,14 +56,22 @@ class InstanceSegmentor(nn.Module, ABC):
     ):
         """
         Args:
-            backbone: any Detectron2 backbone; prepared in place, see ``prepare``.
+            backbone: any Detectron2 backbone; modified in place, see ``prepare``.
             pixel_mean, pixel_std: per channel, in the order of the input images' channels.
             freeze_bn_stats: keep the backbone's batch norms in eval mode while training; their
                 affine parameters are still trained.
             mask_threshold: a pixel belongs to an instance where its soft mask exceeds this.
-            num_classes: training fails for a class that is not below this; None: no check.
+            num_classes: a class that is not below this is an error in training; None: no check.
+
+        Raises:
+            ValueError: ``pixel_mean`` or ``pixel_std`` has an unsupported value.
         """
         super().__init__()
+        if len(pixel_mean) != len(pixel_std) or not all(std > 0 for std in pixel_std):
+            raise ValueError(
+                "pixel_mean and pixel_std need a number per channel, and the latter a positive "
+                f"one, not {[*pixel_mean]} and {[*pixel_std]}"
+            )
         self.backbone = prepare(backbone)
         self.freeze_bn_stats = freeze_bn_stats
         self.mask_threshold = mask_threshold
@@ -100,7 +108,7 @@ class InstanceSegmentor(nn.Module, ABC):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: as Detectron2's ``DatasetMapper`` makes them: "image" (3, h, w), for
+            batched_inputs: in the format of Detectron2's ``DatasetMapper``: "image" (3, h, w), for
                 training "instances", for inference "height" and "width" of the output.
 
         Returns:
@@ -124,7 +132,7 @@ class InstanceSegmentor(nn.Module, ABC):
     def postprocess_batch(
         self, results: list[Instances], batched_inputs: list[dict], images: ImageList
     ) -> list[dict]:
-        """The results of ``inference`` in the output frames, as ``forward`` returns them."""
+        """Bring the results of ``inference`` to the output frames, as ``forward`` returns them."""
         padded_size = tuple(images.tensor.shape[-2:])
         processed = []
         for instances, inputs in zip(results, batched_inputs):
@@ -136,7 +144,7 @@ class InstanceSegmentor(nn.Module, ABC):
         return processed
 
     def check_weights(self) -> None:
-        """Called where nothing was found, which is all that non-finite weights ever do.
+        """Called if no instance was found, which is always so with non-finite weights.
 
         Raises:
             ValueError: a weight is inf or NaN.
@@ -153,12 +161,7 @@ class InstanceSegmentor(nn.Module, ABC):
         Raises:
             ValueError: the weights were converted to half precision.
         """
-        dtype = self.pixel_mean.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"the model was converted to {dtype}; keep its weights in float32 and call it "
-                f"within torch.autocast({self.device.type!r}, dtype={dtype}) instead"
-            )
+        check_precision(self.pixel_mean.dtype, self.device)
         images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
@@ -209,7 +212,7 @@ class InstanceSegmentor(nn.Module, ABC):
                 f"image {name} is {image_size[0]} pixels high and {image_size[1]} wide, but its "
                 f"gt_masks are {masks.shape[1]} x {masks.shape[2]}"
             )
-        # looked at before the move to the device, where it would have to be waited for
+        # checked before the copy to the device, where reading it would force a synchronization
         if self.num_classes is not None and len(classes):
             low, high = classes.aminmax()
             if low < 0 or high >= self.num_classes:
@@ -239,12 +242,12 @@ class InstanceSegmentor(nn.Module, ABC):
 
     @abstractmethod
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
-        """Instances per image in the network's frame, with soft ``pred_masks`` (M, h, w)."""
+        """Instances of each image in the network's frame, with soft ``pred_masks`` (M, h, w)."""
 
     def postprocess(
         self, instances: Instances, height: int, width: int, padded_size: tuple[int, int]
     ) -> Instances:
-        """One result of ``inference`` in the output frame; see ``solo_d2.postprocessing``."""
+        """Bring a result of ``inference`` to the output frame; see ``solo_d2.postprocessing``."""
         return postprocess(
             instances,
             height,
@@ -255,7 +258,7 @@ class InstanceSegmentor(nn.Module, ABC):
 
 
 def _padded(masks: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
-    """(M, h, w) -> (M, *size) on the device; no copy where nothing changes."""
+    """(M, h, w) -> (M, *size) on the device; no copy if nothing changes."""
     m, h, w = masks.shape
     if (h, w) == size:
         return masks.to(device)

@@ -1,8 +1,7 @@
-"""Where the time goes: ``python -m solo_d2 benchmark --help``."""
+"""Profiling a model: ``solo-d2 benchmark --help``."""
 
 import argparse
 import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +16,9 @@ from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from solo_d2.arguments import add_model_arguments, parse
+from solo_d2.arguments import add_model_arguments, parse, print_error
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.config import load_config, use_available_device
-from solo_d2.errors import is_user_error, one_line
 from solo_d2.images import as_rgb
 from solo_d2.modeling.own_keys import all_keys_honored
 from solo_d2.modeling.prepare import prepare
@@ -39,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = random_input(height, width, options.instances, _num_classes(model))
         image = _read(options.image, options.size, cfg.INPUT.FORMAT) if options.image else None
     except Exception as error:
-        if not is_user_error(error):
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print_error(error, options)
         return 2
     print(f"{options.config_file}, {options.size[0]} x {options.size[1]}, {cfg.MODEL.DEVICE}")
     benchmark(model, inputs, image, only=options.only, rows=options.rows)
@@ -59,9 +55,9 @@ def benchmark(
     """Profile a training step and an inference, and print where their time goes.
 
     Args:
-        model: of Detectron2's interface.
-        inputs: of the training step, with "instances".
-        image: for inference; by default that of the training step.
+        model: a model with Detectron2's interface.
+        inputs: input of the training step, with "instances".
+        image: input of the inference; by default that of the training step.
         only: "training" or "inference"; None: both.
         rows: number of operators to list.
     """
@@ -96,7 +92,7 @@ def benchmark(
 
 
 def random_input(height: int, width: int, instances: int, num_classes: int) -> dict[str, Any]:
-    """A noise image with square instances of sizes from 16 pixels to half of the short side."""
+    """A noise image with square instances, 16 pixels to half of the shorter side wide."""
     generator = torch.Generator().manual_seed(0)
     low, high = torch.tensor([16.0, max(17.0, min(height, width) / 2)]).log().tolist()
     sizes = (low + (high - low) * torch.rand(instances, generator=generator)).exp().long()
@@ -114,7 +110,7 @@ def random_input(height: int, width: int, instances: int, num_classes: int) -> d
 
 
 def _profile(name: str, run: Callable[[], object], device: torch.device, rows: int) -> None:
-    """Run once to warm up, once by the clock, once under the profiler; print what it found."""
+    """Run once to warm up, once timed and once under the profiler, and print the results."""
     cuda = device.type == "cuda"
 
     def timed() -> float:
@@ -150,7 +146,7 @@ def _build(cfg: CfgNode, weights: str, allow_pickle: bool) -> nn.Module:
     with all_keys_honored():
         model = prepare(build_model(cfg))
     if weights:
-        Checkpointer(model, allow_pickle=allow_pickle).load(weights)
+        Checkpointer(model, require_complete=True, allow_pickle=allow_pickle).load(weights)
     return model
 
 
@@ -167,7 +163,7 @@ def _read(path: str, size: Sequence[int], input_format: str) -> torch.Tensor:
 
 
 def _peak_memory(device: torch.device) -> str:
-    """Of the process, or on a GPU of the tensors."""
+    """Peak memory of the process, or of the tensors on a GPU."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1024**3:.2f} GiB on the GPU"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"

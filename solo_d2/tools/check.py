@@ -1,4 +1,4 @@
-"""Look through data sets before any training: ``python -m solo_d2 check --help``."""
+"""Checking data sets before training: ``solo-d2 check --help``."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from solo_d2.arguments import parse, print_error
 from solo_d2.config import load_config
 from solo_d2.data.annotations import to_rle
 from solo_d2.data.catalog import CocoLoader
@@ -47,7 +48,7 @@ EXIT_CLEAN, EXIT_PROBLEMS, EXIT_USAGE = 0, 1, 2
 
 SOLO_FAMILY = ("SOLO", "DecoupledSOLO", "SOLOv2")
 
-# Pixels by which a polygon may leave the image without a remark.
+# Pixels by which a polygon may extend beyond the image without a remark.
 _TOLERANCE = 2.0
 
 
@@ -55,24 +56,24 @@ class Source(NamedTuple):
     """A data set to check."""
 
     name: str
-    keys: list[str]  # the keys of the config that name it
+    keys: list[str]  # the config keys that name it
     json_file: Path
     image_root: Path
-    classes: list[str] | None = None  # that it is registered with
+    classes: list[str] | None = None  # the classes that it is registered with
     crowd_is_object: bool = False
 
 
 def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
-    """Check every data set of a config; what is wrong in one does not end the check.
+    """Check every data set of a config; an invalid set does not end the check.
 
     Args:
-        cfg: with DATASETS.CUSTOM, if that is set, in place of DATASETS.TRAIN and TEST.
-        decode_images: read all pixels; else the images' headers only.
+        cfg: if DATASETS.CUSTOM is set, it replaces DATASETS.TRAIN and TEST.
+        decode_images: read all pixels; otherwise only the images' headers.
 
     Raises:
-        UserError: the config names no data set, or one that is not known or not in COCO's format.
-        FileNotFoundError, ValueError: a file of the config is missing, or settings contradict
-            each other.
+        UserError: the config names no data set, or one that is unknown or not in COCO's format.
+        FileNotFoundError, ValueError: a file that the config names is missing, or settings
+            contradict each other.
     """
     sources = find_sources(cfg)
     grids = None
@@ -103,7 +104,7 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
         reports[-1].add(REFUSED, "data sets with other classes", mismatch)
     training = [report for report in reports if report.is_training]
     if training and not any(report.objects for report in training):
-        training[0].add(REFUSED, "training data without any object", training[0].json_file)
+        training[0].add(REFUSED, "training data without objects", training[0].json_file)
     for train in training:
         for test in reports:
             if "DATASETS.TEST" in test.keys and {train.name, test.name} <= paths.keys():
@@ -112,7 +113,7 @@ def check(cfg: CfgNode, *, decode_images: bool = False) -> list[Report]:
 
 
 def find_sources(cfg: CfgNode) -> list[Source]:
-    """The data sets that ``setup_datasets`` would set up, without reading their files.
+    """The data sets that ``setup_datasets`` would register, without reading their files.
 
     Raises:
         UserError, FileNotFoundError, ValueError: see ``check``.
@@ -149,12 +150,12 @@ def _registered(name: str, keys: list[str]) -> Source:
         DatasetCatalog.get(name)
     files = metadata.get("json_file"), metadata.get("image_root")
     if not files[0] or files[1] is None:
-        raise UserError(f"{keys[0]}: {name!r} is not made from a COCO json, the only format here")
+        raise UserError(f"{keys[0]}: {name!r} is not a COCO json, the only supported format")
     return Source(name, keys, Path(files[0]), Path(files[1]), metadata.get("thing_classes"))
 
 
 def _read(report: Report, source: Source, *, masks: bool) -> CocoFile | None:
-    """What the reader accepts; its findings go to the report."""
+    """The content that the reader accepts; its findings are added to the report."""
     try:
         coco = read_coco(
             source.json_file,
@@ -164,18 +165,22 @@ def _read(report: Report, source: Source, *, masks: bool) -> CocoFile | None:
             tolerant=True,
         )
     except ValueError as error:
-        report.add(REFUSED, "file that is no COCO json", one_line(error))
+        report.add(REFUSED, "file that is not a COCO json", one_line(error))
         return None
     for (effect, what), offenders in coco.findings.items():
         report.findings[effect, what] = offenders
     if source.classes is not None and source.classes != coco.classes:
         expected = {"the data set as registered": source.classes, report.json_file: coco.classes}
-        report.add(REFUSED, "file with other classes than registered", class_mismatch(expected))
+        report.add(
+            REFUSED,
+            "file with other classes than the registered data set",
+            class_mismatch(expected),
+        )
     return coco
 
 
 def _check_images(report: Report, images: list[dict], root: Path, decode: bool) -> dict[str, Path]:
-    """Look at the files; returns their paths by their name in the json."""
+    """Check the image files; returns their paths by file name in the json."""
     report.images = len(images)
     if not images:
         report.add(REFUSED, "data set without images", report.json_file)
@@ -185,7 +190,7 @@ def _check_images(report: Report, images: list[dict], root: Path, decode: bool) 
         if name in paths:
             report.add(REMARK, "images listed more than once", name)
         if os.path.isabs(name) or ".." in Path(name).parts:
-            report.add(REMARK, "file names that leave the image folder", name)
+            report.add(REMARK, "file names that lead out of the image folder", name)
         paths[name] = root / name
     if not root.is_dir():
         report.add(REFUSED, "missing image folder", str(root))
@@ -198,17 +203,14 @@ def _check_images(report: Report, images: list[dict], root: Path, decode: bool) 
 def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> None:
     name = image["file_name"]
     try:
-        with Image.open(path) as file:
-            size, mode = file.size, file.mode
-            turn = orientation(file, decode=decode)
-        if decode or mode.startswith(("I", "F")):  # of which the range of values must be known
+        size, mode, turn = _header(path, decode=decode)
+        if decode or mode.startswith(("I", "F")):  # their range of values must be known
             read_image(path)
     except FileNotFoundError:
         report.add(REFUSED, "missing images", name)
         return
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not an image" if "cannot identify" in str(error) else one_line(error)
-        report.add(REFUSED, "unreadable images", f"{name} ({reason})")
+        report.add(REFUSED, "unreadable images", f"{name} ({one_line(error)})")
         return
     if mode.startswith(("I", "F")):
         what = "images of more than 8 bits: 16 bits are divided by 257, floats multiplied by 255"
@@ -218,16 +220,26 @@ def _check_image(report: Report, image: dict, path: Path, *, decode: bool) -> No
     sizes = f"{name} ({stated[0]} x {stated[1]} in the json, {turned[0]} x {turned[1]} as read)"
     if turned == stated:
         if turn != 1:
-            what = "images turned by EXIF when read: their masks must be for the turned image"
+            what = "images rotated by EXIF when read: their masks must fit the rotated image"
             report.add(REMARK, what, name)
     elif size == stated:
-        report.add(REFUSED, "images whose size in the json is that before a turn by EXIF", sizes)
+        report.add(REFUSED, "images whose size in the json is that before EXIF rotation", sizes)
     else:
-        report.add(REFUSED, "images of another size than in the json", sizes)
+        report.add(REFUSED, "images with another size than in the json", sizes)
+
+
+def _header(path: Path, *, decode: bool) -> tuple[tuple[int, int], str, int]:
+    """Width and height, Pillow's mode, and EXIF orientation of an image file."""
+    try:
+        with Image.open(path) as file:
+            return file.size, file.mode, orientation(file, decode=decode)
+    except UnidentifiedImageError:  # what OpenCV reads instead has more than 8 bits
+        height, width = read_image(path).shape[:2]
+        return (width, height), "F", 1
 
 
 def _check_annotations(report: Report, coco: CocoFile) -> None:
-    """Remarks on annotations that training uses as they are."""
+    """Add remarks on annotations that training uses unchanged."""
     images = {image["id"]: image for image in coco.document["images"]}
     seen: set[str] = set()
     for annotation in _progress(coco.document["annotations"], f"{report.name}: annotations"):
@@ -237,7 +249,7 @@ def _check_annotations(report: Report, coco: CocoFile) -> None:
             points = np.concatenate([np.asarray(p, dtype=float) for p in segmentation])
             points, sides = points.reshape(-1, 2), (image["width"], image["height"])
             if (points < -_TOLERANCE).any() or (points > np.add(sides, _TOLERANCE)).any():
-                report.add(REMARK, "polygons that leave the image", who)
+                report.add(REMARK, "polygons that extend beyond the image", who)
         keys = ("image_id", "category_id", "segmentation" if segmentation else "bbox")
         content = json.dumps([annotation[key] for key in keys])
         if content in seen:
@@ -254,7 +266,7 @@ def _check_polygons_only(report: Report, coco: CocoFile) -> None:
 
 
 def _count(report: Report, coco: CocoFile, network_input: NetworkInput) -> None:
-    """Objects per image and per class, and their sizes as they are and at test size."""
+    """Count objects per image and per class, and their sizes, originally and at test size."""
     annotations = coco.document["annotations"]
     objects = [a for a in annotations if not a["iscrowd"]]
     report.objects = len(objects)
@@ -320,7 +332,7 @@ def _check_overlap(train: Report, test: Report, paths: dict[str, dict[str, Path]
         test.add(REMARK, "data sets that are trained on and evaluated on", test.name)
         return
     for name, path in paths[test.name].items():
-        # names such as 000001.jpg say nothing by themselves
+        # equal names such as 000001.jpg are no proof by themselves
         if name in paths[train.name] and _same_content(path, paths[train.name][name]):
             test.add(REMARK, f"images that are in {train.name} too, by name and content", name)
 
@@ -338,9 +350,9 @@ def _progress(items: Iterable[dict], description: str) -> Iterable[dict]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see ``--help``)."""
-    # Detectron2 makes tensors of Pillow's images without copying them, as in training
+    # Detectron2 makes tensors of Pillow's images without a copy, as in training
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    options = _parser().parse_intermixed_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         if options.json and not Path(options.json).parent.is_dir():
             raise UserError(f"--json: there is no folder {Path(options.json).parent}")
@@ -350,8 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = {"summary": summary(reports), "data_sets": to_json(reports)}
             with atomic_write(options.json) as file:
                 file.write(json.dumps(content, indent=1).encode())
-    except (UserError, OSError, ValueError, KeyError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        print_error(error, options)
         return EXIT_USAGE
     for report in reports:
         print(to_text(report, cfg))
@@ -361,7 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m solo_d2 check",
+        prog="solo-d2 check",
+        usage="%(prog)s --config-file FILE [options] [KEY VALUE ...]",
         description="Check the data sets of a config before training.",
         epilog="Exit code: 0 only repairs and remarks, 1 training would refuse or skip something, "
         "2 the check could not be made.",
@@ -379,7 +392,6 @@ def _parser() -> argparse.ArgumentParser:
         help="decode all images, which finds truncated ones; else only their headers are read",
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything, and every offender")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     return parser
 
 

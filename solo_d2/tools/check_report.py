@@ -1,4 +1,4 @@
-"""What ``check`` finds in a data set, as text and as json."""
+"""The findings of ``check``, as text and as json."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from solo_d2.modeling.solo.targets import level_offsets
 
 from .occupancy import Advice, Grids, Occupancy
 
-# Beside the effects of the reader: what is odd, though training uses it as it is.
+# In addition to the reader's effects: something odd that training uses unchanged.
 REMARK = "remark"
 _EFFECTS = [REFUSED, SKIPPED, REPAIRED, REMARK]
 
-# Mask areas in pixels where COCO's metrics go from small to medium, and to large.
+# Mask areas in pixels from which an object is medium or large in COCO's metrics.
 _MEDIUM, _LARGE = 32**2, 96**2
 _QUANTILES = {"min": 0.0, "5 %": 0.05, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "95 %": 0.95}
 _QUANTILES["max"] = 1.0
@@ -29,7 +29,7 @@ _EXAMPLES = 3
 
 @dataclasses.dataclass
 class Cells:
-    """How the objects fall into grid cells at test size."""
+    """Assignment of the objects to grid cells at test size."""
 
     features: list[str]  # per level
     grids: Grids
@@ -42,7 +42,7 @@ class Cells:
 
 @dataclasses.dataclass
 class Report:
-    """What there is to say about one data set; "objects" are without crowds."""
+    """The findings about one data set; "objects" excludes crowds."""
 
     name: str
     keys: list[str]
@@ -52,7 +52,7 @@ class Report:
     images: int = 0
     objects: int = 0
     crowds: int = 0
-    most_objects: int = 0  # in an image
+    most_objects: int = 0  # in one image
     classes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # objects, images
     sizes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     cells: Cells | None = None
@@ -62,12 +62,12 @@ class Report:
         return "DATASETS.TRAIN" in self.keys
 
     def add(self, effect: str, what: str, offender: str) -> None:
-        """Note an offender beside its like."""
+        """Add an entry to the findings of its kind."""
         self.findings.setdefault((effect, what), []).append(offender)
 
 
 def size_row(areas: Tensor) -> dict[str, float]:
-    """COCO's three classes of size, and quantiles of the square root."""
+    """COCO's three size classes, and quantiles of the square root of the area."""
     small, large = int((areas < _MEDIUM).sum()), int((areas > _LARGE).sum())
     counts = {"small": small, "medium": len(areas) - small - large, "large": large}
     return counts | quantiles(areas.sqrt())
@@ -84,7 +84,7 @@ def quantiles(values: Tensor) -> dict[str, float]:
 
 
 def to_text(report: Report, cfg: CfgNode) -> str:
-    """The section of one data set."""
+    """The section about one data set."""
     title = f"{report.name} ({', '.join(report.keys)})"
     parts = [
         f"{title}\n{'=' * len(title)}\n{report.json_file}\n{report.images} images in "
@@ -112,7 +112,7 @@ def _examples(offenders: list[str]) -> str:
 
 
 def _class_table(classes: dict[str, tuple[int, int]]) -> str:
-    """Most frequent first; many classes side by side."""
+    """A table with the most frequent class first; many classes are in several columns."""
     ordered = sorted(classes.items(), key=lambda item: -item[1][0])
     blocks = min(3, -(-len(ordered) // 10))
     height = -(-len(ordered) // blocks)
@@ -169,13 +169,13 @@ def _cell_tables(cells: Cells, cfg: CfgNode) -> str:
         options += [
             (f'{a.key} "{a.value}"', a.occupancy.without_cell, a.cells) for a in cells.advice
         ]
-        lines += ["", "What would help, one at a time:"]
+        lines += ["", "Settings that would help, each by itself:"]
         lines.append(tabulate(options, ["setting", "objects without a cell", "cells in all"]))
     return "\n".join(lines)
 
 
 def summary(reports: Sequence[Report]) -> str:
-    """One line on all data sets."""
+    """One line about all data sets."""
     counts: Counter[str] = Counter()
     for report in reports:
         for (effect, _), offenders in report.findings.items():

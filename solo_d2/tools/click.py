@@ -1,4 +1,4 @@
-"""How much of each object one click finds: ``python -m solo_d2 click --help``."""
+"""Measuring how well one click finds each object: ``solo-d2 click --help``."""
 
 import argparse
 import sys
@@ -10,21 +10,20 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import annotations_to_instances
-from detectron2.modeling import build_model
 
-from solo_d2.checkpoint import build_checkpointer
+from solo_d2.arguments import add_model_arguments, parse, print_error
 from solo_d2.config import load_config
 from solo_d2.data import setup_datasets
-from solo_d2.errors import UserError, one_line
-from solo_d2.modeling import AdaptISPredictor
-from solo_d2.tools.predict import read_image
+from solo_d2.data.images import read_image
+from solo_d2.errors import UserError
+from solo_d2.predictor import Predictor, load
 
 
 class Clicks(NamedTuple):
     """The result for one image."""
 
     ious: np.ndarray  # (N,) per object
-    image_seconds: float  # for everything that does not depend on the points
+    image_seconds: float  # for everything that does not depend on points
     click_seconds: float  # for all N points
 
 
@@ -36,11 +35,11 @@ def most_interior_pixel(mask: np.ndarray) -> tuple[int, int]:
     return int(x) - 1, int(y) - 1
 
 
-def click(predictor: AdaptISPredictor, record: dict[str, Any]) -> Clicks | None:
+def click(predictor: Predictor, record: dict[str, Any]) -> Clicks | None:
     """Click into the middle of each object of an image; None where it has none.
 
     Args:
-        predictor: of a model that takes points.
+        predictor: predictor of a model that accepts points.
         record: in Detectron2's format, with annotations. Crowds are left out.
     """
     objects = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
@@ -56,7 +55,7 @@ def click(predictor: AdaptISPredictor, record: dict[str, Any]) -> Clicks | None:
     start = time.perf_counter()
     predictor.set_image(image)
     ready = time.perf_counter()
-    found = predictor.predict(points).pred_masks.numpy()
+    found = predictor.click(points).instances.pred_masks.numpy()
     end = time.perf_counter()
     both = (found & masks).sum(axis=(1, 2))
     either = (found | masks).sum(axis=(1, 2))
@@ -78,22 +77,17 @@ def summary(clicks: Iterable[Clicks]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 2 after an error of one line."""
-    options = _parser().parse_intermixed_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         cfg = load_config(options.config_file, opts=options.opts)
         setup_datasets(cfg)
-        weights = options.weights or cfg.MODEL.WEIGHTS
-        if not weights:
-            raise UserError("no weights: give --weights, or MODEL.WEIGHTS in the config")
-        model = build_model(cfg).eval()
-        build_checkpointer(cfg, model).load(weights)
-        predictor = AdaptISPredictor.from_config(cfg, model)
+        predictor = load(cfg, weights=options.weights, allow_pickle=options.allow_pickle)
         records = [r for name in cfg.DATASETS.TEST for r in DatasetCatalog.get(name)]
         clicks = list(filter(None, (click(predictor, record) for record in records)))
         if not clicks:
             raise UserError(f"no objects in DATASETS.TEST {cfg.DATASETS.TEST}")
-    except (UserError, OSError, ValueError, KeyError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        print_error(error, options)
         return 2
     print(summary(clicks))
     return 0
@@ -101,13 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m solo_d2 click",
+        prog="solo-d2 click",
+        usage="%(prog)s --config-file YAML [options] [KEY VALUE ...]",
         description="Click once into the middle of each object of DATASETS.TEST, and compare the "
         "object with what a model that takes points (AdaptIS) finds there.",
     )
-    parser.add_argument("--config-file", required=True, metavar="YAML")
-    parser.add_argument("--weights", metavar="PTH", help="default: MODEL.WEIGHTS of the config")
-    parser.add_argument("opts", nargs="*", help="config overrides as KEY VALUE pairs")
+    add_model_arguments(parser)
     return parser
 
 

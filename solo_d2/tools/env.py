@@ -25,7 +25,7 @@ class Requirement(NamedTuple):
     module: str
     distribution: str
     minimum: str = "0"
-    purpose: str = ""  # of an optional one
+    purpose: str = ""  # of an optional package
 
     @property
     def required(self) -> bool:
@@ -34,7 +34,7 @@ class Requirement(NamedTuple):
 
 MINIMUM_PYTHON = (3, 10)
 
-# Detectron2 comes last: where something that it imports is missing, that is named first.
+# Detectron2 comes last, so that a missing package that it imports is named first.
 REQUIREMENTS = (
     Requirement("torch", "torch", "2.4"),
     Requirement("torchvision", "torchvision", "0.19"),
@@ -64,9 +64,9 @@ REQUIREMENTS = (
 
 
 def missing_requirement() -> str:
-    """What keeps solo_d2 from being imported, in one line with the command for it; "" if nothing.
+    """One line with the missing packages and the command that installs them; "" if none is missing.
 
-    Detectron2 and what it cannot do without are looked for, and not imported.
+    Detectron2 and the packages that it needs are searched for but not imported.
     """
     names = ("torch", "torchvision", "detectron2")
     missing = [r for r in REQUIREMENTS if r.module in names and _find_spec(r.module) is None]
@@ -78,12 +78,12 @@ def missing_requirement() -> str:
 
 
 def report() -> tuple[list[str], list[str]]:
-    """Look at everything that solo_d2 imports.
+    """Inspect everything that solo_d2 imports.
 
     Returns:
-        lines: what was found, in "name  value" form.
-        problems: one line for each required thing that is missing, too old or broken, and at the
-            end the command that installs all of that.
+        lines: the installed versions, in "name  value" form.
+        problems: one line for each required package that is missing, too old or broken, and at the
+            end the command that installs all of them.
     """
     rows = [("Python", f"{platform.python_version()} ({sys.executable})")]
     rows.append(("platform", platform.platform()))
@@ -110,7 +110,7 @@ def report() -> tuple[list[str], list[str]]:
 def main() -> int:
     """Print the report; return 1 if something required is missing, else 0."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what other packages deprecate is no news here
+        warnings.simplefilter("ignore")  # deprecation warnings of other packages do not matter here
         lines, problems = report()
     print("\n".join([*lines, *problems]))
     if not problems:
@@ -126,24 +126,24 @@ def _find_spec(module: str) -> object:
 
 
 def _inspect(requirement: Requirement) -> tuple[str, str]:
-    """(what to print, what is wrong or ""). Imports the module: being there is not enough."""
+    """(version to print, problem or ""). Imports the module, which may be broken."""
     if _find_spec(requirement.module) is None:
         return "not installed", "is not installed"
     try:
         module = importlib.import_module(requirement.module)
         if requirement.module == "detectron2":
-            # Releases of 2021 import, but fail here with today's Pillow or NumPy.
+            # Releases of 2021 can be imported, but fail here with current Pillow or NumPy versions.
             importlib.import_module("detectron2.data.transforms")
             modeling = importlib.import_module("detectron2.modeling")
             if not hasattr(modeling.Backbone, "padding_constraints"):
                 return module.__version__, "is from before mid-2022 and too old"
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation can raise anything
         first_line = (str(error).splitlines() or [""])[0]
         return "broken", f"cannot be imported ({type(error).__name__}: {first_line})"
     version = str(getattr(module, "__version__", "") or _distribution_version(requirement))
     place = f" ({Path(str(module.__file__)).parent})" if requirement.module == "detectron2" else ""
     if version and _numbers(version) < _numbers(requirement.minimum):
-        return version + place, f"{version} is too old, {requirement.minimum} is the least"
+        return version + place, f"{version} is too old; it needs {requirement.minimum} or newer"
     return (version or "version unknown") + place, ""
 
 
@@ -164,7 +164,7 @@ def _title(requirement: Requirement) -> str:
 
 
 def _command(requirements: Sequence[Requirement]) -> str:
-    """One command line that installs all of them; Detectron2 last, since its build needs torch."""
+    """One command line that installs all of them; Detectron2 last, as its build needs torch."""
     pip = f"{shlex.quote(sys.executable)} -m pip install"
     packages = [
         shlex.quote(r.distribution + ("" if r.minimum == "0" else f">={r.minimum}"))
@@ -178,7 +178,7 @@ def _command(requirements: Sequence[Requirement]) -> str:
 
 
 def _detectron2() -> str:
-    """Arguments of pip."""
+    """Arguments of pip to install Detectron2."""
     lock = Path(__file__).resolve().parents[2] / ".ci" / "detectron2.lock"
     if lock.exists():  # a clone of solo_d2: the build that `make install` takes, hash-checked
         site = shlex.quote(sysconfig.get_path("purelib"))
@@ -207,7 +207,7 @@ def _cuda() -> str:
             return f"not available (PyTorch built for CUDA {torch.version.cuda or 'none'})"
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     except Exception:
-        return "unknown, PyTorch cannot be imported"
+        return "unknown: PyTorch cannot be imported"
     return f"{torch.version.cuda}: {', '.join(names)}"
 
 

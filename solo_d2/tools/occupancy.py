@@ -1,7 +1,7 @@
-"""How the objects of a data set fall into the grid cells of the SOLO family, before any training.
+"""Assignment of a data set's objects to the grid cells of the SOLO family, before training.
 
-A cell predicts one mask: of the objects that claim it, one gets it. An object that gets none on
-any level cannot be found. Everything here is counted with the functions that make the targets.
+A cell predicts one mask, so only one of the objects that claim it gets it. An object without a cell
+on any level cannot be found. Everything is counted with the functions that compute the targets.
 """
 
 import math
@@ -20,12 +20,12 @@ from torch import Tensor
 from solo_d2.layers.masks import mass_centers
 from solo_d2.modeling.solo.targets import assign_cells, last_claims, level_offsets
 
-# Masks that are drawn at a time.
+# Number of masks that are rasterized at a time.
 _CHUNK = 64
 
 
 class Objects(NamedTuple):
-    """The objects of one image as the network sees them; N = 0 is ordinary."""
+    """The objects of one image as the network sees them; N may be 0."""
 
     boxes: Tensor  # (N, 4) x1, y1, x2, y2 in input pixels
     centers: Tensor  # (N, 2) mass center (x, y) of each mask in pixel indices
@@ -34,16 +34,16 @@ class Objects(NamedTuple):
 
 
 class NetworkInput(NamedTuple):
-    """What resizing and padding make of an image's annotations."""
+    """Resizing and padding of images and their annotations."""
 
-    min_size: int  # of the resized image's sides; 0 does not resize
+    min_size: int  # shorter side of the resized image; 0: no resize
     max_size: int
-    size_divisibility: int = 0  # of the backbone, as the next
+    size_divisibility: int = 0  # of the backbone, like the next
     padding_constraints: dict[str, int] | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "NetworkInput":
-        """At test size. The backbone is built for its padding only, without any weights."""
+        """For the test size. The backbone is built without weights, only to get its padding."""
         with torch.device("meta"):
             backbone = build_backbone(cfg)
         return cls(
@@ -63,7 +63,7 @@ class NetworkInput(NamedTuple):
         """The objects, without crowds, of a Detectron2 dataset dict with boxes and masks.
 
         Raises:
-            ValueError: a mask cannot be drawn.
+            ValueError: a mask cannot be rasterized.
         """
         height, width = record["height"], record["width"]
         image = np.broadcast_to(np.uint8(0), (height, width))  # only its shape is read
@@ -79,7 +79,7 @@ class NetworkInput(NamedTuple):
                     for a in annotations[start : start + _CHUNK]
                 ],
                 size,
-                mask_format="bitmask",  # also of polygons, as the model makes them
+                mask_format="bitmask",  # also for polygons, as in the model
             )
             masks: BitMasks = instances.gt_masks
             center, area = mass_centers(masks.tensor.bool())
@@ -96,7 +96,7 @@ class NetworkInput(NamedTuple):
 
 
 class Grids(NamedTuple):
-    """The settings of MODEL.SOLO that decide about cells; see ``assign_cells``."""
+    """The settings of MODEL.SOLO that affect cells; see ``assign_cells``."""
 
     num_grids: list[int]
     scale_ranges: list[list[float]]
@@ -107,7 +107,7 @@ class Grids(NamedTuple):
     def from_config(cls, cfg: CfgNode) -> "Grids":
         """
         Raises:
-            ValueError: grids and ranges are not as many.
+            ValueError: the numbers of grids and ranges differ.
         """
         solo = cfg.MODEL.SOLO
         if len(solo.NUM_GRIDS) != len(solo.SCALE_RANGES):
@@ -119,12 +119,12 @@ class Grids(NamedTuple):
         return cls(list(solo.NUM_GRIDS), ranges, solo.CENTER_SIGMA)
 
     def scales(self, boxes: Tensor) -> Tensor:
-        """What is compared with the ranges: sqrt(box area), (N,)."""
+        """(N,) sqrt(box area), which is compared with the ranges."""
         sides = boxes[:, 2:] - boxes[:, :2] - float(self.inclusive_boxes)
         return sides.clamp(min=0).prod(dim=1).sqrt()
 
     def in_range(self, scales: Tensor) -> Tensor:
-        """(N,) bool: whether any level takes an object of that scale."""
+        """(N,) bool: whether any level takes objects of that scale."""
         bounds = torch.tensor(self.scale_ranges, dtype=torch.float32)
         return ((scales >= bounds[:, :1]) & (scales <= bounds[:, 1:])).any(dim=0)
 
@@ -132,18 +132,18 @@ class Grids(NamedTuple):
 class Level(NamedTuple):
     """Counts of objects on one level."""
 
-    assigned: int  # of a scale in the level's range
-    shared: int  # that claim a cell which another one claims too
-    lost: int  # that get none of the cells they claim
+    assigned: int  # with a scale in the level's range
+    shared: int  # that claim a cell that another object claims too
+    lost: int  # that get none of the cells that they claim
 
 
 class Occupancy(NamedTuple):
-    """Counts of objects; each has a cell, or is in one of the last three."""
+    """Counts of objects; each object has a cell or is in one of the last three counts."""
 
     levels: list[Level]
     objects: int
-    empty: int  # no pixel is left of the mask at that size
-    out_of_range: int  # of a scale that no level takes
+    empty: int  # whose mask has no pixel left at that size
+    out_of_range: int  # with a scale that no level takes
     lost: int  # that get no cell on any of their levels
 
     @property
@@ -152,7 +152,7 @@ class Occupancy(NamedTuple):
 
 
 class Advice(NamedTuple):
-    """A changed setting and what it would lead to."""
+    """A changed setting and its effect."""
 
     key: str
     value: list[Any] | float | int
@@ -161,7 +161,7 @@ class Advice(NamedTuple):
 
 
 def occupancy(images: Iterable[Objects], grids: Grids) -> Occupancy:
-    """Count who gets a cell and who does not."""
+    """Count the objects with and without a cell."""
     levels = torch.zeros(len(grids.num_grids), 3, dtype=torch.long)
     objects = empty = out_of_range = lost = 0
     for image in images:
@@ -197,12 +197,12 @@ def occupancy(images: Iterable[Objects], grids: Grids) -> Occupancy:
 
 
 def advise(images: Sequence[Objects], grids: Grids, now: Occupancy) -> list[Advice]:
-    """Single settings that would give more objects a cell, measured; the best first.
+    """Changes of a single setting that would give more objects a cell, best first.
 
     Args:
-        images: all of a data set.
-        grids: the present settings.
-        now: what they lead to.
+        images: all images of a data set.
+        grids: the current settings.
+        now: the counts with the current settings.
     """
     found = []
     if now.lost or now.out_of_range:
@@ -221,7 +221,7 @@ _FIELDS = {"NUM_GRIDS": "num_grids", "SCALE_RANGES": "scale_ranges", "CENTER_SIG
 def _candidates(
     images: Sequence[Objects], grids: Grids, now: Occupancy
 ) -> Iterator[tuple[str, Grids]]:
-    """(key, changed settings) worth a try."""
+    """(key, changed settings) to try."""
     if now.out_of_range:
         scales = torch.cat([grids.scales(x.boxes)[x.areas > 0] for x in images])
         outside = scales[~grids.in_range(scales)]
@@ -244,7 +244,7 @@ def _candidates(
 
 
 def _widen(ranges: Sequence[Sequence[float]], scales: Tensor) -> list[list[float]]:
-    """Move bounds as little as needed, up to a whole pixel, for ``scales`` to be in a range."""
+    """Move bounds as little as possible, to whole pixels, so that ``scales`` are in a range."""
     widened = [list(bounds) for bounds in ranges]
     for scale in scales.sort().values.tolist():
         if any(low <= scale <= high for low, high in widened):

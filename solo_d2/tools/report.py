@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from solo_d2.arguments import parse
+
 from .compare import cli
 
 
@@ -14,20 +16,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="solo-d2 report",
+        usage="%(prog)s RUN [options] [KEY VALUE ...]",
         description="Evaluate and measure the model of a run folder; write RUN/report/report.html, "
         "report.md, report.json and per_class.csv.",
     )
-    parser.add_argument("run", help="output folder of a training: config.yaml, model_final.pth")
-    parser.add_argument("--weights", help="another checkpoint than RUN/model_final.pth")
-    parser.add_argument("--data", nargs=4, metavar=cli.DATA, help="other data, as in train_net.py")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    parser.add_argument("run", help="output folder of a training run: config.yaml, model_final.pth")
+    parser.add_argument("--weights", help="a checkpoint other than RUN/model_final.pth")
+    parser.add_argument("--data", nargs=4, metavar=cli.DATA, help="other data, as in solo-d2 train")
     cli.add_measuring_options(parser)
-    options = parser.parse_intermixed_args(words)
+    options = parse(parser, words)
     folder = Path(options.run)
     if not (folder / "config.yaml").is_file():
-        print(f"error: {folder} is no run folder: it has no config.yaml", file=sys.stderr)
+        print(f"error: {folder} is not a run folder: it has no config.yaml", file=sys.stderr)
         return cli.EXIT_USAGE
-    options.words = [f"{folder.resolve().name}={folder / 'config.yaml'}", *options.opts]
+    options.inputs = [f"{folder.resolve().name}={folder / 'config.yaml'}"]
     options.weights = [options.weights or str(folder / "model_final.pth")]
     options.output = str(folder / "report")
     options.train, options.seeds, options.lrs = False, 1, ()

@@ -1,4 +1,4 @@
-"""Fixtures of the conversion tests."""
+"""Fixtures for the conversion tests."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="session")
 def key_table(reference_dir) -> Callable[[str], dict[str, torch.Tensor]]:
-    """Table name -> its tensors, each with a number of its own, without memory for their values."""
+    """Table name -> its tensors, filled with different numbers, without memory for values."""
 
     def read(table: str) -> dict[str, torch.Tensor]:
         text = (reference_dir / "keys" / f"{table}.keys.tsv").read_text()

@@ -122,7 +122,7 @@ def test_the_backbone_of_another_detector_is_taken(tmp_path, caplog):
 
 @pytest.mark.parametrize("layers", [0, 2])
 def test_another_architecture_is_one_line_with_both(tmp_path, layers):
-    """Nothing of the heads fits, and of the backbone less than a half."""
+    """No head tensor fits, and less than half of the backbone."""
     state = Other().state_dict()
     state = {
         (
@@ -131,7 +131,7 @@ def test_another_architecture_is_one_line_with_both(tmp_path, layers):
         for name, x in state.items()
     }
     torch.save({"model": state, "solo_d2": {"architecture": "Other"}}, tmp_path / "foreign.pth")
-    with pytest.raises(UserError, match="saved from Other. are not of Toy") as caught:
+    with pytest.raises(UserError, match="saved from Other. are not for Toy") as caught:
         Checkpointer(Toy()).load(str(tmp_path / "foreign.pth"))
     assert "foreign.pth" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -172,7 +172,7 @@ class TestCompleteness:
         Checkpointer(old, str(tmp_path), optimizer=optimizer).save("model")
         optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
         checkpointer = Checkpointer(new, str(tmp_path), optimizer=optimizer)
-        with pytest.raises(UserError, match="do not fit the model"):
+        with pytest.raises(UserError, match="do not fit"):
             checkpointer.resume_or_load("", resume=True)
         checkpointer.resume_or_load(str(tmp_path / "model.pth"), resume=False)
         assert torch.equal(new.backbone[0].weight, old.backbone[0].weight)
@@ -207,7 +207,14 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         ({"solo_d2": {"thing_classes": ["cat", 3]}}, "its class name is of type int, not str"),
         ({"solo_d2": {"architecture": 7}}, "its architecture is of type int, not str"),
         ({"iteration": "seven"}, "its iteration is of type str, not int"),
-        ({"optimizer": {"state": 3}}, "its 'optimizer' is not of this training"),
+        ({"optimizer": {"state": {}}}, "its 'optimizer' is not from this training run"),
+        ({"optimizer": None}, "its optimizer is of type NoneType, not dict"),
+        ({"optimizer": {"state": 3}}, "its optimizer.state is of type int, not dict"),
+        ({"optimizer": {"param_groups": []}}, "its optimizer.param_groups has 0 entries, not 1"),
+        (
+            {"optimizer": {"param_groups": [{"lr": "x"}]}},
+            r"its optimizer.param_groups\[0\].lr is of type str, not float",
+        ),
     ],
 )
 def test_wrong_types_beside_the_tensors_are_one_line(tmp_path, entries, complaint):
@@ -249,7 +256,7 @@ def test_a_missing_file_is_named_and_no_file_is_no_error(tmp_path):
 
 @pytest.mark.parametrize("query", [False, True])
 def test_names_of_detectron2s_old_zoo_are_matched_on_request(tmp_path, query):
-    """As Detectron2 does, by the ends of the names, for a pickle that says so or by the path."""
+    """As in Detectron2: by suffix, if the pickle or the path asks for it."""
     state = {name: value.numpy() for name, value in Toy().state_dict().items()}
     path = tmp_path / "zoo.pkl"
     content = {"model": state, "__author__": "somebody", "matching_heuristics": not query}

@@ -1,4 +1,4 @@
-"""Conversion of published checkpoints: complete, or an error that names what is not."""
+"""Conversion of published checkpoints: it is complete, or an error names the tensors."""
 
 import re
 
@@ -22,7 +22,7 @@ from solo_d2.errors import UserError
 from solo_d2.model_zoo import config_names
 from solo_d2.tools.convert import main
 
-# Table of the names and shapes of a published file -> its layout and the configs that it is for.
+# Table of names and shapes of a published file -> its layout and the configs that it fits.
 TABLES = {
     "adelaidet_solov2_r50_3x": ("adelaidet_solov2", "SOLOv2/SOLOv2_R50", ["1x", "3x"]),
     "official_solov2_r50": ("official_solov2", "SOLOv2/SOLOv2_R50", ["1x_official", "3x_official"]),
@@ -69,7 +69,7 @@ def test_every_tensor_of_a_published_file_finds_its_place(key_table, table):
     layout, prefix, variants = TABLES[table]
     source = recognize(weights)
     assert source.name == layout
-    matches = find_configs(weights, source)
+    matches = [x for x in find_configs(weights, source) if not x.name.startswith("finetune/")]
     assert [match.name for match in matches] == [f"{prefix}_{x}.yaml" for x in variants]
     assert {match.num_classes for match in matches} == {CLASSES.get(table, 80)}
     converted = convert_checkpoint(weights, source, matches[-1].config())
@@ -88,7 +88,9 @@ def test_missing_and_unknown_tensors_are_named(key_table, table):
     source = recognize(weights)
     lost = [name for name in weights if not name.endswith("num_batches_tracked")][-1]
     kept = {name: value for name, value in weights.items() if name != lost}
-    with pytest.raises(UserError, match=rf"in {TABLES[table][1]}\w*\.yaml, missing: \S+$") as error:
+    with pytest.raises(
+        UserError, match=rf"with {TABLES[table][1]}\w*\.yaml, missing: \S+$"
+    ) as error:
         find_configs(kept, source)
     assert str(error.value).endswith(rename_key(lost, source.rules))
     with pytest.raises(UserError, match="unused.* new.weight"):
@@ -97,7 +99,7 @@ def test_missing_and_unknown_tensors_are_named(key_table, table):
 
 @pytest.mark.parametrize("folder", ["SOLO", "SOLOv2", "YOLACT", "CenterMask", "AdaptIS"])
 def test_every_published_config_is_found_by_its_own_shapes(folder):
-    """With seven classes each size is that of two, and five times what the third class adds."""
+    """With seven classes, each size is that for two plus five times what the third class adds."""
     for name in config_names():
         if name.startswith(f"{folder}/"):
             two, three = packaged_shapes(name, 2), packaged_shapes(name, 3)
@@ -127,7 +129,7 @@ def test_a_shape_tells_the_number_of_classes(shape, two, three, number):
 
 
 def official_name(name: str, decoupled: bool = False) -> str:
-    """Our name -> that of the authors' code; ``decoupled`` of its Decoupled SOLO."""
+    """Our name -> the name in the authors' code; ``decoupled``: in its Decoupled SOLO."""
     name = re.sub(r"\.stem\.conv1\.norm", ".bn1", name).replace(".stem.", ".")
     name = re.sub(r"^backbone\.bottom_up\.", "backbone.", name)
     name = re.sub(r"\.res(\d)\.", lambda m: f".layer{int(m[1]) - 1}.", name)
@@ -174,7 +176,7 @@ def official_name(name: str, decoupled: bool = False) -> str:
     ],
 )
 def test_published_files_without_a_table_convert(name):
-    """Their names are made from ours, by rules in the other direction."""
+    """Their names are made from ours with the reverse rules."""
     cfg = config_with_classes(load_config(name), 80)
     decoupled = cfg.MODEL.META_ARCHITECTURE == "DecoupledSOLO"
     expected = model_shapes(cfg)
@@ -187,7 +189,7 @@ def test_published_files_without_a_table_convert(name):
     assert {key: tuple(value.shape) for key, value in converted.items()} == expected
 
 
-# A bottleneck ResNet of 0.5 million numbers and a head to match.
+# A bottleneck ResNet with 0.5 million parameters and a matching head.
 TINY = [
     *("MODEL.META_ARCHITECTURE", "SOLOv2", "MODEL.DEVICE", "cpu"),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
@@ -201,7 +203,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def tiny():
-    """Published weights of a tiny model; each tensor has a number of its own."""
+    """Published weights of a tiny model; each tensor is filled with a different number."""
     state = build_model(load_config(opts=TINY)).state_dict()
     return {official_name(k): torch.full_like(v, i) for i, (k, v) in enumerate(state.items())}
 
@@ -229,7 +231,7 @@ class TestCommand:
         assert code == 0
         assert f"layout official_solov2, {len(tiny)} tensors" in printed
         assert "of 7 classes" in printed and "tiny.yaml" in printed
-        # the defaults are for BGR and Caffe's ResNet: no tensor tells, so the command does
+        # the defaults are for BGR and Caffe's ResNet: no tensor shows this, so the command warns
         assert "INPUT.FORMAT BGR" in warnings and "STRIDE_IN_1X1 True" in warnings
         checkpoint = torch.load(tmp_path / "converted.pth", weights_only=True)
         assert checkpoint["solo_d2"] == {
@@ -281,6 +283,12 @@ class TestCommand:
         error = capsys.readouterr().err
         assert "fits no packaged config" in error and "SOLOv2/SOLOv2" in error
         assert error.count("\n") == 1
+
+    def test_pairs_need_a_config_and_may_stand_anywhere(self, run, capsys):
+        code, _, error = run("SEED", "3", "--source-format", "auto")
+        assert code == 0, error
+        assert main(["MODEL.DEVICE", "cpu", "in.pth", "out.pth"]) == 1
+        assert "MODEL.DEVICE: KEY VALUE pairs need a --config-file" in capsys.readouterr().err
 
     def test_another_architectures_config_is_refused(self, run):
         code, _, error = run("--config-file", "YOLACT/YOLACT_R50.yaml")

@@ -30,7 +30,7 @@ def test_a_file_of_the_first_stage_has_configs_of_its_own(weights):
     matches = find_configs(published, source)
     assert [match.name for match in matches] == names
     converted = convert_checkpoint(published, source, matches[0].config())
-    # nothing is changed: the same numbers under other names
+    # nothing has changed: the same numbers under other names
     for ours, theirs in {
         "backbone.final.0.weight": "backbone.final_block.down_block.0.conv_block.0.weight",
         "selection_head.adain.0.bias.weight": "adaptis_head.adain.affine_bias.weight",
@@ -57,7 +57,7 @@ def test_the_command_converts_and_the_result_loads(weights, tmp_path, capsys):
 
 
 def test_a_file_of_the_first_stage_starts_the_second(weights, tmp_path, caplog):
-    """Training starts from a published file as it is; the new proposal head is mentioned."""
+    """Training starts from an unmodified published file; the new proposal head is logged."""
     torch.save(first_stage(weights), tmp_path / "toy.params")
     model = model_for(weights)
     before = model.proposal_head.predictor.weight.clone()

@@ -1,4 +1,4 @@
-"""Checkpoints of CenterMask2 and VoVNet convert, or load, with nothing left over or missing."""
+"""Checkpoints of CenterMask2 and VoVNet convert, or load, with nothing unused or missing."""
 
 import re
 
@@ -80,7 +80,7 @@ class TestDetectors:
         assert "pixel_mean" not in convert(weights)
 
     def test_mobilenetv2_converts(self, tmp_path):
-        """Its backbone has the names of torchvision before 0.3, which are made here from ours."""
+        """Its backbone has torchvision's names from before 0.3, which are made from ours here."""
         cfg = load_config("CenterMask/CenterMask_Lite_MobileNetV2_4x.yaml")
         cfg = config_with_classes(cfg, 80)
         cfg.MODEL.DEVICE = "cpu"
@@ -173,7 +173,7 @@ class TestImageNetWeights:
         with torch.device("meta"):
             expected = shapes(body(depth).state_dict())
         assert shapes(convert(weights)) == expected
-        # and where there is a pyramid around it
+        # and inside a pyramid
         with torch.device("meta"):
             keys = body(depth, "build_vovnet_fpn_backbone").state_dict()
         adapted = adapt_to_model(weights, keys)
@@ -231,7 +231,7 @@ class TestImageNetWeights:
 
     @pytest.mark.golden
     def test_a_detector_that_only_names_its_backbone_so_loads_too(self, key_table):
-        """As vovnet-detectron2's Mask R-CNN: the other names are Detectron2's, which are ours."""
+        """Like vovnet-detectron2's Mask R-CNN: the other names are Detectron2's and ours."""
         cfg = load_config("MaskRCNN/MaskRCNN_V19_FPNLite_3x.yaml")
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80

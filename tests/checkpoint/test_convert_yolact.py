@@ -1,4 +1,4 @@
-"""Checkpoints of the original YOLACT and YOLACT++: what is theirs alone."""
+"""Checkpoints of the original YOLACT and YOLACT++: their special cases."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.golden
 
 
 def plus_r101(plus_r50, r101):
-    """Names and shapes of YOLACT++ with ResNet-101, of which there is no table."""
+    """Names and shapes of YOLACT++ with ResNet-101, for which there is no table."""
     weights = {k: v for k, v in r101.items() if k.startswith("backbone.")}
     for stage, blocks in ((1, (0, 3)), (2, range(0, 23, 3)), (3, (0,))):
         for block in blocks:
@@ -32,7 +32,7 @@ def test_plus_with_resnet_101_has_the_published_number_of_tensors(key_table):
     convert_checkpoint(weights, recognize(weights), match.config())
 
 
-# The pyramid and the backbone have the lists that are easily taken the wrong way around.
+# The lists of the pyramid and the backbone are easily reversed by mistake.
 @pytest.mark.parametrize(
     "table, theirs, ours",
     [

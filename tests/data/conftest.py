@@ -1,4 +1,4 @@
-"""A small document, and catalogs that the tests may change."""
+"""A small document, and catalogs that tests may change."""
 
 import json
 
@@ -13,7 +13,7 @@ HEIGHT, WIDTH = 40, 60
 
 @pytest.fixture
 def catalogs(tmp_path, monkeypatch):
-    """A cache of the test's own, and the catalogs as they were afterwards."""
+    """A separate cache for the test; the catalogs are restored afterwards."""
     monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path / "cache"))
     before = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
     yield
@@ -22,7 +22,7 @@ def catalogs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def document():
-    """Two images of two, and one, objects; one RLE; categories neither sorted nor contiguous."""
+    """Images with two objects and one; one RLE; category ids neither sorted nor contiguous."""
     mask = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
     mask[5:15, 20:40] = 1
     rle = mask_util.encode(mask)

@@ -27,7 +27,7 @@ from solo_d2.engine import Trainer
 
 HEIGHT, WIDTH = 72, 96
 FILL = (124, 117, 104)
-# The color of object k: away from the fill and from the background, which is black.
+# The color of object k: unlike the fill and the background, which is black.
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255]])
 
 
@@ -50,7 +50,7 @@ def config(**options):
 
 
 def build(photometric=False, **options):
-    """A training mapper. The tests know objects by their colors, so these stay unless asked for."""
+    """A training mapper. Tests recognize objects by color, so colors change only on request."""
     mapper = InstanceMapper(config(**options), is_train=True)
     if not photometric:
         augmentations = mapper.augmentations.augs
@@ -104,7 +104,7 @@ def folder(tmp_path_factory):
 
 
 def record(folder, polygons, form, crowds=0):
-    """A record of as many objects as there are polygons, the last of them crowds."""
+    """A record with one object per polygon, of which the last are crowds."""
     path = folder / "image.png"
     draw(polygons, path)
     objects = len(polygons) - crowds
@@ -120,12 +120,12 @@ def record(folder, polygons, form, crowds=0):
 
 
 def seen(example, category):
-    """Where the image has the color of an object, (H, W) bool: half of it or more."""
+    """(H, W) bool: pixels with at least half of the object's color."""
     image = example["image"].float().numpy().transpose(1, 2, 0)
     return np.abs(image - COLORS[category]).max(axis=2) <= 127.5
 
 
-# Apart from each other, so that none hides another.
+# Separate, so that none hides another.
 SPOTS = [(16, 18), (48, 18), (80, 18), (28, 54), (70, 54)]
 quads = st.builds(
     lambda w, h, lean: (w, h, lean),
@@ -166,7 +166,7 @@ class TestMapper:
         torch.testing.assert_close(boxes, instances.gt_masks.get_bounding_boxes().tensor)
         for mask, category in zip(masks.numpy().astype(bool), classes.tolist()):
             pixels = seen(example, category)
-            # the borders are resampled each in its own way: nothing differs beyond them
+            # the two borders are resampled differently; nothing differs beyond them
             kernel = np.ones((5, 5), np.uint8)
             grown = cv2.dilate(mask.astype(np.uint8), kernel).astype(bool)
             core = cv2.erode(mask.astype(np.uint8), kernel).astype(bool)
@@ -210,10 +210,10 @@ class TestMapper:
     def test_images_that_lost_their_objects_are_rejected(self, folder):
         mapper = build()
         polygons = [quad(20, 20, 20, 20, 0.2), quad(80, 60, 20, 20, 0.2)]
-        crop = WindowTransform(50, 40, 40, 30)  # what is left is the crowd
+        crop = WindowTransform(50, 40, 40, 30)  # only the crowd is left
         mapper.augmentations = T.AugmentationList([crop])
         assert mapper(record(folder, polygons, "rle", crowds=1)) is None
-        # not so in Detectron2's own augmentation
+        # unlike in Detectron2's own augmentation
         plain = InstanceMapper(config(AUGMENTATION="default"), is_train=True)
         outside = [quad(-40, -40, 8, 8, 0.2)]
         assert len(plain(record(folder, outside, "polygon"))["instances"]) == 0
@@ -265,7 +265,7 @@ class TestWindow:
         ),
     )
     def test_moved_polygons_cover_what_the_window_shows(self, corners, window):
-        """COCO's rasterizing clips what lies outside of the window."""
+        """COCO's rasterization clips polygons to the window."""
         polygon = np.array(corners)
         x0, y0, width, height = window
         (moved,) = WindowTransform(*window).apply_polygons([polygon])

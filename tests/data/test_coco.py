@@ -47,7 +47,7 @@ def test_a_good_file_becomes_records_and_metadata(document, write, caplog):
     assert caplog.records == []
     assert metadata.thing_classes == ["dog", "cat"]
     assert metadata.thing_dataset_id_to_contiguous_id == {4: 0, 9: 1}
-    assert metadata.json_file == str(json_file)  # nothing to tidy: the evaluator reads the file
+    assert metadata.json_file == str(json_file)  # nothing to repair: the evaluator reads the file
     assert metadata.image_root == str(folder)
     assert metadata.evaluator_type == "coco"
     assert [(r["image_id"], r["file_name"]) for r in records] == [
@@ -69,7 +69,7 @@ def test_records_pass_through_detectron2s_mapper(document, write):
     instances = mapper(records[0])["instances"]
     assert instances.gt_classes.tolist() == [1, 0]
     assert instances.gt_masks.tensor.sum((1, 2)).tolist() == [200, 200]
-    assert len(mapper(records[1])["instances"]) == 0  # a crowd only
+    assert len(mapper(records[1])["instances"]) == 0  # only a crowd
 
 
 def test_loading_twice_gives_the_same(document, write):
@@ -96,7 +96,7 @@ def test_no_annotations_is_ordinary(document, write):
     assert len(metadata.thing_classes) == 2
 
 
-# --- what is skipped or repaired, in training and evaluation alike
+# --- entries that are skipped or repaired, in training and in evaluation
 
 
 @pytest.mark.parametrize("key", ["iscrowd", "area", "bbox"])
@@ -108,7 +108,7 @@ def test_missing_keys_are_completed_for_the_evaluator_too(document, write, key, 
         records, metadata = load(document, write)
     (warning,) = caplog.messages
     noun = {"iscrowd": "iscrowd", "area": "areas", "bbox": "boxes"}[key]
-    assert f"repaired {noun} missing, taken f" in warning and ": 2." in warning
+    assert f"repaired {noun} missing, taken " in warning and ": 2." in warning
     assert metadata.json_file != str(write(document)[0])
     assert metadata.json_file in warning
     assert evaluator_annotations("custom") == expected["annotations"]
@@ -160,15 +160,15 @@ RUNS = [2 * HEIGHT + 3, 20, *[20, 20] * 9, 37 + 48 * HEIGHT - 20]
         ({"bbox": [2 / WIDTH, 3 / HEIGHT, 10 / WIDTH, 20 / HEIGHT]}, "boxes unlike their masks"),
         ({"bbox": [2, 13, 12, 33]}, "boxes unlike their masks"),
         ({"bbox": ["2", 3, "10", 20]}, "boxes whose numbers are texts"),
-        ({"area": -7}, "areas that are no numbers of pixels"),
-        ({"area": 1e300}, "areas that are no numbers of pixels"),
-        ({"area": "many"}, "areas that are no numbers of pixels"),
+        ({"area": -7}, "areas that are not a number of pixels"),
+        ({"area": 1e300}, "areas that are not a number of pixels"),
+        ({"area": "many"}, "areas that are not a number of pixels"),
         ({"area": "200"}, "areas that are texts"),
         ({"iscrowd": "0"}, "iscrowd not 0 or 1"),
         ({"iscrowd": "false"}, "iscrowd not 0 or 1"),
         ({"iscrowd": False}, "iscrowd not 0 or 1"),
         ({"iscrowd": -1}, "iscrowd not 0 or 1"),
-        ({"segmentation": SQUARE[0]}, "polygons without a list"),
+        ({"segmentation": SQUARE[0]}, "polygons without an enclosing list"),
         (
             {"segmentation": [[[2, 3], [12, 3], [12, 23], [2, 23]]]},
             "points are pairs",
@@ -186,7 +186,7 @@ RUNS = [2 * HEIGHT + 3, 20, *[20, 20] * 9, 37 + 48 * HEIGHT - 20]
     ],
 )
 def test_what_has_a_single_meaning_is_repaired(document, write, change, what, caplog):
-    """The first annotation is [2, 3, 10, 20], a rectangle, whatever its file says."""
+    """The first annotation is always read as the rectangle [2, 3, 10, 20]."""
     document["annotations"][0].update(change)
     with caplog.at_level(logging.WARNING):
         records, metadata = load(document, write)
@@ -201,7 +201,7 @@ def test_what_has_a_single_meaning_is_repaired(document, write, change, what, ca
     truth = evaluator_annotations("custom")
     assert truth[0]["area"] == 200
     assert len({a["id"] for a in truth}) == 3
-    # what the evaluator reads needs no repair
+    # the evaluator's file needs no repair
     again = read_coco(metadata.json_file, metadata.image_root)
     assert again.findings == {} and not again.changed
 
@@ -290,12 +290,12 @@ def test_one_warning_counts_everything(document, write, caplog):
 
 
 def test_an_annotation_with_id_zero_counts_in_the_evaluation(document, write, caplog):
-    """pycocotools takes the match with a ground truth of id 0 for none."""
+    """pycocotools treats a match with a ground truth of id 0 as no match."""
     document["annotations"] = document["annotations"][:1]
     document["annotations"][0]["id"] = 0
     with caplog.at_level(logging.WARNING):
         records, metadata = load(document, write)
-    assert "all are renumbered" in caplog.text
+    assert "all renumbered" in caplog.text
     evaluator = COCOEvaluator("custom", tasks=("segm",), distributed=False)
     evaluator.reset()
     perfect = Instances((HEIGHT, WIDTH))
@@ -321,7 +321,7 @@ def test_the_copy_depends_on_the_content_and_the_source_stays(document, write, t
     document["annotations"].pop()
     _, second = load(document, write)
     assert second.json_file != first.json_file
-    copies = list((tmp_path / "cache" / "tidied").iterdir())
+    copies = list((tmp_path / "cache" / "annotations").iterdir())
     assert sorted(map(str, copies)) == sorted([first.json_file, second.json_file])
 
 
@@ -419,8 +419,11 @@ def test_a_missing_key_is_named(document, write, section, key):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"segmentation": "[[1, 1, 9, 1, 9, 9]]"}, "segmentation is no list of polygons or RLE"),
-        ({"segmentation": [{"x": 1}]}, "segmentation is no list of polygons or RLE"),
+        (
+            {"segmentation": "[[1, 1, 9, 1, 9, 9]]"},
+            "segmentation is neither a list of polygons nor an RLE",
+        ),
+        ({"segmentation": [{"x": 1}]}, "segmentation is neither a list of polygons nor an RLE"),
         ({"segmentation": [[1, 1, 9, 1, 9, None]]}, "coordinate None"),
         ({"segmentation": [[1, 1, 9, 1, 9, "x"]]}, "coordinate 'x'"),
         ({"segmentation": [[1, 1, 9, 1, 9, float("inf")]]}, "coordinate inf"),
@@ -445,7 +448,7 @@ def test_a_malformed_annotation_is_named(document, write, change, complaint):
 @pytest.mark.parametrize(
     ("section", "change", "complaint"),
     [
-        ("images", {"id": [3]}, "images[0] has the id [3], no number or text"),
+        ("images", {"id": [3]}, "images[0] has the id [3], neither a number nor a text"),
         ("images", {"id": 1.5}, "images[0] has the id 1.5"),
         ("images", {"id": True}, "images[0] has the id True"),
         ("images", {"height": 0}, "height 0, width 60 are not"),
@@ -453,7 +456,7 @@ def test_a_malformed_annotation_is_named(document, write, change, complaint):
         ("images", {"width": "wide"}, "width 'wide' are not"),
         ("images", {"file_name": 3}, "file_name 3"),
         ("images", {"file_name": "a\0.png"}, "file_name 'a\\x00.png'"),
-        ("categories", {"name": ["cat"]}, "category 9 has the name ['cat'], no text"),
+        ("categories", {"name": ["cat"]}, "category 9 has the name ['cat'], not a text"),
     ],
 )
 def test_an_image_or_category_without_a_meaning_is_named(

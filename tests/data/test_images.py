@@ -1,4 +1,4 @@
-"""The one image reader: 8 bits as Detectron2, more bits scaled, the rest refused by reason."""
+"""The image reader: 8 bits as in Detectron2, more bits scaled, the rest refused with a reason."""
 
 import cv2
 import numpy as np

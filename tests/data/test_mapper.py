@@ -1,4 +1,4 @@
-"""The mapper: images without objects, crowds, boxes without masks, what it refuses."""
+"""The mapper: images without objects, crowds, boxes without masks, refused input."""
 
 import copy
 import re
@@ -64,7 +64,7 @@ def test_crowds_are_kept_behind_the_objects_and_marked(tmp_path):
     region[2:6, 3:9] = 1
     crowd = {"bbox": [3, 2, 6, 4], "bbox_mode": 1, "category_id": 1, "iscrowd": 1}
     crowd["segmentation"] = mask_util.encode(region)
-    # has no pixel, so it leaves; the mark of the crowd must not move to another
+    # has no pixel, so it is dropped; the crowd flag must not move to another instance
     empty = {**SQUARE, "segmentation": [[4.0, 4.0, 4.0, 4.0, 4.0, 4.0]]}
     record = {"file_name": str(tmp_path / "a.png"), "annotations": [crowd, empty, dict(SQUARE)]}
     keeping = build(KEEP_CROWD=True)
@@ -96,7 +96,7 @@ def record_of(tmp_path, *annotations, name="a.png"):
 
 
 class Records(Dataset):
-    """What a user may register in place of a list."""
+    """A data set that a user may register instead of a list."""
 
     def __init__(self, records):
         self.records = records
@@ -165,6 +165,10 @@ def test_images_that_cannot_be_read_are_named(mapper, tmp_path):
     Image.new("RGB", (24, 25)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"got \(24, 25\), expect \(24, 24\)"):
         mapper(record)
+    Image.new("RGB", (24, 24)).save(tmp_path / "a.png")
+    (tmp_path / "stuff.png").write_text("hello")
+    with pytest.raises(UserError, match=rf"image {tmp_path / 'stuff.png'}: .*identify"):
+        mapper({**record, "sem_seg_file_name": str(tmp_path / "stuff.png")})
 
 
 def test_errors_of_a_users_augmentation_stay_what_they_are(mapper, tmp_path):
@@ -184,3 +188,13 @@ def test_deep_images_are_scaled_in_training_and_evaluation(tmp_path, is_train):
     cfg = load_config(opts=["INPUT.MIN_SIZE_TRAIN", (24,), "INPUT.MIN_SIZE_TEST", 24])
     image = InstanceMapper(cfg, is_train=is_train)(record)["image"]
     assert image.shape == (3, 24, 24) and image.unique().tolist() == [99]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1)])
+def test_an_image_of_one_row_or_column_is_flipped(mapper, tmp_path, size):
+    mapper.augmentations = T.AugmentationList([T.RandomFlip(prob=1.0)])
+    pixels = np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "height": size[0], "width": size[1]}
+    flipped = mapper(record)["image"].numpy()
+    assert (flipped == pixels[:, ::-1, ::-1].transpose(2, 0, 1)).all()

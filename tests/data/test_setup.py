@@ -1,4 +1,4 @@
-"""From the config to registered data sets: one's own, named ones, the embedded ones."""
+"""From the config to registered data sets: the user's, named ones, the embedded ones."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def test_relative_paths_are_found_under_detectron2_datasets(
     set_custom(cfg, train=("set.json", "set"))
     setup_datasets(cfg)
     assert len(DatasetCatalog.get("mine_train")) == 2
-    # the working directory goes first
+    # the working directory is searched first
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     document["categories"] += [{"id": 20, "name": "cow"}]
@@ -201,7 +201,7 @@ def test_coco_mini_loads_with_cocos_classes(cfg, data_dir, monkeypatch, caplog):
 
 def test_coco_mini_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no annotations file .*instances_val2017.json"):
+    with pytest.raises(FileNotFoundError, match="no data set folder .*coco_mini. Set DETECTRON2"):
         DatasetCatalog.get("coco_mini_val")
 
 
@@ -320,7 +320,7 @@ def test_a_file_is_read_once_and_again_when_it_changed(cfg, document, write, mon
     assert sum(len(r["annotations"]) for r in DatasetCatalog.get("mine_val")) == 2
 
 
-# --- what belongs to others stays
+# --- other people's data sets are not changed
 
 IMPORT_AFTER_USER = """
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -351,6 +351,12 @@ def test_importing_and_setting_up_change_nothing_of_others():
         [sys.executable, "-c", IMPORT_AFTER_USER], capture_output=True, text=True, check=False
     )
     assert done.stdout.endswith("unchanged\n"), done.stderr
+
+
+def test_a_size_of_shapes_without_width_is_named(cfg):
+    cfg.DATASETS.SHAPES.IMAGE_SIZE = (64,)
+    with pytest.raises(ValueError, match=r"DATASETS\.SHAPES\.IMAGE_SIZE must be .*not \[64\]"):
+        setup_datasets(cfg)
 
 
 def test_shapes_of_a_user_stay(cfg):

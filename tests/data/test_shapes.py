@@ -1,4 +1,4 @@
-"""The embedded data set: true masks, the same picture for the same parameters, all or nothing."""
+"""The embedded data set: correct masks, reproducible pictures, complete or absent."""
 
 import contextlib
 import dataclasses
@@ -227,7 +227,7 @@ def test_visible_parts_do_not_overlap_and_every_shape_stays_visible():
 
 
 def test_later_shapes_cover_earlier_ones(monkeypatch):
-    """With flat colors and no noise, every visible mask has its own color throughout."""
+    """With flat colors and no noise, every visible mask has a uniform color."""
 
     def flat(rng, size, color, spread):
         return np.tile(color, (*size, 1))
@@ -241,7 +241,7 @@ def test_later_shapes_cover_earlier_ones(monkeypatch):
             if shape.is_crowd or inner.sum() < 20:
                 continue
             spread = image[inner].std(0)
-            # nothing but the noise of the image, whose deviation is at most 8
+            # only the noise of the image, with a deviation of at most 8
             assert (spread < 9.5).all()
             checked += 1
     assert checked > 20
@@ -277,7 +277,7 @@ def test_classes_differ_in_shape_and_not_in_color():
 
 
 @pytest.mark.parametrize("name", scenes.CLASSES)
-def test_a_rasterised_shape_has_the_area_it_should(name):
+def test_a_rasterized_shape_has_the_area_it_should(name):
     category = scenes.CLASSES.index(name)
     for extent, tolerance in ((14, 0.12), (40, 0.05)):  # cv2.fillPoly adds a little all around
         layer = scenes._layer(
@@ -370,7 +370,7 @@ def test_two_processes_at_once_and_one_killed_half_way_leave_whole_sets(cache_di
     assert killed.stdout.readline() == killed.stdout.readline() == "drawing\n"
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    # no set yet, but the remains of one
+    # no set yet, but an unfinished one
     assert [p.name.split("-")[0] for p in cache_dir.iterdir() if p.is_dir()] == ["unfinished"]
 
     for process in others:

@@ -1,4 +1,4 @@
-"""Rods and tubes: exact masks of what is in view, in the numbers and sizes of the recipe."""
+"""Rods and tubes: exact masks of the visible parts, with the published numbers and sizes."""
 
 import json
 import zlib
@@ -32,7 +32,7 @@ def test_numbers_and_areas_are_those_of_the_recipe(drawn):
         counts.append(len(objects))
         areas += [thing.mask.sum() for thing in objects]
     expected = RANGES[drawn.name]
-    # a few objects lie below others or outside, so that the least number is not sharp
+    # a few objects are hidden or outside, so the minimum is not exact
     assert expected["count"][0] - 2 <= min(counts) and max(counts) <= expected["count"][1]
     assert np.ptp(counts) > 0.5 * np.ptp(expected["count"])
     assert expected["area"][0] <= min(areas) and max(areas) <= expected["area"][1]
@@ -65,7 +65,7 @@ def test_the_smallest_picture_works(drawn):
 
 
 def clean_single(draw, monkeypatch):
-    """Pictures of one object, blurred or noisy ones left out: (image, mask, distance to edge)."""
+    """Pictures of one object, without blurred or noisy ones: (image, mask, distance to edge)."""
     monkeypatch.setattr(toys, "_number", lambda *_: 1)
     for index in range(40):
         image, objects = draw(np.random.default_rng(index), 64, 64)

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.data import setup_datasets
+from solo_d2.tools import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,8 +37,8 @@ def shapes_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train_net():
-    """The script as a module."""
-    return load_script(REPOSITORY / "train_net.py")
+    """The module behind the script and ``solo-d2 train``."""
+    return train
 
 
 @pytest.fixture
@@ -73,12 +74,12 @@ def toy_model():
 
 @pytest.fixture(scope="session")
 def toy_arm():
-    """(moment) -> None: this process will be killed then."""
+    """(moment) -> None: this process will be killed at that moment."""
     return toy.arm
 
 
 class Process:
-    """A script in its own process, with one thread; what it prints goes to a file."""
+    """A script in its own process, with one thread; its output goes to a file."""
 
     def __init__(self, folder: Path, script: str, *arguments: str):
         self.log = folder / "printed.txt"
@@ -92,7 +93,7 @@ class Process:
             )
 
     def end(self, expected_code: int = 0) -> str:
-        """Wait for the end; returns what was printed."""
+        """Wait for the end; returns the output."""
         code = self.popen.wait(timeout=300)
         output = self.log.read_text()
         assert code == expected_code, output[-3000:]

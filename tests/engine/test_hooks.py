@@ -15,7 +15,7 @@ from solo_d2.engine.hooks import StopAtNonFiniteLoss
 
 
 class TwoLosses(nn.Module):
-    """``loss_b`` is what the input says."""
+    """``loss_b`` is given by the input."""
 
     def __init__(self):
         super().__init__()

@@ -22,7 +22,7 @@ def model() -> nn.Module:
 
 
 def set_gradients(net: nn.Module, scale: float) -> torch.Tensor:
-    """Of all parameters together, flat."""
+    """The gradients of all parameters, flattened."""
     torch.manual_seed(1)
     for parameter in net.parameters():
         parameter.grad = torch.randn_like(parameter) * scale
@@ -67,7 +67,7 @@ def test_gradients_are_clipped_after_mixed_precision_unscaled_them():
     before, gradient = weights(net), set_gradients(net, 0.01 * 1024)
     scaler.step(optimizer)
     torch.testing.assert_close(before - weights(net), gradient / 1024, rtol=1e-4, atol=1e-6)
-    # an overflow leaves out the step and raises nothing
+    # an overflow skips the step and raises nothing
     before = weights(net)
     scaler.update()
     set_gradients(net, float("inf"))

@@ -48,7 +48,7 @@ SIZE = ("DATASETS.SHAPES.IMAGE_SIZE", (64, 64), "DATASETS.SHAPES.TRAIN_IMAGES", 
 
 @pytest.fixture
 def warnings():
-    """What is warned about when models are built, from now on."""
+    """The warnings given from now on when models are built."""
     messages = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -81,7 +81,7 @@ def test_detectron2s_trainer_does_what_a_config_says_or_a_warning_names_it(name,
         named = any(f"{key} {value!r}" in message for message in warnings)
         assert named == asked_for, (key, value)
         assert not asked_for or remedy in warnings[0]
-    # and what the warning advises does it
+    # and following the warning's advice honors it
     ours = build_optimizer(cfg, model)
     assert type(ours).__name__ == cfg.SOLVER.OPTIMIZER
 
@@ -175,7 +175,7 @@ def test_config_and_checkpoint_are_enough_in_a_new_process(trained, predicted_el
 
 
 def gradients(name, records, rank=None):
-    """Of a batch, or of one process' part of it, averaged over the processes."""
+    """Gradients of a batch, or of one process's part of it, averaged over the processes."""
     options = ("MODEL.RESNETS.NORM", "FrozenBN", "SOLVER.IMS_PER_BATCH", 4)
     cfg = small_config(name, *options, "INPUT.RANDOM_FLIP", "none")
     setup_datasets(cfg)
@@ -212,7 +212,7 @@ def two_processes(users_set, tmp_path_factory):
     return folder, records
 
 
-# AdaptIS draws points at random, CenterMask boxes.
+# AdaptIS samples points at random, CenterMask boxes.
 @pytest.mark.parametrize("name", ["SOLO", "DecoupledSOLO", "SOLOv2", "YOLACT", "FCOS"])
 def test_two_processes_have_losses_and_gradients_of_the_joined_batch(two_processes, name):
     folder, records = two_processes
@@ -241,7 +241,7 @@ def test_two_processes_agree_on_gradients_of_every_parameter(two_processes, name
 def test_centermask_and_fcos_are_evaluated_with_test_time_augmentation(
     users_set, tmp_path, name, tasks
 ):
-    """As Detectron2's Mask R-CNN is: results of flipped and resized images are merged."""
+    """As for Detectron2's Mask R-CNN: results of flipped and resized images are merged."""
     augmentation = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", (48, 64))
     cfg = small_config(
         *(name, *augmentation, "DATASETS.TEST", ("shapes_val",)),

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from detectron2.modeling import build_model
 
+from solo_d2.checkpoint import Checkpointer
+from solo_d2.config import load_config
 from solo_d2.data import InstanceMapper
 
 TOY = Path(__file__).with_name("toy.py")
@@ -48,14 +52,14 @@ def run_quietly(train_net, toy_config):
     """(*words, config=...) -> exit code"""
 
     def run(*words, config=toy_config):
-        return train_net.run(["--config-file", str(config), *map(str, words)])
+        return train_net.main(["--config-file", str(config), *map(str, words)])
 
     return run
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(run_quietly, tmp_path_factory):
-    """Folder of a whole training."""
+    """Folder of an uninterrupted training."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert run_quietly("OUTPUT_DIR", folder) == 0
     return folder
@@ -125,7 +129,7 @@ def test_ctrl_c_is_one_line_and_keeps_the_last_checkpoint(start_process, toy_con
 
 @pytest.fixture(autouse=True)
 def quiet_log(monkeypatch):
-    """Detectron2's log keeps the stdout of an earlier test, and says so when it is closed."""
+    """Detectron2's log holds the stdout of an earlier test and complains once it is closed."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
 
 
@@ -172,11 +176,23 @@ def test_eval_only_takes_weights_or_the_last_checkpoint(run, tmp_path, uninterru
         (("SOLVER.LR_SCHEDULER_NAME", "Odd"), 1, "Odd"),
         (("SOLVER.CLIP_TOTAL_GRAD_NORM", -1.0), 1, "SOLVER.CLIP_TOTAL_GRAD_NORM must be positive"),
         (("MODEL.META_ARCHITECTURE", "SOLO", "MODEL.SOLO.NUM_CLASSES", 80), 1, "80"),
+        (
+            ("DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "()"),
+            *(1, "Set DETECTRON2_DATASETS"),
+        ),
+        (
+            ("DATASETS.TRAIN", "('nuclei_train',)", "DATASETS.TEST", "('nuclei_val',)"),
+            *(1, "pass your own with --data"),
+        ),
+        (("--epochs", 0), 1, "epochs must be a positive number, not 0"),
         (("MODEL.META_ARCHITECTURE", "SOLO", "TEST.AUG.ENABLED", True), 1, "TEST.AUG.ENABLED"),
         (("--data", "missing.json", "images", "missing.json", "images"), 1, "missing.json"),
     ],
 )
-def test_wrong_input_gives_one_line_that_names_it(run, tmp_path, arguments, code, message):
+def test_wrong_input_gives_one_line_that_names_it(
+    run, tmp_path, monkeypatch, arguments, code, message
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
     found, errors = run(*arguments, "OUTPUT_DIR", tmp_path)
     assert found == code
     lines = [line for line in errors if line.startswith("error: ")]
@@ -214,10 +230,10 @@ def test_an_error_in_a_plug_in_keeps_its_traceback(run, tmp_path, toy_model):
 
 
 def test_a_process_among_several_says_what_is_wrong_in_one_line(train_net, capsys, tmp_path):
-    args = train_net.parse(train_net.parser(), ["SOLVER.MAX_ITER", "0"])
+    args = train_net.parse(train_net._parser(), ["SOLVER.MAX_ITER", "0"])
     cfg = train_net.load_config("", opts=args.opts)
     with pytest.raises(SystemExit, match="1"):
-        train_net.main_of_several(cfg, args)
+        train_net.one_of_several(cfg, args)
     assert capsys.readouterr().err.startswith("error: SOLVER.MAX_ITER is 0")
 
 
@@ -281,7 +297,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_broken_checkpoint(run, tmp_path):
 
 def test_options_may_stand_anywhere_among_keys_and_values(train_net, capsys):
     words = ["SEED", "1", "--data", "a.json", "a", "b.json", "b", "DATASETS.CUSTOM.NAME", "mine"]
-    args = train_net.parse(train_net.parser(), [*words, "--resume", "SOLVER.BASE_LR", "-1"])
+    args = train_net.parse(train_net._parser(), [*words, "--resume", "SOLVER.BASE_LR", "-1"])
     assert args.data == ["a.json", "a", "b.json", "b"] and args.resume
     assert args.opts == ["SEED", "1", "DATASETS.CUSTOM.NAME", "mine", "SOLVER.BASE_LR", "-1"]
     for words, message in (
@@ -289,8 +305,43 @@ def test_options_may_stand_anywhere_among_keys_and_values(train_net, capsys):
         (["SEED"], "SEED has no value"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            train_net.parse(train_net.parser(), words)
+            train_net.parse(train_net._parser(), words)
         assert message in capsys.readouterr().err
+
+
+def test_the_console_is_short_and_the_log_is_complete(run_quietly, tmp_path, capsys):
+    assert run_quietly(*SHORT, "OUTPUT_DIR", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 30 and "\x1b" not in printed
+    assert "Starting training from iteration 0" in printed
+    table = [line.split() for line in printed.splitlines() if line.startswith(("segm ", "    "))]
+    assert table[0] == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
+    assert table[1][0] == "segm" and len(table[1]) == 7
+    assert printed.endswith(f"Results are in {tmp_path}\n")
+    log = (tmp_path / "log.txt").read_text()
+    for text in ("Running with full config", "Model:\n", "Average Precision", "copypaste"):
+        assert text in log and text not in printed
+
+
+def test_epochs_set_the_schedule(run, tmp_path):
+    assert run("--epochs", "0.5", "OUTPUT_DIR", tmp_path)[0] == 0
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["SOLVER"]["MAX_ITER"] == 3 and saved["SOLVER"]["STEPS"] == [2]
+    assert saved["TEST"]["EVAL_PERIOD"] == 1
+
+
+def test_weights_for_other_classes_lose_only_the_class_layers(run_quietly, tmp_path, capsys):
+    name = "quick/solov2_shapes.yaml"
+    sets = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    model = build_model(load_config(name, opts=["MODEL.SOLO.NUM_CLASSES", "3", *sets]))
+    Checkpointer(model, str(tmp_path), thing_classes=["a", "b", "c"]).save("coco")
+    few = ("DATASETS.SHAPES.TRAIN_IMAGES", 12, "DATASETS.SHAPES.VAL_IMAGES", 3)
+    small = ("DATASETS.SHAPES.IMAGE_SIZE", (48, 64), "SOLVER.IMS_PER_BATCH", 2)
+    weights = ("MODEL.WEIGHTS", tmp_path / "coco.pth", "OUTPUT_DIR", tmp_path / "run")
+    assert run_quietly(*few, *small, *SHORT, *weights, config=name) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "fit only in part" in x]
+    assert "the file is for 3 classes, the model for 5" in line
+    assert "head.category_pred.weight" in line and "not in the file" not in line
 
 
 def test_data_on_the_command_line_enters_the_config(train_net):

@@ -42,7 +42,7 @@ def make_trainer(cfg, *, resume=False):
 
 
 def start(cfg):
-    """A new training from the weights that all tests start from."""
+    """A new training that starts from the same weights in all tests."""
     torch.manual_seed(0)
     return make_trainer(cfg)
 
@@ -56,7 +56,7 @@ def stopped_at(iteration, cfg):
 
 
 def with_scores(trainer, *scores):
-    """Let the evaluations have these results; those left over stay in ``trainer.scores``."""
+    """Make the evaluations return these results; unused ones stay in ``trainer.scores``."""
     trainer.scores = list(scores)
     trainer.test = lambda *args: {"segm": {"AP": trainer.scores.pop(0)}}
     return trainer
@@ -155,6 +155,22 @@ def test_a_torch_data_set_is_mapped_and_continued_too(toy_cfg, named_set):
         (("SOLVER.REFERENCE_WORLD_SIZE", 3), r"multiple of .*REFERENCE_WORLD_SIZE, 3"),
         (("SOLVER.CHECKPOINT_PERIOD", 0), r"SOLVER\.CHECKPOINT_PERIOD is 0"),
         (("DATALOADER.NUM_WORKERS", -1), r"DATALOADER\.NUM_WORKERS is -1, but must be 0 or more"),
+        (("MODEL.FPN.OUT_CHANNELS", 0), r"MODEL\.FPN\.OUT_CHANNELS is 0, but must be a positive"),
+        (("MODEL.FPN.FUSE_TYPE", "max"), r"FUSE_TYPE must be one of sum, avg, not 'max'"),
+        (
+            (
+                *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+                *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4"]),
+            ),
+            r"MODEL\.FPN\.IN_FEATURES is .*'res4'\], but must end with 'res5'",
+        ),
+        (("MODEL.BACKBONE.FREEZE_AT", -1), r"MODEL\.BACKBONE\.FREEZE_AT is -1"),
+        (("INPUT.MIN_SIZE_TRAIN", ()), r"INPUT\.MIN_SIZE_TRAIN is \(\)"),
+        (("INPUT.MIN_SIZE_TRAIN", (-1,)), r"INPUT\.MIN_SIZE_TRAIN is \(-1,\)"),
+        (("INPUT.MIN_SIZE_TEST", -1), r"INPUT\.MIN_SIZE_TEST is -1"),
+        (("INPUT.MAX_SIZE_TEST", 0), r"INPUT\.MAX_SIZE_TEST is 0, but must be a positive"),
+        (("INPUT.MASK_FORMAT", "rle"), r"MASK_FORMAT must be one of polygon, bitmask, not 'rle'"),
+        (("INPUT.RANDOM_FLIP", "both"), r"RANDOM_FLIP must be one of .*, not 'both'"),
         (("TEST.PATIENCE", -1), r"TEST\.PATIENCE is -1"),
         (("TEST.AUG.ENABLED", True), r"TEST\.AUG\.ENABLED must be False: ToySegmentor"),
     ],
@@ -176,7 +192,9 @@ def test_a_finished_training_is_only_evaluated_again(toy_cfg):
     results = start(cfg).train()
     again = make_trainer(cfg, resume=True)
     assert again.start_iter == 12
-    assert json.dumps(again.train()) == json.dumps(results)  # with NaN, which is not itself
+    assert json.dumps(again.train()) == json.dumps(
+        results
+    )  # as text, because NaN does not equal itself
     assert again.seen == []
     assert {"bbox", "segm"} == set(results)
     text = (Path(cfg.OUTPUT_DIR) / "results.json").read_text()
@@ -194,7 +212,7 @@ def test_the_best_model_survives_a_resume(toy_cfg):
         killed.train()
     best = torch.load(folder / "model_best.pth", weights_only=True)
     assert best["iteration"] == 3
-    # the best is no checkpoint to resume from
+    # the best checkpoint is not one to resume from
     assert (folder / "last_checkpoint").read_text() == "model_0000003.pth"
 
     # the evaluation of iteration 3 may have been cut off, so it is repeated

@@ -14,7 +14,7 @@ from torch import nn
 
 @META_ARCH_REGISTRY.register()
 class ToySegmentor(nn.Module):
-    """Two losses that depend on the images alone; one prediction per image."""
+    """Two losses that depend only on the images; one prediction per image."""
 
     def __init__(self, cfg: CfgNode):
         super().__init__()
@@ -47,7 +47,7 @@ def die(*args, **options) -> None:
 
 
 def arm(moment: str) -> None:
-    """Let this process be killed in the middle of something after iteration 19."""
+    """Make this process be killed at the given moment after iteration 19."""
     from solo_d2.evaluation.pictures import PredictionPictures
 
     forward, save, process = ToySegmentor.forward, torch.save, PredictionPictures.process
@@ -82,6 +82,6 @@ def arm(moment: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    import train_net
+    from solo_d2.tools import train
 
-    sys.exit(train_net.run(sys.argv[1:]))
+    sys.exit(train.main())

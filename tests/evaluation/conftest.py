@@ -14,7 +14,7 @@ def shapes_cache(tmp_path_factory):
 
 @pytest.fixture
 def shapes_val():
-    """(number of images) -> the records of shapes_val, registered with so many small images."""
+    """(number of images) -> the records of shapes_val, registered with that many small images."""
 
     def make(count):
         options = ("DATASETS.SHAPES.VAL_IMAGES", count, "DATASETS.SHAPES.IMAGE_SIZE", (48, 64))

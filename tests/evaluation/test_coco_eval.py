@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from solo_d2.evaluation.coco import InstanceEvaluator
 from solo_d2.evaluation.coco_eval import evaluate_coco
 
-# Sides whose products lie on the borders of COCO's ranges of areas, 32 ** 2 and 96 ** 2.
+# Sides whose products are near the borders of COCO's area ranges, 32 ** 2 and 96 ** 2.
 SIDES = [1, 4, 16, 31, 32, 33, 96, 97]
 
 
@@ -109,7 +109,7 @@ def test_the_fast_evaluation_equals_pycocotools(iou_type):
 
 
 class Perfect:
-    """Predictions made of the ground truth, some of them damaged."""
+    """Predictions made from the ground truth, some of them damaged."""
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
@@ -157,6 +157,6 @@ def test_the_evaluator_gives_detectron2s_results_and_files(shapes_val, tmp_path,
         ids = set(MetadataCatalog.get("shapes_val").thing_dataset_id_to_contiguous_id)
         assert {x["category_id"] for x in second} <= ids
     else:
-        # nothing is right where there is something to find; there are no large objects
+        # 0 where there are objects to find; there are no large objects
         assert ours["segm"]["AP"] == ours["segm"]["AP50"] == 0
         assert np.isnan(ours["segm"]["APl"])

@@ -1,4 +1,4 @@
-"""Masks are ranked by their own scores where a model gives any."""
+"""Masks are ranked by their own scores if the model predicts any."""
 
 import json
 
@@ -10,7 +10,7 @@ from solo_d2.evaluation.coco import RESULTS_FILE, InstanceEvaluator
 
 
 def predictions(record, scores: list[float], mask_scores: list[float] | None) -> Instances:
-    """The first object of an image, and the same one a third of the image away."""
+    """The first object of an image, and a copy of it a third of the image away."""
     height, width = record["height"], record["width"]
     x, y, w, h = record["annotations"][0]["bbox"]
     instances = Instances((height, width))

@@ -39,7 +39,7 @@ def annotation(where, category=0, iscrowd=0):
 
 
 def prediction(*segments):
-    """Later masks over earlier ones; (mask, is a thing, category) each."""
+    """Later masks cover earlier ones; each is (mask, is a thing, category)."""
     ids = torch.zeros(SIZE, dtype=torch.int32)
     info = []
     for number, (where, isthing, category) in enumerate(segments, start=1):
@@ -100,9 +100,9 @@ def test_a_case_worked_out_by_hand(evaluate):
     """Two images; every kind of count.
 
     Image 1, things of class a: one found with IoU 40 / 50, one missed. Class b: one predicted
-    that is not there. Stuff: background 200 - 50 - 20 = 130 true, predicted 200 - 40 - 20 = 140;
+    that does not exist. Stuff: background 200 - 50 - 20 = 130 true, predicted 200 - 40 - 20 = 140;
     both: 130 - 20 (the false b) = 110, so IoU 110 / (130 + 140 - 110) = 0.6875.
-    Image 2 is all background, and found so: IoU 1.
+    Image 2 is all background and predicted as such: IoU 1.
     """
     found, missed, false = mask((0, 5), (0, 10)), mask((5, 7), (0, 10)), mask((8, 10), (10, 20))
     one = (
@@ -134,7 +134,7 @@ def test_an_iou_of_one_half_is_no_match(evaluate):
 
 
 def test_an_object_where_the_prediction_is_open_is_missed(evaluate):
-    """torchmetrics alone would forgive it."""
+    """torchmetrics by itself would forgive it."""
     box = mask((0, 4), (0, 10))
     ids, info = prediction(BACKGROUND)
     ids[box] = 0
@@ -217,8 +217,29 @@ def test_a_panoptic_picture_is_the_truth_where_there_is_one(data_set, tmp_path):
     panoptic = prediction((mask((0, 10), (0, 20)), False, 1), (mask((0, 5), (0, 5)), True, 1))
     evaluator.process([record], [{"panoptic_seg": panoptic}])
     results = evaluator.evaluate()["panoptic_seg"]
-    # the crowd is out of the union
+    # the crowd is not in the union
     assert results["PQ"] == results["PQ_st"] == results["PQ_th"] == pytest.approx(100)
+
+
+def test_a_set_may_know_its_classes_only_when_it_is_loaded():
+    """As after ``register_coco_instances``; nothing is written into its metadata."""
+    name, box = "panoptic_test_lazy", mask((0, 4), (0, 4))
+    record = {"file_name": "x", "height": SIZE[0], "width": SIZE[1]}
+    record["annotations"] = [annotation(box, category=1)]
+
+    def load():
+        MetadataCatalog.get(name).thing_classes = ["a", "b"]
+        return [record]
+
+    DatasetCatalog.register(name, load)
+    try:
+        evaluator = PanopticEvaluator(name)
+        evaluator.process([record], [{"panoptic_seg": prediction(BACKGROUND, (box, True, 1))}])
+        assert evaluator.evaluate()["panoptic_seg"]["PQ"] == pytest.approx(100)
+        assert MetadataCatalog.get(name).get("stuff_classes") is None
+    finally:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
 
 
 def test_reset_forgets(evaluate, data_set):

@@ -13,7 +13,7 @@ def _recorded_order(
     *,
     tolerance: float,
 ) -> Tensor:
-    """Which of our detections each recorded one is: the nearest box among equal scores.
+    """The index of our detection for each recorded one: the nearest box among equal scores.
 
     Only detections whose scores differ by at most ``tolerance`` change places, so this never
     repairs a wrong order, and ours must be in descending order.

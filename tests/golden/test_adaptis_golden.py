@@ -22,9 +22,9 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs/AdaptIS/Base-AdaptIS-UNe
 LOGITS = {"atol": 1e-3, "rtol": 1e-3}
 LOSSES = 1e-4  # relative
 GRADIENT_NORMS = 5e-3  # relative
-# Norm of the gradients that truly are 0: of a scale or shift right before instance normalization.
+# Norm of gradients that are really 0: of a scale or shift right before instance normalization.
 DEAD_GRADIENTS = 1e-3
-# The first step of Adam is the sign of the gradient, so that tiny gradients may flip it.
+# The first step of Adam is the sign of the gradient, so tiny gradients may flip it.
 AFTER_ADAM = {"atol": 1e-3, "rtol": 1e-3}
 EQUAL_PIXELS = 0.995  # of id maps
 # parameter of meta["auto_cases"] -> option of ``ProposalSelection``
@@ -39,7 +39,7 @@ PARAMETERS = {
     "max_iters": "max_candidates",
     "cut_radius": "cut_radius",
 }
-# what the file calls a case where the frozen parts are in eval mode, or not
+# the file's name for the case with the frozen parts in eval mode, or not
 FROZEN = {"train2_frozenbn": True, "train2_train": False}
 
 
@@ -68,7 +68,7 @@ def build(weights):
         result = model.load_state_dict(state_dict, strict=False)
         assert not result.unexpected_keys
         missing = [k for k in result.missing_keys if "num_batches_tracked" not in k]
-        assert missing in ([], ["proposal_criterion.iou_threshold.value"])
+        assert missing in ([], ["iou_threshold.value"])
         return model.eval()
 
     return make
@@ -84,7 +84,7 @@ def check(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def image_of(array: torch.Tensor) -> torch.Tensor:
-    """uint8 (H, W, 3) RGB, which the config takes -> float (3, H, W)."""
+    """uint8 (H, W, 3) RGB, as the config expects -> float (3, H, W)."""
     return array.permute(2, 0, 1).float()
 
 
@@ -92,7 +92,7 @@ def as_published(images: ImageList, inputs: list[dict]) -> ImageList:
     """The batch with pixels scaled in the original's order of operations.
 
     One bit in a pixel can switch a ReLU or a maximum, and a single one moves some gradients by
-    more than the tolerance: their norms can be compared only from the very same bits.
+    more than the tolerance. Their norms can be compared only for identical bits.
     """
     pixels = torch.stack([x["image"] for x in inputs])
     return ImageList((pixels / 255 - 0.5) / 0.5, images.image_sizes)
@@ -186,7 +186,7 @@ def test_a_batch_of_images_is_the_originals(golden, model):
 
 @pytest.fixture(scope="module")
 def automatic(golden, build):
-    """case -> what the whole pipeline makes of the first scene."""
+    """case -> the result of the whole pipeline for the first scene."""
     results = {}
     assert golden.meta["auto_cases"]
     image = {"image": image_of(golden["scene0_image"])}
@@ -277,7 +277,7 @@ def training_inputs(golden, stage: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def first_stage(golden, build):
     """(model after one step of Adam, losses, norms of the gradients)."""
-    # Channels-last batch norms on the CPU sum in another order: some gradients differ by per cents,
+    # Channels-last batch norms on the CPU sum in another order: some gradients differ by percents,
     # since ReLU and pooling then pick other pixels.
     model = build("instance").to(memory_format=torch.contiguous_format).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)

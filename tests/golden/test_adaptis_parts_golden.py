@@ -36,7 +36,7 @@ TOLERANCES = {
     "city": {"rtol": 1e-4, "atol": 2e-4},
     "gradients": {"rtol": 1e-3, "atol": 1e-6},
 }
-# Names within a small module of the golden file -> ours; a norm follows its layer by two.
+# Names in a small module of the golden file -> ours; a norm comes two after its layer.
 LAYERS = (
     (r"(?:controller\.)?controller\.(\d+)", "layers", 3),
     (r"block0\.(\d+)", "convs", 3),
@@ -104,8 +104,8 @@ def test_adain_of_a_constant_channel_is_the_originals(golden):
 
 
 @torch.no_grad()
-def test_modulation_without_normalisation_is_the_originals(golden):
-    # a channel of mean 0 and variance 1 - eps is what it was
+def test_modulation_without_normalization_is_the_originals(golden):
+    # a channel with mean 0 and variance 1 - eps does not change
     layer = adain(golden)
     x, w = golden["adain_x"], golden["adain_w"]
     modulated = x * layer.scale(w)[:, :, None, None] + layer.bias(w)[:, :, None, None] + 1
@@ -259,7 +259,7 @@ def our_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load(module: nn.Module, state_dict: dict[str, torch.Tensor]) -> nn.Module:
-    """All of it, and nothing but counters left over."""
+    """Load all tensors; only counters may be unused."""
     result = module.load_state_dict(state_dict, strict=False)
     assert not result.unexpected_keys
     assert not [name for name in result.missing_keys if "num_batches" not in name]
@@ -443,9 +443,9 @@ def test_peaks_and_their_floods_are_the_originals(golden):
 
 
 class CannedNetwork:
-    """Answers request i with the recorded mask i, if it is for the recorded point i.
+    """Returns the recorded mask i for request i if that is for the recorded point i.
 
-    The original asked for one mask at a time, so only these are recorded.
+    The original decoded one mask at a time, so only these are recorded.
     """
 
     def __init__(self, golden, prefix: str):

@@ -70,7 +70,7 @@ ATTRIBUTE_OF = {
 }
 CASES = ["t", "e1", "e2", "z"]
 
-# Which part of an array the file has.
+# The part of an array that the file has.
 PART_OF = {
     "a_input_norm_slice": np.s_[0, :, ::16, ::16],
     "a_bu_stage3": np.s_[0, ::32, ::4, ::4],
@@ -90,10 +90,10 @@ PART_OF = {
     "a_sam_out": np.s_[:4, ::32],
     "a_mask_logits_all": np.s_[:2, ::8],
 }
-# Case b is this part of image a, and image 1 of a training batch that part of it, mirrored.
+# Case b is this part of image a, and image 1 of a training batch is that part, mirrored.
 ROWS_AND_COLUMNS_OF_B = {"centermask_v39": (250, 310), "centermask_lite_v39": (243, 317)}
 SECOND_TRAINING_IMAGE = np.s_[:, 16:240, 20:308]
-# The training score threshold of case z: no proposals but the ground truth.
+# The training score threshold of case z: no proposals except the ground truth.
 THRESHOLD_OF_Z = 0.9999
 
 # The tolerances that the files suggest.
@@ -170,7 +170,7 @@ def test_the_config_is_the_originals(golden, cfg, model):
 
 
 class Stages:
-    """What one image becomes on its way through the model, in evaluation mode."""
+    """The stages of one image in the model, in evaluation mode."""
 
     @torch.no_grad()
     def __init__(self, model, image: torch.Tensor, golden, case: str, recorded_order):
@@ -352,7 +352,7 @@ class Training:
 
 @pytest.fixture(scope="module")
 def training(golden, model, recorded_order):
-    # Its gradients are those of training mode: every norm is frozen or has no statistics.
+    # The gradients are those of training mode: every norm is frozen or has no statistics.
     model.requires_grad_(True)
     with pytest.MonkeyPatch.context() as patch, EventStorage():
         patch.setattr(roi_heads, "subsample_labels", in_order)
@@ -409,7 +409,7 @@ def test_foreground_and_its_targets(golden, training, case):
 
 
 def our_parameter(name: str, model) -> tuple[torch.nn.Parameter, tuple]:
-    """The parameter of an original's name, and which part of it that is."""
+    """The parameter for a name of the original, and the part of it that is meant."""
     source = recognize([name, "proposal_generator.fcos_head.cls_logits.bias"])
     part: tuple = ()
     if joined := find_new_name(name, source.joined):
@@ -441,7 +441,7 @@ def test_losses_and_gradients(golden, training, case):
 
 
 def test_bitmask_targets_are_close_to_those_of_polygons(golden, training):
-    """What training on bitmasks changes; the original knows polygons only."""
+    """The effect of training on bitmasks; the original supports only polygons."""
     heads = training.model.roi_heads
     foreground, _ = select_foreground_proposals(training.sample("t"), heads.num_classes)
     for i, found in enumerate(foreground):

@@ -255,7 +255,7 @@ def polygons(golden) -> PolygonMasks:
 
 
 class GivenOutputs(nn.Module):
-    """In place of a head: the recorded outputs of the original's."""
+    """Replaces a head: returns the recorded outputs of the original's head."""
 
     def __init__(self, output: torch.Tensor):
         super().__init__()
@@ -283,7 +283,7 @@ def all_classes(golden, count: int) -> torch.Tensor:
 
 
 def mask_losses(golden, masks, mask_logits, mask_ious):
-    """Both losses of the ROIs, and the probabilities that the MaskIoU head is given."""
+    """Both losses of the ROIs, and the input probabilities of the MaskIoU head."""
     num_classes = mask_ious.shape[1]
     iou_head = GivenOutputs(mask_ious)
     heads = CenterMaskROIHeads(

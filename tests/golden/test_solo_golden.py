@@ -46,7 +46,7 @@ LIGHT_OF = {
 }
 SEED = 0  # of the stand-in weights
 
-# Tolerances of the files. Scores are tied where noise of this size in both can exchange them, that
+# Tolerances of the files. Scores are tied if noise of this size in both can swap them, that
 # is, up to twice the tolerance apart; the order of tied scores is free.
 LOGITS = 5e-4
 CATEGORY_SCORES = 1e-5  # before maskness
@@ -136,7 +136,7 @@ class Run:
     @torch.no_grad()
     def __init__(self, golden, key: str, model, cfg):
         self.image_key = key if f"{key}_image" in golden else key[:-1] + "A"
-        if f"{self.image_key}_image" not in golden:  # a further model on the main one's image
+        if f"{self.image_key}_image" not in golden:  # another model on the main model's image
             self.image_key = "A"
         image = network_input(golden[f"{self.image_key}_image"], cfg)
         out_key = key if f"{key}_out_hw" in golden else self.image_key
@@ -147,7 +147,7 @@ class Run:
         size = tuple(images.tensor.shape[-2:])
         self.model = model
         self.outputs = model.predict(self.features, size)
-        # per level (C, S, S): before point NMS, and whether point NMS is a matter of noise
+        # per level (C, S, S): before point NMS, and whether noise decides point NMS
         self.raw_scores = [x[0].sigmoid() for x in self.outputs.category_logits]
         self.tied = [tied_with_a_rival(x) for x in self.raw_scores]
         self.scores = model.category_scores(self.outputs)[0]
@@ -172,7 +172,7 @@ class Run:
 
     @torch.no_grad()
     def mask_arrays(self, level: int) -> dict[str, torch.Tensor]:
-        """What masks are made of: kernels and mask feature, or logits of all cells or lines."""
+        """The inputs of masks: kernels and mask feature, or logits of all cells or lines."""
         outputs, head = self.outputs, self.model.head
         if isinstance(self.model, SOLOv2):
             kernel = outputs.kernels[level][0]
@@ -191,7 +191,7 @@ class Run:
 
 
 def tied_with_a_rival(scores: torch.Tensor) -> torch.Tensor:
-    """Whether a score (C, S, S) is as high, but for noise, as the neighbor point NMS looks at."""
+    """Whether a score (C, S, S) equals, up to noise, the neighbor that point NMS looks at."""
     padded = F.pad(scores, (1, 0, 1, 0))
     rivals = torch.stack([padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, :-1, :-1]]).amax(0)
     return (rivals - scores).abs() <= 2 * CATEGORY_SCORES
@@ -228,7 +228,7 @@ def test_features_and_head_outputs_are_the_originals(golden, runs):
                 msg=lambda text, key=key, name=name: f"{key}_{name}: {text}",
             )
             compared += 1
-    # a file either holds the head outputs of its main model or is of final results only
+    # a file has the head outputs of its main model, or only final results
     assert compared or "logits" not in " ".join(golden.meta["slices"])
 
 
@@ -267,7 +267,7 @@ def test_candidates_are_the_originals_in_their_order(golden, runs):
         ours = cells * num_classes + classes
         expected = golden[f"{key}_cand_cell"].long() * num_classes
         expected += golden[f"{key}_cand_class"].long()
-        # the same candidates in the same order, but for those that noise decides about
+        # the same candidates in the same order, except for those that noise decides
         raw, tied = flat(run.raw_scores), flat(run.tied)
         undecided = tied | ((raw - threshold).abs() <= CATEGORY_SCORES)
         ours_too = torch.isin(expected, ours)
@@ -293,7 +293,7 @@ def test_inputs_and_outputs_of_the_suppression_are_the_originals(golden, runs):
         expected_classes = golden[f"{key}_nms_in_classes"].long()
         assert len(found.scores) == len(expected_scores), key
         assert (found.scores[:-1] >= found.scores[1:]).all(), key
-        # each has a partner of its own: the rank is free among tied scores
+        # each has its own partner; the order of tied scores is free
         free = torch.ones(len(areas), dtype=torch.bool)
         for score, label, area in zip(
             expected_scores, expected_classes, golden[f"{key}_nms_in_area"].long()
@@ -329,7 +329,7 @@ def test_final_instances_are_the_originals(golden, runs):
         assert len(run.results) == len(expected_areas), key
         areas = run.results.pred_masks.flatten(1).sum(1)
         for i, j, iou in match(golden, key, run):
-            # pixels in one of the two only: in a tiny mask a few of them are more than 0.001
+            # pixels in only one of the two: in a tiny mask, a few are more than 0.001
             total = int(expected_areas[i]) + int(areas[j])
             difference = total * (1 - iou) / (1 + iou)
             close = iou >= 0.999 or (0 <= iou and difference <= SMALL_AREA + 0.01)
@@ -414,7 +414,7 @@ def test_every_trained_parameter_gets_a_gradient(training):
     golden, model, _ = training
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert [name for name, p in trained.items() if p.grad is None] == []
-    # where the original has none, a level without positives, ours is a zero
+    # where the original has none (a level without positives), ours is zero
     rules = recognize(golden.meta["T_grad_names"]).rules
     theirs = {rename_key(name, rules) for name in golden.meta["T_params_without_grad"]}
     assert {name for name, p in trained.items() if not p.grad.any()} == theirs

@@ -14,7 +14,7 @@ from solo_d2.modeling.backbone.vovnet import BODIES, OSAModule
 
 pytestmark = pytest.mark.golden
 
-# name in the golden file, which is that of the table too -> ours
+# name in the golden file and in the table -> ours
 DEPTHS = {name[2:-4].replace("-", "_"): name for name in BODIES}
 
 
@@ -25,7 +25,7 @@ def golden(load_golden):
 
 # Relative, and relative to the largest absolute value of the array.
 RTOL = ATOL = 1e-4
-# The file has every so many-th pixel, and 16 channels.
+# The file has every n-th pixel, and 16 channels.
 PIXEL_STEP = {"stem": 4, "stage2": 4, "stage3": 2, "stage4": 1, "stage5": 1}
 CHANNELS = 16
 # It has every 8th channel of the gates of this image.
@@ -50,7 +50,7 @@ def run(request, golden, stand_in_weights):
         if isinstance(module, OSAModule):
             stage, index = re.fullmatch(r"stage(\d)\.osa(\d+)", name).groups()
             key = f"stage{stage}_OSA{stage}_{index}"
-            # the gate is made of what eSE is given
+            # the gate is computed from the input of eSE
             module.ese.register_forward_pre_hook(
                 lambda ese, inputs, key=key: gates.update({key: ese.gate(*inputs)})
             )

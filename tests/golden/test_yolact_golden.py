@@ -34,14 +34,14 @@ LOSS_OF = {
 }
 
 
-# How far from the original's a value may be: raw outputs, relative to their rms; scores; sides of
+# Maximum difference from the original: raw outputs, relative to their rms; scores; sides of
 # boxes in pixels; pixels of a mask, relative to its area.
 OUTPUTS, SCORES, PIXELS, MASK = 1e-3, 1e-4, 1, 1e-3
 # Losses and gradient norms: relative, at least 20 times the noise of the original itself. Where
 # that noise is larger than the limit (statistics of two images through these stand-in weights) the
 # original's value says nothing.
 TRAINING, NOISE_FACTOR, NOISE_LIMIT = 1e-3, 20, 1e-2
-# Which part of an array the files hold.
+# The part of an array that the files have.
 SLICES = {
     "input": np.s_[0, :, ::25, ::25],
     "C3": np.s_[0, ::37, ::6, ::6],
@@ -85,7 +85,7 @@ def weights(golden, stand_in_weights):
 
 @pytest.fixture(scope="module")
 def build(golden, weights):
-    """The model for so many images per step."""
+    """The model for this many images per step."""
 
     def make(images_per_step: int = 8):
         cfg = load_config(golden)
@@ -103,7 +103,7 @@ def build(golden, weights):
 
 
 def network_input(image: torch.Tensor) -> torch.Tensor:
-    """(H, W, 3) BGR -> (3, H, W) RGB, which the configs ask for; the model resizes it."""
+    """(H, W, 3) BGR -> (3, H, W) RGB, as the configs expect; the model resizes it."""
     return image.flip(-1).permute(2, 0, 1)
 
 
@@ -248,7 +248,7 @@ def test_boxes_and_masks_in_the_image_are_the_originals(golden, run, kind):
     final, found, theirs = run.final[kind], run.found[kind], golden[f"{kind}_box"]
     ours = {key: i for i, key in enumerate(keys_of(final.pred_classes, final.anchors))}
     keys = keys_of(found.classes, found.anchors)
-    # those whose whole-numbered box is empty are left out, as the original does for COCO's json
+    # detections whose integer box is empty are dropped, as in the original's COCO json
     visible = (theirs[:, 2:] > theirs[:, :2]).all(dim=1)
     surely = (theirs[:, 2:] > theirs[:, :2] + 2 * PIXELS).all(dim=1)
     both = [(keys[i], j) for i, j in zip(*pairs(golden, run, kind))]
@@ -291,7 +291,7 @@ def training_inputs(golden) -> list[dict]:
         # a crowd's class is that of its annotation; the original's is -1
         instances.gt_classes = rows[:, 4].long().clamp(min=0)
         instances.gt_masks = BitMasks(unpack(golden[f"train{i}_masks"], height, width))
-        # by the original's own resize: batch statistics amplify the rounding of another one
+        # with the original's own resize: batch statistics amplify other rounding
         resized = cv2.resize(image.float().numpy(), (width, height), interpolation=cv2.INTER_LINEAR)
         image = network_input(torch.from_numpy(resized))
         inputs.append({"image": image, "instances": instances})
@@ -329,13 +329,13 @@ class Training:
 
 
 def in_rows(images: ImageList) -> ImageList:
-    """The same in the usual layout."""
+    """The same images in the default memory layout."""
     images.tensor = images.tensor.contiguous(memory_format=torch.contiguous_format)
     return images
 
 
 def assert_training(golden, training, weights, kind: str) -> None:
-    """Losses and gradient norms, where the file's own noise lets them be compared."""
+    """Compare losses and gradient norms where the file's own noise allows it."""
     model = training.model
     ours = torch.stack([training.losses[LOSS_OF[key]] for key in golden.meta["loss_keys"]])
     suffix = "_bn" if kind == "bn" else ""

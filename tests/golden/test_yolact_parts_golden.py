@@ -1,4 +1,4 @@
-"""Single functions of YOLACT against what the original's code made of stored inputs."""
+"""Single functions of YOLACT against the original code's results for stored inputs."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ ANCHORS_OF = {
     "im400": ("YOLACT_im400_R101.yaml", (50, 25, 13, 7, 4)),
     "pascal_550": ("YOLACT_R50_SBD.yaml", (69, 35, 18, 9, 5)),
 }
-# name of a result -> what differs from the defaults, which are the published ones
+# name of a result -> options that differ from the defaults, which are the published ones
 FAST_NMS = {
     "fast": {},
     "fast_top15": {"top_k": 15},
@@ -99,7 +99,7 @@ def test_fast_nms_is_the_originals(golden):
         assert_kept(golden, name, fast_nms(boxes, scores, **options))
     for name, options in CROSS_CLASS_NMS.items():
         assert_kept(golden, name, cross_class_fast_nms(boxes, scores, **options))
-    # everything that survives, before the cut to the best
+    # all survivors, before the selection of the best
     kept = fast_nms(boxes, scores, max_detections=None)
     survives = torch.zeros(scores.shape, dtype=torch.bool)
     survives[kept.classes, kept.index] = True
@@ -240,7 +240,7 @@ def test_mask_iou_network_is_the_originals(golden, mask_iou_weights):
 def assert_same_masks(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     different = (ours ^ theirs).flatten(1).sum(1)
     union = (ours | theirs).flatten(1).sum(1)
-    # pixels whose value is one half but for rounding
+    # pixels whose value is one half except for rounding
     assert ((different <= 3) | (different <= 0.001 * union)).all(), different
 
 

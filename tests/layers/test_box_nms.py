@@ -13,7 +13,7 @@ cases = given(st.integers(0, 10**6), st.integers(0, 25), st.integers(1, 4))
 
 
 def random_boxes(generator: torch.Generator, n: int) -> torch.Tensor:
-    """On a coarse grid, so that equal boxes, nested ones and ones without area occur."""
+    """On a coarse grid, so that equal and nested boxes and boxes without area occur."""
     corners = torch.randint(0, 6, (n, 2, 2), generator=generator).sort(dim=1).values
     return corners.reshape(n, 4).float()
 
@@ -30,7 +30,7 @@ def pairs(kept) -> list[tuple[int, int]]:
 
 
 def literal_fast_nms(boxes, scores, threshold, top_k):
-    """Class by class: gone if any better one overlaps it, even one that is gone."""
+    """Class by class: dropped if any better box overlaps it, even one that is dropped."""
     kept = []
     for label, row in enumerate(scores):
         order = row.argsort(descending=True)[:top_k].tolist()

@@ -7,7 +7,7 @@ from solo_d2.layers.boxes import box_areas, box_intersections, box_ious
 
 
 def random_boxes(generator: torch.Generator, n: int) -> torch.Tensor:
-    """On a coarse grid, so that equal boxes, nested ones and ones without area occur."""
+    """On a coarse grid, so that equal and nested boxes and boxes without area occur."""
     corners = torch.randint(0, 6, (n, 2, 2), generator=generator).sort(dim=1).values
     return corners.reshape(n, 4).float()
 

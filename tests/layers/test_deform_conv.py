@@ -119,7 +119,7 @@ def test_autocast_samples_in_float32(modulated):
     with torch.autocast("cpu", torch.bfloat16):
         out = conv(x)
         offset = conv.offset(x)
-    expected = conv.sample(x.float(), offset.float())  # no error but that of the offsets
+    expected = conv.sample(x.float(), offset.float())  # no error except that of the offsets
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, expected.bfloat16())
     out.float().sum().backward()

@@ -23,7 +23,7 @@ def test_cross_entropies_equal_those_on_logits_and_so_do_gradients(masks, name):
         expected = sigmoid_focal_loss(logits, targets.float(), alpha=0.25, gamma=2)
     expected = expected.flatten(1).mean(1)
     loss = MASK_LOSSES[name](logits.sigmoid(), targets)
-    # a probability near 1 leaves few bits to its distance from 1
+    # a probability near 1 leaves few bits for its distance from 1
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-4)
     ours, theirs = (torch.autograd.grad(x.sum(), logits)[0] for x in (loss, expected))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-3)
@@ -32,7 +32,7 @@ def test_cross_entropies_equal_those_on_logits_and_so_do_gradients(masks, name):
 def test_dice_to_check_by_eye():
     target = torch.tensor([[[1, 1], [0, 0]]], dtype=torch.bool)
     half = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    # 1 - 2 * 1 / (1 + 2), but for the small constants
+    # 1 - 2 * 1 / (1 + 2), except for the small constants
     assert dice_loss(half, target).item() == pytest.approx(1 / 3, abs=1e-3)
     assert dice_loss(target.float(), target).item() == pytest.approx(0, abs=1e-3)
     assert dice_loss(torch.zeros(1, 2, 2), target).item() == 1

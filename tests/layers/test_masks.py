@@ -76,7 +76,7 @@ def test_unpadded_reduction_is_the_resize_of_opencv(size):
 
 
 def literal_upsampling(soft, padded_size, image_size, output_size, threshold):
-    """Two resizes of everything at once, as the papers' code does."""
+    """Two resizes of the whole stack, as in the papers' code."""
     h, w = image_size
     soft = F.interpolate(soft[:, None], size=padded_size, mode="bilinear")[:, :, :h, :w]
     return F.interpolate(soft, size=output_size, mode="bilinear")[:, 0] > threshold

@@ -9,7 +9,7 @@ from solo_d2.layers.nms import mask_nms, matrix_nms, pairwise_mask_iou, point_nm
 
 
 def random_detections(seed: int, n: int, classes: int = 3, size: int = 12):
-    """Blobs that overlap, identical and empty ones among them, in descending score order."""
+    """Blobs that overlap, including identical and empty ones, by descending score."""
     g = torch.Generator().manual_seed(seed)
     masks = torch.zeros(n, size, size, dtype=torch.bool)
     for i in range(n):

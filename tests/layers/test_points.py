@@ -41,7 +41,7 @@ def test_coordinates_are_zero_at_the_point_and_one_at_the_radius():
     assert maps[0, :, 2, 3].tolist() == [0, 0, 0]
     assert maps[0, :, 4, 3].tolist() == [1, 0, 1]
     assert maps[0, :, 2, 0].tolist() == [0, -1, 1]
-    # the distance is that of the offsets before they are clamped, then clamped itself
+    # the distance is computed from the offsets before they are clamped, then clamped itself
     assert maps[0, 2, 3, 4] == pytest.approx(0.5 * 2**0.5)
 
 

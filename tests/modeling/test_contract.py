@@ -1,29 +1,24 @@
-"""What every architecture promises, whatever its method: one contract, on tiny models."""
+"""The contract that all architectures fulfill, on tiny models."""
 
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
-from detectron2.config import CfgNode
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from example_inputs import BATCHES, NUM_CLASSES, ORDINARY, SIZE, example
+from tiny_models import ADAPTIS, CENTERMASK, FCOS, SOLO, YOLACT, YOLACT_PLUS, tiny_model
 from torch import nn
 
-from solo_d2.config import load_config
 from solo_d2.layers import masks as mask_ops
-from solo_d2.layers.masks import tight_boxes
-from solo_d2.modeling.num_classes import num_classes_keys
-
-SIZE = (64, 96)
-NUM_CLASSES = 3
 
 
 class Architecture(NamedTuple):
-    """A tiny model, what it trains, and how to make it find something everywhere."""
+    """A tiny model, its losses, and a way to make it find something in any image."""
 
     settings: dict[str, object]
     losses: set[str]
@@ -31,85 +26,7 @@ class Architecture(NamedTuple):
     has_masks: bool = True
     ranks_masks: bool = False  # has mask_scores beside scores
     tight_boxes: bool = True  # boxes are those of the masks
-
-
-RESNET = {
-    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
-    "MODEL.RESNETS.DEPTH": 18,
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.OUT_CHANNELS": 32,
-}
-SOLO = {
-    **RESNET,
-    "MODEL.SOLO.NUM_GRIDS": [12, 10, 8, 6, 4],
-    "MODEL.SOLO.CONV_DIM": 64,
-    "MODEL.SOLO.NUM_CONVS": 1,
-    "MODEL.SOLOV2.MASK_DIM": 64,
-    "MODEL.SOLOV2.MASK_CONV_DIM": 64,
-    "MODEL.SOLO.SCORE_THRESH_TEST": 0.005,
-    "MODEL.SOLO.UPDATE_THRESH_TEST": 0.0,
-}
-YOLACT = {
-    "MODEL.META_ARCHITECTURE": "YOLACT",
-    "MODEL.BACKBONE.NAME": "build_mobilenetv2_backbone",
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
-    "MODEL.MOBILENETV2.NORM": "BN",
-    "MODEL.MOBILENETV2.OUT_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.YOLACT.INPUT_SIZE": 0,
-    "MODEL.YOLACT.CONV_DIM": 32,
-    "MODEL.YOLACT.NUM_PROTOTYPES": 8,
-    "MODEL.YOLACT.ANCHOR_SIZES": [12, 24, 48, 96, 192],
-    "MODEL.YOLACT.SCORE_THRESH_TEST": 0.01,
-}
-YOLACT_PLUS = {
-    **YOLACT,
-    "MODEL.YOLACT.MASK_IOU.ENABLED": True,
-    "MODEL.YOLACT.ANCHORS_PER_OCTAVE": 3,
-    "MODEL.YOLACT.SQUARE_ANCHORS": False,
-}
-FCOS = {
-    **RESNET,
-    "MODEL.META_ARCHITECTURE": "GeneralizedRCNN",
-    "MODEL.BACKBONE.NAME": "build_fcos_resnet_fpn_backbone",
-    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.FPN.IN_FEATURES": ["res3", "res4", "res5"],
-    "MODEL.PROPOSAL_GENERATOR.NAME": "FCOSProposalGenerator",
-    "MODEL.FCOS.NUM_CLS_CONVS": 1,
-    "MODEL.FCOS.NUM_BOX_CONVS": 1,
-    "MODEL.ROI_HEADS.NAME": "CenterMaskROIHeads",
-    "MODEL.ROI_HEADS.IN_FEATURES": ["p3", "p4", "p5"],
-    "MODEL.MASK_ON": False,
-}
-CENTERMASK = {
-    **FCOS,
-    "MODEL.MASK_ON": True,
-    "MODEL.ROI_MASK_HEAD.NAME": "SpatialAttentionMaskHead",
-    "MODEL.ROI_MASK_HEAD.NUM_CONV": 1,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
-    "MODEL.CENTERMASK.MASK_IOU_NUM_CONV": 2,
-    "MODEL.CENTERMASK.MASK_IOU_CONV_DIM": 16,
-    "MODEL.CENTERMASK.MASK_IOU_FC_DIM": 16,
-}
-ADAPTIS = {
-    "MODEL.META_ARCHITECTURE": "AdaptIS",
-    "MODEL.BACKBONE.NAME": "build_mobilenetv2_fpn_backbone",
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
-    "MODEL.MOBILENETV2.NORM": "BN",
-    "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.FPN.OUT_CHANNELS": 16,
-    "MODEL.ADAPTIS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-    "MODEL.ADAPTIS.FUSE_DIM": 16,
-    "MODEL.ADAPTIS.HEAD": "sep",
-    "MODEL.ADAPTIS.CONTROLLER": "fc",
-    "MODEL.ADAPTIS.NUM_POINTS": 4,
-    "MODEL.ADAPTIS.CONV_DIM": 8,
-    "MODEL.ADAPTIS.SEMANTIC_DIM": 8,
-    "MODEL.ADAPTIS.PROPOSAL_DIM": 8,
-}
+    random: bool = False  # samples points at inference
 
 
 def excite_solo(model):
@@ -128,36 +45,52 @@ def excite_yolact(model):
 def excite_fcos(model):
     nn.init.constant_(model.proposal_generator.head.class_logits.bias, 0.0)
     nn.init.constant_(model.proposal_generator.head.box_pred.bias, 1.5)
+    if model.roi_heads.mask_on:  # untrained masks are at the threshold everywhere
+        nn.init.normal_(model.roi_heads.mask_head.predictor.weight, std=1.0)
+        nn.init.constant_(model.roi_heads.mask_head.predictor.bias, 0.5)
 
 
 def excite_adaptis(model):
-    """A part of the image is taken for things, and every mask for good."""
+    """Classify a part of the image as things and rate every mask as good."""
     with torch.no_grad():
-        model.semantic_head.predictor.bias[1:] += 1.0
-        model.selection_head.predictor.bias += 2.0
+        model.semantic_head.predictor.bias[1] += 1.0
+    model.selection_head.rescale = (3.0, 1.0)
+    low = {"mask_threshold": 0.5, "max_occupied": 0.99, "min_things_prob": 0.1, "min_value": 0.01}
+    model.proposal_selection = replace(model.proposal_selection, **low)
+    model.random_selection = replace(model.random_selection, min_things_prob=0.1, min_free=0.05)
+    model.assembler = replace(model.assembler, stuff_prob_mult=0.5)
 
 
 SOLO_LOSSES = {"loss_category", "loss_mask"}
 YOLACT_LOSSES = {"loss_class", "loss_box", "loss_mask", "loss_semantic"}
 FCOS_LOSSES = {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"}
+FINDS = {"MODEL.SOLO.SCORE_THRESH_TEST": 0.005, "MODEL.SOLO.UPDATE_THRESH_TEST": 0.0}
+SOLO_THAT_FINDS = {**SOLO, **FINDS}
+YOLACT_THAT_FINDS = {"MODEL.YOLACT.SCORE_THRESH_TEST": 0.01}
 ARCHITECTURES = {
-    "SOLOv2": Architecture({**SOLO, "MODEL.META_ARCHITECTURE": "SOLOv2"}, SOLO_LOSSES, excite_solo),
-    "SOLO": Architecture({**SOLO, "MODEL.META_ARCHITECTURE": "SOLO"}, SOLO_LOSSES, excite_solo),
+    "SOLOv2": Architecture(
+        {**SOLO_THAT_FINDS, "MODEL.META_ARCHITECTURE": "SOLOv2"}, SOLO_LOSSES, excite_solo
+    ),
+    "SOLO": Architecture(
+        {**SOLO_THAT_FINDS, "MODEL.META_ARCHITECTURE": "SOLO"}, SOLO_LOSSES, excite_solo
+    ),
     "DecoupledSOLO": Architecture(
-        {**SOLO, "MODEL.META_ARCHITECTURE": "DecoupledSOLO"}, SOLO_LOSSES, excite_solo
+        {**SOLO_THAT_FINDS, "MODEL.META_ARCHITECTURE": "DecoupledSOLO"}, SOLO_LOSSES, excite_solo
     ),
     "DecoupledSOLO Light": Architecture(
         {
-            **SOLO,
+            **SOLO_THAT_FINDS,
             "MODEL.META_ARCHITECTURE": "DecoupledSOLO",
             "MODEL.DECOUPLED_SOLO.SHARED_TOWER": True,
         },
         SOLO_LOSSES,
         excite_solo,
     ),
-    "YOLACT": Architecture(YOLACT, YOLACT_LOSSES, excite_yolact, tight_boxes=False),
+    "YOLACT": Architecture(
+        {**YOLACT, **YOLACT_THAT_FINDS}, YOLACT_LOSSES, excite_yolact, tight_boxes=False
+    ),
     "YOLACT++": Architecture(
-        YOLACT_PLUS,
+        {**YOLACT_PLUS, **YOLACT_THAT_FINDS},
         YOLACT_LOSSES | {"loss_mask_iou"},
         excite_yolact,
         ranks_masks=True,
@@ -171,26 +104,13 @@ ARCHITECTURES = {
         ranks_masks=True,
         tight_boxes=False,
     ),
-    "AdaptIS": Architecture(ADAPTIS, {"loss_instance", "loss_semantic"}, excite_adaptis),
+    "AdaptIS": Architecture(
+        ADAPTIS, {"loss_instance", "loss_semantic"}, excite_adaptis, random=True
+    ),
     "AdaptIS proposals": Architecture(
         {**ADAPTIS, "MODEL.ADAPTIS.STAGE": "proposals"}, {"loss_proposal"}, excite_adaptis
     ),
 }
-
-
-def tiny_config(architecture: Architecture, **options) -> CfgNode:
-    cfg = load_config()
-    settings = {"MODEL.DEVICE": "cpu", "MODEL.MASK_ON": True, **architecture.settings, **options}
-    cfg.merge_from_list([x for item in settings.items() for x in item])
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    for key in num_classes_keys(cfg):
-        cfg.merge_from_list([key, NUM_CLASSES])
-    return cfg
-
-
-def tiny_model(architecture: Architecture) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(tiny_config(architecture))
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
@@ -201,74 +121,25 @@ def architecture(request):
 @pytest.fixture(scope="module")
 def model(architecture):
     """Untrained."""
-    return tiny_model(architecture)
+    return tiny_model(architecture.settings)
 
 
 @pytest.fixture(scope="module")
 def excited(architecture):
     """Finds something in any image."""
-    model = tiny_model(architecture).eval()
+    model = tiny_model(architecture.settings).eval()
     architecture.excite(model)
     return model
 
 
 @pytest.fixture(autouse=True)
 def storage():
-    """Detectron2's ROI heads write their numbers to it in training."""
+    """Detectron2's ROI heads write statistics to it in training."""
     with EventStorage() as storage:
         yield storage
 
 
 # ---- inputs
-
-
-def example(masks: torch.Tensor, boxes=None, size=SIZE) -> dict:
-    """A training input with the given masks and, by default, their tight boxes."""
-    instances = Instances(size)
-    instances.gt_boxes, instances.gt_classes = Boxes(torch.zeros(0, 4)), torch.zeros(0).long()
-    if len(masks):  # like Detectron2's mapper: without annotations there is no gt_masks
-        instances = Instances(size)
-        boxes = tight_boxes(masks) if boxes is None else torch.as_tensor(boxes).float()
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.arange(len(masks)) % NUM_CLASSES
-        instances.gt_masks = BitMasks(masks)
-    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(1)) * 255
-    return {"image": image, "instances": instances, "file_name": "street.jpg"}
-
-
-def rectangle(x1, y1, x2, y2, size=SIZE) -> torch.Tensor:
-    mask = torch.zeros(1, *size, dtype=torch.bool)
-    mask[:, y1:y2, x1:x2] = True
-    return mask
-
-
-def many(n: int) -> torch.Tensor:
-    corners = torch.randint(0, 56, (n, 2), generator=torch.Generator().manual_seed(2)).tolist()
-    return torch.cat([rectangle(x, y, x + 8, y + 8) for x, y in corners])
-
-
-NONE = torch.zeros(0, *SIZE, dtype=torch.bool)
-EMPTY = torch.zeros(1, *SIZE, dtype=torch.bool)
-ORDINARY = rectangle(10, 10, 50, 50)
-
-BATCHES = {
-    "one ordinary image": [example(ORDINARY)],
-    "no instance at all": [example(NONE), example(NONE)],
-    "half-empty": [example(ORDINARY), example(NONE)],
-    "mask empty after cropping": [example(EMPTY, boxes=[[10, 10, 50, 50]])],
-    "1-pixel mask": [example(rectangle(5, 5, 6, 6))],
-    "mask outside of its box": [example(ORDINARY, boxes=[[60, 20, 90, 50]])],
-    "zero-area box": [example(ORDINARY, boxes=[[10, 10, 10, 50]])],
-    "inverted box": [example(ORDINARY, boxes=[[50, 50, 10, 10]])],
-    "box out of the image": [example(ORDINARY, boxes=[[200, 200, 260, 260]])],
-    "huge box": [example(ORDINARY, boxes=[[-3000, -3000, 3000, 3000]])],
-    "mask that vanishes at a quarter": [example(rectangle(4, 4, 5, 40))],
-    "500 instances": [example(many(500))],
-    "images of different sizes": [
-        example(ORDINARY),
-        example(rectangle(0, 0, 30, 30, size=(33, 70)), size=(33, 70)),
-    ],
-}
 
 
 def images_of(sizes, outputs=None) -> list[dict]:
@@ -288,7 +159,7 @@ def run(model, sizes=(SIZE,), outputs=None) -> list[Instances]:
 def losses_of(model, batch) -> dict[str, torch.Tensor]:
     model.train()
     model.zero_grad()
-    torch.manual_seed(0)  # some draw points or anchors
+    torch.manual_seed(0)  # some sample points or anchors
     losses = model(copy.deepcopy(batch))
     sum(losses.values()).backward()
     return losses
@@ -322,12 +193,16 @@ def check_output(architecture: Architecture, instances: Instances, size) -> None
         assert torch.equal(boxes, tight)
 
 
-def assert_same(a: Instances, b: Instances, *, exact: bool) -> None:
-    assert torch.equal(a.pred_classes, b.pred_classes)
-    torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+def share_with_partner(a: Instances, b: Instances) -> float:
+    """The share of the instances of ``a`` that ``b`` has too: class, score, box and mask."""
+    same = a.pred_classes[:, None] == b.pred_classes
+    same &= (a.scores[:, None] - b.scores).abs() < 1e-4
+    boxes = (a.pred_boxes.tensor[:, None] - b.pred_boxes.tensor).abs().amax(dim=-1)
+    same &= boxes <= 1
     if a.has("pred_masks"):
-        different = (a.pred_masks ^ b.pred_masks).float().mean()
-        assert different == 0 if exact else different < 1e-3
+        masks, others = a.pred_masks.flatten(1).float(), b.pred_masks.flatten(1).float()
+        same &= torch.cdist(masks, others, p=1) <= 1e-3 * masks.shape[1]
+    return same.any(dim=1).float().mean().item()
 
 
 class TestTraining:
@@ -372,7 +247,7 @@ class TestTraining:
             pytest.skip("this stage does not look at classes")
         batch = copy.deepcopy(BATCHES["one ordinary image"])
         batch[0]["instances"].gt_classes[:] = wrong
-        with pytest.raises(ValueError, match=rf"{wrong}.*{NUM_CLASSES}"):
+        with pytest.raises(ValueError, match=rf"{wrong}.*gt_classes|gt_classes.*{wrong}"):
             losses_of(model, batch)
 
     def test_an_input_without_annotations_is_an_error(self, architecture, model):
@@ -410,6 +285,8 @@ class TestInference:
         check_output(architecture, instances, size)
 
     def test_images_of_one_size_give_the_results_of_one_by_one(self, architecture, excited):
+        if architecture.random:
+            pytest.skip("draws other points for each image")
         inputs = images_of([SIZE] * 3)
         excited.eval()
         with torch.no_grad():
@@ -417,13 +294,20 @@ class TestInference:
             alone = [excited([x])[0]["instances"] for x in inputs]
         assert all(len(x) for x in alone)
         for a, b in zip(together, alone):
-            assert_same(a, b, exact=False)
+            # rounding decides near-ties at a threshold or in an order
+            assert abs(len(a) - len(b)) <= 0.05 * len(b)
+            assert share_with_partner(a, b) >= 0.95
 
     def test_results_do_not_depend_on_the_chunks(self, architecture, excited, monkeypatch):
+        torch.manual_seed(0)
         (whole,) = run(excited)
+        torch.manual_seed(0)
         monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 3 * 16 * 24 * 4)
         (chunked,) = run(excited)
-        assert_same(whole, chunked, exact=True)
+        assert torch.equal(whole.pred_classes, chunked.pred_classes)
+        torch.testing.assert_close(whole.scores, chunked.scores)
+        if architecture.has_masks:
+            assert torch.equal(whole.pred_masks, chunked.pred_masks)
 
     def test_mixed_precision_finds_something(self, architecture, excited):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -432,13 +316,32 @@ class TestInference:
         check_output(architecture, instances, SIZE)
 
     def test_weights_that_are_not_finite_are_no_silent_failure(self, architecture):
-        model = tiny_model(architecture).eval()
+        model = tiny_model(architecture.settings).eval()
         architecture.excite(model)
-        parameter = next(p for n, p in model.named_parameters() if n.startswith("backbone."))
-        nn.init.constant_(parameter, float("nan"))
-        try:
-            (instances,) = run(model)
-        except ValueError as error:
-            assert "finite" in str(error)
-        else:
-            assert all(x.isfinite().all() for x in (instances.scores, instances.pred_boxes.tensor))
+        for parameter in model.backbone.parameters():
+            nn.init.constant_(parameter, float("nan"))
+        with pytest.raises(ValueError, match="not finite"):
+            run(model)
+
+    def test_one_weight_that_is_not_finite_gives_an_error_or_finite_results(self, architecture):
+        for in_backbone in (True, False):
+            model = tiny_model(architecture.settings).eval()
+            architecture.excite(model)
+            named = dict(model.named_parameters()).items()
+            parameters = (p for n, p in named if n.startswith("backbone.") == in_backbone)
+            nn.init.constant_(next(parameters), float("nan"))
+            try:
+                (instances,) = run(model)
+            except ValueError as error:
+                assert "finite" in str(error)
+            else:
+                found = (instances.scores, instances.pred_boxes.tensor)
+                assert all(x.isfinite().all() for x in found)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_weights_are_refused_with_what_to_do(self, architecture, dtype):
+        model = tiny_model(architecture.settings).to(dtype)
+        with pytest.raises(ValueError, match=rf"{dtype}.*torch\.autocast\('cpu', dtype={dtype}\)"):
+            run(model)
+        with pytest.raises(ValueError, match=rf"converted to {dtype}"):
+            losses_of(model, BATCHES["one ordinary image"])

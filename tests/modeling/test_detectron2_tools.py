@@ -35,7 +35,7 @@ def no_warnings_about_uncounted_operators():
 
 
 def built(name: str) -> nn.Module:
-    """The model of a config; SOLO's kin without training would find nothing and skip the masks."""
+    """The model of a config; an untrained SOLO model would find nothing and skip its masks."""
     cfg = load_config(str(CONFIGS / f"{name}.yaml"), opts=["DATASETS.TRAIN", ()])
     cfg.DATASETS.TEST = ()
     cfg.MODEL.WEIGHTS = ""
@@ -62,7 +62,7 @@ def excited(name: str) -> nn.Module:
 
 @torch.no_grad()
 def dispatched_convolutions(model: nn.Module) -> int:
-    """Of what ran, counted by torch: a multiplication and its addition are two."""
+    """FLOPs of the convolutions that ran, counted by torch (an addition and a product are two)."""
     with FlopCounterMode(display=False) as counter:
         model(INPUTS)
     counts = counter.get_flop_counts()["Global"]
@@ -74,7 +74,7 @@ def test_detectron2_counts_operations_activations_and_parameters(name):
     model = built(name)
     flops = FlopCountAnalysis(model, INPUTS)
     traced, ran = 2 * flops.by_operator()["conv"], dispatched_convolutions(model)
-    # tracing drops what does not reach the output, as masks where nothing is found
+    # tracing drops operations that do not reach the output, such as masks if nothing is found
     assert 0 < traced <= ran
     if name in FAMILY:
         unused = 0

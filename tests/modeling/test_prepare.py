@@ -1,4 +1,4 @@
-"""Folding and the memory format: for ours and for Detectron2's models alike."""
+"""Folding and the memory format, for our models and for Detectron2's."""
 
 import copy
 

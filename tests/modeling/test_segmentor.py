@@ -1,4 +1,4 @@
-"""The common route: input, ground truth, frozen statistics, and what it refuses."""
+"""The base class: input, ground truth, frozen statistics, and refused input."""
 
 import copy
 
@@ -32,7 +32,7 @@ class TinyBackbone(Backbone):
 
 
 class Brightness(InstanceSegmentor):
-    """Each image is one instance: where the feature exceeds its mean."""
+    """Each image has one instance: the pixels where the feature exceeds its mean."""
 
     def __init__(self, norm: type[nn.Module] = nn.BatchNorm2d, **options):
         backbone = TinyBackbone(norm(4))
@@ -158,7 +158,7 @@ def test_polygons_and_bit_masks_give_the_same_ground_truth():
 
 
 def test_an_image_without_annotations_is_ordinary():
-    # Detectron2's mapper then makes no gt_masks
+    # then Detectron2's mapper sets no gt_masks
     instances = Instances(SIZE, gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0).long())
     inputs = {"image": torch.rand(3, *SIZE), "instances": instances}
     (gt,) = ground_truth(Brightness(num_classes=3), inputs)

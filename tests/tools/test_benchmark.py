@@ -1,4 +1,4 @@
-"""The benchmark runs a training step and an inference of any model, and prints the shares."""
+"""The benchmark profiles a training step and an inference of any model."""
 
 import numpy as np
 import pytest

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
@@ -29,9 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not wri
 
 @pytest.fixture(autouse=True)
 def catalogs(tmp_path, monkeypatch):
-    """A cache of the test's own, and the catalogs as they were afterwards."""
+    """A separate cache for the test; the catalogs are restored afterwards."""
     monkeypatch.setenv("SOLO_D2_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(coco_module, "_USUAL_CROWDS", 0.5)  # of three annotations one may be
+    monkeypatch.setattr(
+        coco_module, "_USUAL_CROWDS", 0.5
+    )  # one of three annotations may be a crowd
     before = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
     yield
     DatasetCatalog.data, MetadataCatalog.data = before
@@ -76,7 +79,7 @@ def document():
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a document and its images, of a color of the set's own."""
+    """Writes a document and its images, with a color that differs from set to set."""
 
     def write(document, name="train", color=0):
         folder = tmp_path / name
@@ -182,11 +185,11 @@ def test_images_of_another_size(document, write):
     files = write(document)
     Image.new("RGB", (WIDTH, HEIGHT + 1)).save(files[1] / "a.png")
     effect, what, offenders = only_finding(check_one(files))
-    assert (effect, what) == (REFUSED, "images of another size than in the json")
+    assert (effect, what) == (REFUSED, "images with another size than in the json")
     assert offenders == ["a.png (60 x 40 in the json, 60 x 41 as read)"]
 
 
-def save_turned(path, size, orientation, **options):
+def save_rotated(path, size, orientation, **options):
     image = Image.new("RGB", size)
     exif = image.getexif()
     exif[0x0112] = orientation
@@ -196,21 +199,21 @@ def save_turned(path, size, orientation, **options):
 @pytest.mark.parametrize(("name", "format"), [("a.png", "JPEG"), ("a.png", "PNG")])
 def test_images_that_exif_turns(document, write, name, format):
     files = write(document)
-    save_turned(files[1] / name, (HEIGHT, WIDTH), 6, format=format)
+    save_rotated(files[1] / name, (HEIGHT, WIDTH), 6, format=format)
     effect, what, offenders = only_finding(check_one(files))
     assert (effect, offenders) == (REMARK, ["a.png"])
-    assert "turned by EXIF" in what
-    # the json has the size of the file, Detectron2 reads a turned image
-    save_turned(files[1] / name, (WIDTH, HEIGHT), 8, format=format)
+    assert "rotated by EXIF" in what
+    # the json has the size of the file, Detectron2 reads a rotated image
+    save_rotated(files[1] / name, (WIDTH, HEIGHT), 8, format=format)
     effect, what, offenders = only_finding(check_one(files))
     assert effect == REFUSED
-    assert "before a turn by EXIF" in what
+    assert "before EXIF rotation" in what
     assert offenders == ["a.png (60 x 40 in the json, 40 x 60 as read)"]
 
 
 def test_exif_of_an_upright_image_is_nothing(document, write):
     files = write(document)
-    save_turned(files[1] / "a.png", (WIDTH, HEIGHT), 1)
+    save_rotated(files[1] / "a.png", (WIDTH, HEIGHT), 1)
     assert findings(check_one(files)) == {}
 
 
@@ -244,11 +247,11 @@ def test_missing_keys_are_repaired(document, write, key):
         ({"category_id": 7}, REFUSED, "annotations of unknown categories"),
         ({"image_id": 7}, REFUSED, "annotations of unknown images"),
         ({"ignore": 1}, REFUSED, 'annotations with "ignore"'),
-        ({"segmentation": "x"}, REFUSED, "annotations of another format"),
+        ({"segmentation": "x"}, REFUSED, "annotations in another format"),
         (
             {"segmentation": rle(0, 0, 5, 5, (9, 9))},
             REFUSED,
-            "masks (RLE) of another size than their image",
+            "masks (RLE) with another size than their image",
         ),
         (
             {"segmentation": {"size": [HEIGHT, WIDTH], "counts": [5, 5]}},
@@ -263,12 +266,12 @@ def test_missing_keys_are_repaired(document, write, key):
         (
             {"segmentation": [[5, 5, 15, 5, float("nan"), 15]]},
             REFUSED,
-            "polygons whose coordinates are no numbers",
+            "polygons whose coordinates are not numbers",
         ),
         (
             {"segmentation": [[5, 5, 15, 5, 1e12, 15]]},
             REFUSED,
-            "polygons whose coordinates are no numbers",
+            "polygons whose coordinates are not numbers",
         ),
         ({"segmentation": [[5, 5, 15, 5]]}, SKIPPED, "annotations with a degenerate polygon"),
         ({"segmentation": []}, SKIPPED, "annotations with no segmentation"),
@@ -295,12 +298,12 @@ def test_annotations_that_training_does_not_use(document, write, change, effect,
         (
             {"segmentation": [[5, 5, 15, 5, 15, 15, 5, 15], [1, 1, 2, 2]]},
             REPAIRED,
-            "masks with a degenerate polygon, left out of them",
+            "masks with a degenerate polygon, which is removed",
         ),
         (
             {"segmentation": [[-9, 5, 15, 5, 15, 15, -9, 15]], "bbox": [0, 5, 15, 10]},
             REMARK,
-            "polygons that leave the image",
+            "polygons that extend beyond the image",
         ),
         (
             {"bbox": [5, 5, 15, 15], "segmentation": rle(5, 5, 15, 15)},
@@ -310,7 +313,7 @@ def test_annotations_that_training_does_not_use(document, write, change, effect,
         (
             {"id": 0},
             REPAIRED,
-            "annotation ids missing, repeated or not positive, all are renumbered",
+            "annotation ids missing, repeated or not positive, all renumbered",
         ),
     ],
 )
@@ -329,7 +332,7 @@ def test_brush_crowds_are_skipped_with_the_setting_that_helps(document, write, m
     report = check_one(write(document))
     ((_, what), offenders), *_ = findings(report).items()
     assert len(offenders) == 3 and "CROWD_IS_OBJECT" in what
-    assert (REFUSED, "training data without any object") in findings(report)
+    assert (REFUSED, "training data without objects") in findings(report)
     cfg = config(write(document))
     cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT = True
     (report,) = check(cfg)
@@ -352,6 +355,9 @@ def test_images_of_more_than_8_bits(document, write):
     Image.fromarray(deep).save(files[1] / "a.png")
     effect, what, offenders = only_finding(check_one(files))
     assert (effect, offenders) == (REPAIRED, ["a.png"]) and "divided by 257" in what
+    color = np.full((HEIGHT, WIDTH, 3), 0.5, np.float32)  # which Pillow cannot read
+    (files[1] / "a.png").write_bytes(cv2.imencode(".tif", color)[1])
+    assert only_finding(check_one(files)) == (REPAIRED, what, ["a.png"])
     Image.fromarray(deep.astype(np.float32)).save(files[1] / "a.png", format="TIFF")
     effect, what, (offender,) = only_finding(check_one(files))
     assert (effect, what) == (REFUSED, "unreadable images") and "500 to 500" in offender
@@ -362,7 +368,7 @@ def test_file_names_that_leave_the_folder(document, write):
     Image.new("RGB", (WIDTH, HEIGHT)).save(files[1].parent / "c.png")
     document["images"][0]["file_name"] = "../c.png"
     files[0].write_text(json.dumps(document))
-    expected = (REMARK, "file names that leave the image folder", ["../c.png"])
+    expected = (REMARK, "file names that lead out of the image folder", ["../c.png"])
     assert only_finding(check_one(files)) == expected
 
 
@@ -402,7 +408,7 @@ def test_other_files_than_coco(write, document, text):
     json_file.write_text(text)
     report = check_one((json_file, folder))
     (effect, what), offenders = next(iter(report.findings.items()))
-    assert (effect, what) == (REFUSED, "file that is no COCO json")
+    assert (effect, what) == (REFUSED, "file that is not a COCO json")
     assert str(json_file) in offenders[0]
 
 
@@ -412,7 +418,7 @@ def test_ids_used_twice(document, write, section):
     report = check_one(write(document))
     identity = document[section][-1]["id"]
     offenders = [f"the id {identity} appears twice in '{section}'"]
-    assert findings(report) == {(REFUSED, f"{section} with the id of another one"): offenders}
+    assert findings(report) == {(REFUSED, f"{section} with the same id as another one"): offenders}
     assert report.objects == 3
 
 
@@ -434,17 +440,17 @@ def test_ids_and_sizes_of_other_types(document, write):
     document["images"].append({"id": 4, "file_name": "d.png", "height": 0, "width": 9})
     document["images"].append({"id": 5, "file_name": "e.png", "height": str(HEIGHT), "width": 60.0})
     found = findings(check_one(write(document)))
-    assert found[REFUSED, "images with an id that is no number or text"] == [
-        "images[2] has the id [3], no number or text"
+    assert found[REFUSED, "images with an id that is neither a number nor a text"] == [
+        "images[2] has the id [3], neither a number nor a text"
     ]
     assert found[REFUSED, "images whose file name or size is invalid"] == [
         "image 4: file_name 'd.png', height 0, width 9 are not a file name and a size in pixels",
     ]
-    assert found[REPAIRED, "image sizes that are no integers, converted"] == ["e.png"]
+    assert found[REPAIRED, "image sizes that are not integers, converted"] == ["e.png"]
 
 
 def test_all_problems_are_reported_at_once(document, write):
-    """The registration of the same file stops at the first."""
+    """Registering the same file stops at the first problem."""
     document["annotations"][0]["category_id"] = 5
     document["annotations"][1]["image_id"] = 70
     document["annotations"][2]["segmentation"] = []
@@ -461,7 +467,7 @@ def test_no_images_at_all(document, write):
     report = check_one(write(document))
     found = findings(report)
     assert (REFUSED, "data set without images") in found
-    assert (REFUSED, "training data without any object") in found
+    assert (REFUSED, "training data without objects") in found
     assert "0 images" in to_text(report, config())
 
 
@@ -514,7 +520,7 @@ def test_the_ids_of_a_registered_set_are_its_own(document, write):
     cfg = config()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("mine",), ()
     (effect, what), _ = list(check(cfg)[0].findings.items())[0]
-    assert (effect, what) == (REFUSED, "file with other classes than registered")
+    assert (effect, what) == (REFUSED, "file with other classes than the registered data set")
 
 
 def test_the_embedded_set_is_drawn_and_clean():
@@ -528,7 +534,7 @@ def test_the_embedded_set_is_drawn_and_clean():
 
 
 def test_find_sources_agrees_with_the_loader(document, write):
-    """What is checked is what Detectron2 loads."""
+    """The checked data sets are those that Detectron2 loads."""
     register_coco_json("mine", *write(document))
     cfg = config()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ("mine",)
@@ -568,7 +574,7 @@ def test_objects_that_lose_their_cell_and_what_would_help(crowded, write):
     best = cells.advice[0]
     assert best.key == "MODEL.SOLO.NUM_GRIDS"
     assert best.occupancy.lost < lost
-    # following the advice gives just what it promised
+    # following the advice has the promised effect
     cfg.merge_from_list([best.key, str(best.value)])
     (after,) = check(cfg)
     assert after.cells.occupancy == best.occupancy

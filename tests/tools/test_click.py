@@ -1,4 +1,6 @@
-"""The command that clicks into every object and says how much of it is found."""
+"""The command that clicks into every object and measures how well it is found."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,19 +43,19 @@ def polygon(left, top, right, bottom, iscrowd=0):
 
 
 class Quarters:
-    """Stands for an ``AdaptISPredictor``: a click finds the quarter of the image that it is in."""
+    """Stands in for a ``Predictor``: a click finds its quarter of the image."""
 
     def set_image(self, image):
         self.size = image.shape[:2]
 
-    def predict(self, points):
+    def click(self, points):
         height, width = self.size
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         masks = [
             ((y < height / 2) == (py < height / 2)) & ((x < width / 2) == (px < width / 2))
             for px, py in points
         ]
-        return Instances(self.size, pred_masks=torch.stack(masks))
+        return SimpleNamespace(instances=Instances(self.size, pred_masks=torch.stack(masks)))
 
 
 @pytest.fixture

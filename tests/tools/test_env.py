@@ -1,4 +1,4 @@
-"""What env and the import of solo_d2 say about a machine that lacks something."""
+"""The messages of env and of the import of solo_d2 if something is missing."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run_without(tmp_path):
-    """Run Python with some modules made impossible to import; returns the finished process."""
+    """Run Python with some modules blocked from import; returns the finished process."""
 
     def run(*arguments: str, missing: tuple[str, ...]) -> subprocess.CompletedProcess:
         # sitecustomize is imported at the start of the interpreter, before anything of ours.
@@ -75,9 +75,9 @@ def test_env_runs_where_detectron2_or_torch_is_absent(run_without, missing):
         assert any(line.startswith(f"solo_d2 needs {title}, ") for line in problems)
 
 
-@pytest.mark.parametrize("verb", ["predict", "check"])
-def test_other_verbs_name_what_is_missing_in_one_line(run_without, verb):
-    result = run_without("-m", "solo_d2", verb, "--help", missing=("detectron2",))
+@pytest.mark.parametrize("command", [["-m", "solo_d2", "predict"], [str(ROOT / "train_net.py")]])
+def test_other_commands_name_what_is_missing_in_one_line(run_without, command):
+    result = run_without(*command, "--help", missing=("detectron2",))
     assert result.returncode == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: solo_d2 needs Detectron2, which is not installed. Run: ")
@@ -107,7 +107,7 @@ def test_missing_optional_package_is_no_problem(run_without):
 def test_too_old_version_is_named_with_the_least_one(monkeypatch):
     monkeypatch.setattr(env, "REQUIREMENTS", (env.Requirement("tqdm", "tqdm", "999.0"),))
     _, (problem, command) = env.report()
-    assert "is too old, 999.0 is the least" in problem
+    assert "is too old; it needs 999.0 or newer" in problem
     assert "tqdm>=999.0" in command
 
 

@@ -1,4 +1,4 @@
-"""Who gets a grid cell: counted by hand on small grids."""
+"""Objects with and without grid cells, counted by hand on small grids."""
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -13,7 +13,7 @@ EXTENT = (100, 100)
 
 
 def objects(*squares, extent=EXTENT):
-    """(x, y, side) of each, as center and side; exactly where they are drawn."""
+    """Objects from (x, y, side) of each, center and side."""
     rows = torch.tensor(squares, dtype=torch.float32).reshape(-1, 3)
     centers, half = rows[:, :2], rows[:, 2:] / 2
     boxes = torch.cat([centers - half, centers + half], dim=1)
@@ -32,7 +32,7 @@ def test_the_later_of_two_in_a_cell_gets_it():
 
 
 def test_sharing_some_cells_is_not_losing_all():
-    # center regions of 3 x 1 cells, of which the second takes two from the first
+    # center regions of 3 x 1 cells; the second takes two cells from the first
     wide = objects((25, 15, 20), (35, 15, 20))
     counts = occupancy([wide], grids(sigma=1.0))
     assert counts.levels == [(2, 2, 0)]
@@ -133,7 +133,7 @@ def test_polygons_are_drawn_after_resizing():
     data = {"height": 40, "width": 60, "annotations": [polygon]}
     seen = NetworkInput(min_size=80, max_size=200).objects(data)
     assert seen.areas.tolist() == [800]
-    assert polygon["segmentation"] == [[30, 10, 50, 10, 50, 20, 30, 20]]  # left as it was
+    assert polygon["segmentation"] == [[30, 10, 50, 10, 50, 20, 30, 20]]  # not modified
     assert seen.extent == (80, 120)
 
 

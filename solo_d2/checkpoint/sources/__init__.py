@@ -1,4 +1,4 @@
-"""Tables of the tensor names of other projects and our names for them, one file per project."""
+"""Tables that map other projects' tensor names to ours, one file per project."""
 
 from . import adaptis, centermask, solo, torchvision, yolact
 from .source import Rule, Source

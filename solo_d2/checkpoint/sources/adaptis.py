@@ -1,4 +1,4 @@
-"""AdaptIS of its authors: the PyTorch branch, which only has the toy models."""
+"""The authors' AdaptIS: its PyTorch branch, which has only the toy models."""
 
 from .source import COUNTERS, Rule, Source
 

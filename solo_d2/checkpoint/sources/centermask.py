@@ -1,4 +1,4 @@
-"""CenterMask2, and the VoVNetV2 of the same authors, both on Detectron2."""
+"""CenterMask2 and the same authors' VoVNetV2, both based on Detectron2."""
 
 from .source import COUNTERS, Rule, Source, moved
 from .torchvision import OLD_MOBILENETV2
@@ -80,7 +80,7 @@ SOURCES = (
         signature=r"proposal_generator\.fcos_head\.",
         rules=_CENTERMASK,
         joined=((rf"({_HEAD}\.scales)\.\d+\.scale", r"\1"),),
-        # files of older Detectron2 have the pixel statistics
+        # files of older Detectron2 versions have the pixel statistics
         dropped=(COUNTERS, "pixel_mean", "pixel_std"),
         architecture="GeneralizedRCNN",
         settings={

@@ -1,4 +1,4 @@
-"""SOLO, Decoupled SOLO and SOLOv2 of their authors, and SOLOv2 of AdelaiDet."""
+"""The authors' SOLO, Decoupled SOLO and SOLOv2, and AdelaiDet's SOLOv2."""
 
 from .source import COUNTERS, Rule, Source, moved
 from .torchvision import TORCHVISION_RESNET

@@ -1,4 +1,4 @@
-"""The parts of a table of names."""
+"""The format of a table of tensor names."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ class Source(NamedTuple):
     signature: str
     # Applied in order: the first rule whose pattern matches gives the name.
     rules: Sequence[Rule]
-    # Several tensors that are one tensor of ours: they are concatenated along their first
+    # Several tensors that form one of ours: they are concatenated along their first
     # dimension, in the order of the numbers in their names. The rules then rename the result.
     joined: Sequence[Rule] = ()
-    # Patterns of whole names that our models do not have.
+    # Patterns for whole names of tensors that our models do not have.
     dropped: Sequence[str] = ()
-    # Patterns of whole names of ours that files of this layout lack: state of training only.
+    # Patterns for whole names of ours that files of this layout lack; for training state only.
     lacking: Sequence[str] = ()
     # Meta-architecture; None for the weights of a backbone alone.
     architecture: str | None = None

@@ -1,4 +1,4 @@
-"""ImageNet weights of torchvision, renamed for a bottom-up of ours."""
+"""torchvision's ImageNet weights, renamed for our bottom-up backbones."""
 
 from .source import COUNTERS, Rule, Source
 

@@ -1,4 +1,4 @@
-"""YOLACT and YOLACT++ of their authors."""
+"""The authors' YOLACT and YOLACT++."""
 
 import re
 
@@ -56,7 +56,7 @@ _HEADS: tuple[Rule, ...] = (
 
 _DROPPED = (
     COUNTERS,
-    # in old files: a second name for each backbone tensor, and levels that are never used
+    # old files have a second name for each backbone tensor, and levels that are never used
     r"backbone\.layer(?!s\.).*",
     r"fpn\.downsample_layers\.(?![01]\.).*",
 )

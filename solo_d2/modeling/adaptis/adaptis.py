@@ -1,16 +1,17 @@
 """AdaptIS: Adaptive Instance Selection Network (arXiv 1909.07829).
 
 An image is embedded once; points are then decoded into masks. In this folder, ``head`` has the
-layers, ``targets`` and ``criterion`` what is trained, ``embedded`` the image that waits for points;
-``automatic`` chooses points without a user, ``panoptic`` assembles masks, and ``predictor`` is the
-interactive face.
+layers, ``targets`` and ``criterion`` are for training, ``embedded`` is an image that is ready for
+points, ``automatic`` chooses points without a user, ``panoptic`` assembles masks, and ``predictor``
+is the interactive interface.
 
 Shape shorthand in this folder:
     N: images
     P: points of each image
-    M: masks, of points or of objects; N * P masks are in the order of images
+    M: masks, of points or of objects; N * P masks are ordered by image
     C: semantic classes, stuff before things
     T: thing classes
+    K: candidates: points to decode, or peaks of the proposal map
     h, w: height and width of the feature map
     H, W: height and width of the network's input, with its padding or, where said, without it
 """
@@ -25,12 +26,13 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from ..num_classes import resolve_num_classes
+from ..options import check_choice
 from ..segmentor import GroundTruth, InstanceSegmentor
 from .automatic import ProposalSelection, RandomSelection
 from .criterion import InstanceCriterion, ProposalCriterion, mask_iou
 from .embedded import EncodedImages, ImageEmbedding
 from .finder import ObjectFinder
-from .head import FeatureFusion, Heads, build_heads, check_choice, resize_corners, valid_cells
+from .head import FeatureFusion, Heads, build_heads, resize_corners, valid_cells
 from .panoptic import PanopticAssembler, PanopticInstances
 from .targets import (
     IGNORE,
@@ -41,21 +43,21 @@ from .targets import (
     to_input_frame,
 )
 
-# Detectron2 writes its log this often; logging in each step would wait for the device each time.
+# Detectron2 writes its log this often; logging in each step would synchronize with the device.
 _METRIC_PERIOD = 20
 
 
 class PointGroundTruth(NamedTuple):
-    """What one image is trained on."""
+    """Ground truth of one image."""
 
     objects: GroundTruth
     semantic: Tensor  # (H, W) int64 in [0, C), -1 ignored
-    points: Tensor | None  # (P, 2) rows and columns given by the user, in place of drawn ones
+    points: Tensor | None  # (P, 2) rows and columns given by the user instead of random ones
 
 
 @META_ARCH_REGISTRY.register()
 class AdaptIS(InstanceSegmentor, ObjectFinder):
-    """A point in, an object out. Without points it chooses them itself.
+    """Segments the object under each point. Without points, it chooses them itself.
 
     Inside, points are (row, column) in pixels of the network's input. In the input dicts,
     "points" (P, 2) are (x, y) in pixels of the original image, whose size is given by "height" and
@@ -92,19 +94,19 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         Args:
             backbone, pixel_mean, pixel_std, freeze_bn_stats: see ``InstanceSegmentor``.
             in_features: features of the backbone, finest first.
-            fusion: makes one map of several features; None for a single feature.
-            heads: with a proposal head for the second stage, which trains that head alone.
+            fusion: combines several features into one map; None for a single feature.
+            heads: with a proposal head for the second stage, which trains that head only.
             num_things: number of thing classes.
-            sampler: draws the points of a training step.
+            sampler: samples the points of a training step.
             instance_criterion, proposal_criterion: losses of the two stages.
-            freeze_bn: in the second stage, keep the frozen parts in eval mode. False lets the
+            freeze_bn: in the second stage, keep the frozen parts in eval mode. False: let the
                 statistics of their batch norms drift, as the published code does.
             test_mode: how objects are found without points: "proposals", "random", or "auto" for
                 proposals if there is a proposal head.
-            flip: average with the mirrored image.
+            flip: average over the image and its mirror image.
             flip_original: mirror points to W - column, one pixel off, as the published code does.
             proposal_selection, random_selection: the two ways to find objects.
-            assembler: makes instances and segments of masks.
+            assembler: combines masks into instances and segments.
 
         Raises:
             ValueError: an option has an unsupported value.
@@ -143,7 +145,8 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         self.proposal_selection = proposal_selection
         self.random_selection = random_selection
         self.assembler = assembler
-        if self.proposal_head is not None:
+        if self.proposal_head is not None and proposal_criterion is not None:
+            self.iou_threshold = proposal_criterion.iou_threshold
             self.requires_grad_(False)
             self.proposal_head.requires_grad_(True)
 
@@ -210,22 +213,22 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: as for ``InstanceSegmentor``. For training optionally "sem_seg" (H, W)
-                int64 (stuff, then things, -1 ignored), which is otherwise painted from the
-                instances, and "points" (P, 2) in place of drawn ones, the same P for all images.
-                For inference, "points" asks for the objects under them.
+            batched_inputs: as for ``InstanceSegmentor``. For training also, optionally, "sem_seg"
+                (H, W) int64 (stuff, then things, -1 ignored), which is otherwise painted from the
+                instances, and "points" (P, 2) instead of random ones, the same P for all images.
+                For inference, "points" requests the objects under them.
 
         Returns:
-            Training: named losses. Inference, at output size: {"instances"}, one per point and in
-            their order, if there are points; else {"instances", "panoptic_seg", "sem_seg"}, see
-            ``postprocess``.
+            Training: named losses. Inference, at output size: {"instances"}, one per point in the
+            order of the points, if there are points; otherwise {"instances", "panoptic_seg",
+            "sem_seg"}, see ``postprocess``.
 
         Raises:
-            ValueError: see ``InstanceSegmentor``; or an image is too small for batch norm to train.
+            ValueError: see ``InstanceSegmentor``; or images are too small to train batch norm.
         """
         if self.training:
             return self._train_step(batched_inputs)
-        # One by one: padding to a common size would change the statistics that AdaIN uses.
+        # One image at a time: padding to a common size would change AdaIN's statistics.
         with torch.no_grad():
             return [self._prompt(x) if "points" in x else self._segment(x) for x in batched_inputs]
 
@@ -237,8 +240,8 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
                 raise
             sizes = ", ".join("{2} x {1}".format(*x["image"].shape) for x in batched_inputs)
             raise ValueError(
-                f"images too small to train: of a batch with {sizes} pixels, one cell is left for "
-                "batch norm; use larger images or more of them in a batch"
+                f"images too small to train: a batch with {sizes} pixels leaves one cell for batch "
+                "norm; use larger images or more images per batch"
             ) from error
 
     def _segment(self, inputs: dict) -> dict[str, Any]:
@@ -256,17 +259,17 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
     def embed(
         self, features: dict[str, Tensor], image_sizes: list[tuple[int, int]], padded: tuple
     ) -> ImageEmbedding:
-        """Everything that does not depend on points.
+        """Compute everything that does not depend on points.
 
         Args:
-            features: of the backbone.
+            features: the backbone's features.
             image_sizes: heights and widths without padding.
             padded: height and width of the batch.
         """
         feature = self.fuse(features)
         if self.training:
-            # unused features are connected too, for processes that train together need a gradient
-            # for every parameter
+            # Connect the unused features: under DistributedDataParallel every parameter needs a
+            # gradient.
             unused = [x[:0].sum() for k, x in features.items() if k not in self.in_features]
             feature = sum(unused, feature)
         valid = None
@@ -318,7 +321,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         num_stuff = self.assembler.num_stuff
         if "sem_seg" in inputs:
             given = inputs["sem_seg"].to(self.device).long()
-            # Detectron2's label for what is to be ignored, 255, is above all classes
+            # Detectron2's label for ignored pixels, 255, is above all classes
             known = (given >= 0) & (given < num_stuff + self.num_things)
             labels[:h, :w] = torch.where(known, given, IGNORE)
         elif num_stuff != 1:
@@ -334,7 +337,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
     def losses(
         self, images: ImageList, features: dict[str, Tensor], ground_truth: list[Any]
     ) -> dict[str, Tensor]:
-        """First stage: masks of points, and semantic labels. Second: how good the points are."""
+        """First stage: masks of points and semantic labels. Second stage: quality of points."""
         padded = (images.tensor.shape[-2], images.tensor.shape[-1])
         points, masks = self.point_targets(ground_truth)
         if self.proposal_head is not None:
@@ -345,7 +348,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         semantic = resize_corners(self.semantic_head(embedding.feature), padded)
         labels = torch.stack([x.semantic for x in ground_truth])
         if _is_logged():
-            # the loss, rescaled in every step, hardly shows whether the masks get better
+            # the loss is rescaled in every step and hardly shows whether the masks improve
             iou = mask_iou(logits[:, 0].detach().float().sigmoid(), masks, self.mask_threshold)
             known = masks.flatten(1).gt(0).any(dim=1)
             if known.any():
@@ -381,7 +384,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         """Points (N, P, 2), and the masks under them (N * P, H, W) int8, -1 ignored.
 
         Raises:
-            ValueError: the images bring different numbers of points.
+            ValueError: the images have different numbers of points.
         """
         drawn = [
             self.sampler(gt.objects.masks, gt.objects.crowd_masks)

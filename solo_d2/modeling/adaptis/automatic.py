@@ -1,4 +1,4 @@
-"""Finding the objects of an image without a user: which points to decode, which masks to keep.
+"""Finding objects without a user: which points to decode and which masks to keep.
 
 Points are (row, column) in pixels of the network's input without padding, which has size (H, W).
 Soft masks (M, h, w) have the size of the feature map, which covers the padding too; ``Decoder``
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from solo_d2.layers.masks import CHUNK_BYTES
 
-# A smaller mask is not accepted.
+# Smaller masks are not accepted.
 _MIN_MASK_AREA = 10
-# Pixels that count for the score of a mask that was made at a random point.
+# Pixels above this probability count for the score of a mask from a random point.
 _FOREGROUND = 0.2
-# Masks that are decoded at once on the CPU; measured.
+# Size of the masks decoded at once on the CPU; the fastest one measured.
 _CPU_BATCH_BYTES = 512 * 1024
 
 
 class Decoder(Protocol):
-    """The network for one image, as ``EmbeddedImage`` is."""
+    """The network for one image, for example an ``EmbeddedImage``."""
 
     @property
     def stride(self) -> int:
-        """Of the map."""
+        """Stride of the feature map."""
 
     def soft_masks(self, points: Tensor) -> Tensor:
         """Points (M, 2) float32 -> (M, h, w)."""
@@ -50,9 +50,9 @@ class ProposalSelection:
     mask_threshold: float = 0.4
     # A mask is dropped if this share of it or more is occupied by earlier masks.
     max_occupied: float = 0.4
-    # Half the side, in pixels, of a window around the point, outside of which a mask is 0; 0: off.
+    # Half the side, in pixels, of a window around the point outside of which a mask is 0; 0: off.
     cut_radius: int = 0
-    # Candidates that are looked at.
+    # Maximum number of candidates.
     max_candidates: int = 500
     # Lowest probability of a thing class, and lowest proposal value, at a candidate.
     min_things_prob: float = 0.6
@@ -89,7 +89,7 @@ class ProposalSelection:
         Args:
             proposals: (H, W) squared probabilities of the proposal head.
             things: (T, H, W) probabilities of the thing classes.
-            decoder: of the image.
+            decoder: decoder of the image.
 
         Returns:
             (M, h, w) soft masks, in the order in which they were accepted.
@@ -110,15 +110,15 @@ class ProposalSelection:
 
 @dataclass(frozen=True)
 class RandomSelection:
-    """Objects at random points where nothing is yet; needs no proposal head."""
+    """Objects at random points in regions without an object; needs no proposal head."""
 
     # A pixel belongs to a mask where its probability exceeds this.
     mask_threshold: float = 0.5
     # A mask is dropped if a smaller share of it is free.
     min_free: float = 0.6
-    # Where no thing class reaches this, there is background.
+    # Pixels where no thing class reaches this probability are background.
     min_things_prob: float = 0.5
-    # Each round accepts one mask at most: the most certain of those at so many points.
+    # Each round decodes masks at num_candidates points, of which at most the most certain is kept.
     num_rounds: int = 40
     num_candidates: int = 5
 
@@ -135,11 +135,11 @@ class RandomSelection:
         """
         Args:
             things: (T, H, W) probabilities of the thing classes.
-            decoder: of the image.
-            generator: on the CPU.
+            decoder: decoder of the image.
+            generator: a CPU generator.
 
         Returns:
-            (M, H, W) soft masks: 0 up to the threshold, and where earlier ones or background are.
+            (M, H, W) soft masks: 0 up to the threshold, on earlier masks, and on background.
         """
         free = things.amax(dim=0) >= self.min_things_prob
         accepted = [things.new_zeros((0, *free.shape))]
@@ -169,12 +169,12 @@ def proposal_map(
     min_things_prob: float = 0.6,
     blur: int = 5,
 ) -> np.ndarray:
-    """The map in which candidates are searched.
+    """The map that is searched for candidates.
 
     Args:
         proposals: (H, W) squared probabilities of the proposal head.
         things: (T, H, W) probabilities of the thing classes.
-        occupied: (H, W) bool, pixels to leave out.
+        occupied: (H, W) bool, pixels to exclude.
         min_things_prob: lowest probability of a thing class at a candidate.
         blur: side of a box blur; up to 1: none.
 
@@ -197,14 +197,15 @@ def find_peaks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Local maxima, best first, without those on the slope of a better one.
 
-    Level by level from the top, and in raster order within a level, each pixel that no neighbor
-    exceeds becomes a peak and floods its surroundings: from a pixel to each neighbor that is not
-    higher by ``eps`` or more. A flooded pixel cannot become a peak. A pixel has eight neighbors.
+    Pixels are visited level by level from the top, and in raster order within a level. A pixel that
+    none of its eight neighbors exceeds becomes a peak and floods its surroundings: the flood moves
+    from a pixel to each neighbor that is not higher by ``eps`` or more. A flooded pixel cannot
+    become a peak.
 
     Args:
         values: (H, W) float32 in [0, 1].
-        min_value: of a peak and of each of its neighbors.
-        eps: how far a flood climbs in one step.
+        min_value: lower limit on a peak and on each of its neighbors.
+        eps: a flood climbs less than this in one step.
         step: distance between levels.
         flood: False keeps every local maximum, faster.
         max_peaks: stop after this many.
@@ -214,7 +215,7 @@ def find_peaks(
         pixel, -1 where none did (without ``flood``, everywhere except at the peaks).
     """
     h, w = values.shape
-    # a border that never is higher, never too low and never flooded
+    # a border that is never higher, never too low and never flooded
     padded = np.full((h + 2, w + 2), -np.inf, dtype=np.float32)
     padded[1:-1, 1:-1] = values
     low = np.where(np.isneginf(padded), np.inf, padded)
@@ -224,16 +225,7 @@ def find_peaks(
         is_peak &= padded[y : y + h, x : x + w] <= values
         is_peak &= low[y : y + h, x : x + w] >= np.float32(min_value)
     rows, columns = is_peak.nonzero()
-    heights = values[rows, columns]
-    # the first level that is not above each peak; levels are sums in single precision
-    levels = []
-    level = np.float32(0.99)
-    while level > np.float32(min_value):
-        level -= np.float32(step)
-        levels.append(level)
-    reached = np.searchsorted(-np.array(levels, dtype=np.float32), -heights)
-    order = np.argsort(reached, kind="stable")
-    order = order[reached[order] < len(levels)]
+    order = _order_by_level(values[rows, columns], min_value, step)
 
     labels = np.full((h + 2, w + 2), -2, dtype=np.int64)
     labels[1:-1, 1:-1] = -1
@@ -254,13 +246,26 @@ def find_peaks(
                 climb = flat_values[front, None] + np.float32(eps) > flat_values[around]
                 front = around[climb & (flat_labels[around] == -1)]
                 flat_labels[front] = len(peaks)
-                # each pixel once: the last of equal writes stays
+                # keep each pixel once: the last of equal writes wins
                 index = np.arange(len(front))
                 visited[front] = index
                 front = front[visited[front] == index]
         peaks.append((row, column))
     found = np.array(peaks, dtype=np.int64).reshape(-1, 2)
     return found, labels[1:-1, 1:-1].copy()
+
+
+def _order_by_level(heights: np.ndarray, min_value: float, step: float) -> np.ndarray:
+    """Indices of the peaks that are not below all levels, level by level from the top."""
+    levels = []
+    level = np.float32(0.99)
+    while level > np.float32(min_value):
+        level -= np.float32(step)  # levels are sums in single precision
+        levels.append(level)
+    # for each peak, the first level not above it
+    reached = np.searchsorted(-np.array(levels, dtype=np.float32), -heights)
+    order = np.argsort(reached, kind="stable")
+    return order[reached[order] < len(levels)]
 
 
 def select_greedily(
@@ -273,29 +278,30 @@ def select_greedily(
     cut_radius: int = 0,
     batch_size: int | None = None,
 ) -> Tensor:
-    """Masks of candidates, in their order, that do not lie on earlier ones.
+    """Masks of candidates, in order, that do not lie on earlier ones.
 
-    A candidate whose pixel is occupied by then is skipped. Masks are decoded in batches, ahead of
-    the decisions; the result is that of deciding about each candidate before decoding the next.
+    A candidate is skipped if its pixel is already occupied. Masks are decoded in batches
+    before the decisions; the result is the same as when each candidate is decided on before the
+    next is decoded.
 
     Args:
         candidates: (K, 2) rows and columns.
-        decoder: of the image.
-        occupied: (H, W) bool, pixels that are taken from the start.
+        decoder: decoder of the image.
+        occupied: (H, W) bool, pixels that are occupied from the start.
         mask_threshold: a pixel belongs to a mask where its probability exceeds this.
-        max_occupied: a mask is dropped if this share of it or more is taken.
+        max_occupied: a mask is dropped if this share of it or more is occupied.
         cut_radius: half the side of a window around the point outside of which a mask is 0; 0: off.
-        batch_size: candidates that are decoded at once; default: by the bytes of their masks.
+        batch_size: number of candidates decoded at once; by default it depends on the masks' size.
 
     Returns:
         (M, h, w) soft masks.
     """
     if batch_size is None:
-        # A larger batch decodes more masks that an earlier one covers. On the CPU, decoding is what
-        # costs; a GPU is waited for once per batch.
+        # A larger batch decodes more masks that turn out to be occupied, which costs time on the
+        # CPU; a smaller one synchronizes more often with a GPU.
         budget = _CPU_BATCH_BYTES if occupied.device.type == "cpu" else CHUNK_BYTES
         batch_size = max(1, budget // (4 * occupied.numel()))
-    # decisions are made on the CPU: the device is waited for once per batch
+    # decisions are made on the CPU, with one synchronization per batch
     taken = occupied.cpu().numpy().copy()
     free = candidates
     accepted: list[Tensor] = []

@@ -12,16 +12,16 @@ def add_adaptis_config(cfg: CN) -> None:
     cfg.MODEL.UNET.LEVELS = 5
 
     cfg.MODEL.ADAPTIS = CN()
-    # What is trained: "instance" (everything but the proposal head, which does not exist yet) or
-    # "proposals" (the proposal head alone, starting from the weights of the first stage).
+    # Training stage: "instance" (everything except the proposal head, which does not exist yet) or
+    # "proposals" (only the proposal head, starting from the weights of the first stage).
     cfg.MODEL.ADAPTIS.STAGE = "instance"
-    # Stuff comes before things in semantic labels. Data without stuff has one class, background.
+    # Stuff comes before things in semantic labels. Data without stuff has one class, "background".
     cfg.MODEL.ADAPTIS.NUM_STUFF = 1
-    # -1: as many as the training set's metadata has.
+    # -1: the number of thing classes of the training set.
     cfg.MODEL.ADAPTIS.NUM_THINGS = -1
 
-    # Features of the backbone, finest first. Several are fused into one map of FUSE_DIM channels at
-    # the stride of the first.
+    # Features of the backbone, finest first. Several features are fused into one map with FUSE_DIM
+    # channels at the stride of the first.
     cfg.MODEL.ADAPTIS.IN_FEATURES = ["unet"]
     cfg.MODEL.ADAPTIS.FUSE_DIM = 256
     # The published heads: "toy" (3x3 convolutions, for the toy tasks) or "cityscapes" (depthwise
@@ -32,27 +32,27 @@ def add_adaptis_config(cfg: CN) -> None:
     cfg.MODEL.ADAPTIS.CONV_DIM = 32
     cfg.MODEL.ADAPTIS.SEMANTIC_DIM = 32
     cfg.MODEL.ADAPTIS.PROPOSAL_DIM = 32
-    # Unit of the coordinates relative to a point, in pixels of the network's input; Cityscapes:
+    # Unit of the coordinates relative to a point, in pixels of the network's input. Cityscapes:
     # 280.
     cfg.MODEL.ADAPTIS.NORM_RADIUS = 42.0
 
-    # Points per image in training: each on an object of its own, in the second stage all on one.
+    # Points per image in training. Each is on a random object; in the second stage all are on one.
     cfg.MODEL.ADAPTIS.NUM_POINTS = 12
-    # Objects of which fewer pixels of the network's input are visible are not drawn.
+    # Objects with fewer visible pixels in the network's input get no points.
     cfg.MODEL.ADAPTIS.MIN_OBJECT_AREA = 0
     # Weight of an object's pixels in the loss of its mask; the others have 1 - LOSS_ALPHA.
     # Cityscapes: 0.25.
     cfg.MODEL.ADAPTIS.LOSS_ALPHA = 0.5
     # Targets of the points on an object in the second stage: "score" (published code: graded, for
-    # all but the worst), "top20" (paper: the best fifth by IoU against the rest) or "dual" (the
-    # best fifth against the worst half).
+    # all points but the worst), "top20" (paper: the best fifth by IoU against the rest) or "dual"
+    # (the best fifth against the worst half).
     cfg.MODEL.ADAPTIS.PROPOSAL_TARGETS = "score"
 
     cfg.MODEL.ADAPTIS.TEST = CN()
     # How objects are found without given points: "proposals", "random" (at random points), or
     # "auto": proposals if the model has a proposal head.
     cfg.MODEL.ADAPTIS.TEST.MODE = "auto"
-    # Average with the mirrored image.
+    # Average over the image and its mirror image.
     cfg.MODEL.ADAPTIS.TEST.FLIP = False
     # A pixel belongs to a mask where its probability exceeds this.
     cfg.MODEL.ADAPTIS.TEST.MASK_THRESH = 0.4
@@ -63,9 +63,9 @@ def add_adaptis_config(cfg: CN) -> None:
     cfg.MODEL.ADAPTIS.TEST.PROPOSAL_THRESH = 0.35
     # Side of the box blur of the proposal map, in pixels; up to 1: none.
     cfg.MODEL.ADAPTIS.TEST.PROPOSAL_BLUR = 5
-    # Candidates that are looked at.
+    # Maximum number of candidates.
     cfg.MODEL.ADAPTIS.TEST.MAX_CANDIDATES = 500
     # In the random mode: the lowest probability of a thing class, and the number of rounds, each of
-    # which finds one object at most.
+    # which finds at most one object.
     cfg.MODEL.ADAPTIS.TEST.RANDOM_THINGS_THRESH = 0.5
     cfg.MODEL.ADAPTIS.TEST.RANDOM_ROUNDS = 40

@@ -1,9 +1,9 @@
 """The losses of AdaptIS, and the adaptive threshold of its second stage.
 
-In a normalized focal loss (the paper's section 3.3) the modulating weights of a sample are rescaled
-to sum to its number of pixels, so that the loss does not fade as the network improves. The factor
-is a constant for the gradient. Everything is computed in float32, since 1e-12 vanishes in half
-precision.
+In a normalized focal loss (section 3.3 of the paper), the modulating weights of a sample are
+rescaled to sum to its number of pixels, so that the loss does not fade as the network improves. The
+gradient treats the factor as a constant. Everything is computed in float32, because 1e-12 vanishes
+in half precision.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from solo_d2.layers.distributed import normalizer
 from solo_d2.layers.points import read_at_points
 
-from .head import check_choice, resize_corners
+from ..options import check_choice
+from .head import resize_corners
 from .targets import IGNORE, PROPOSAL_TARGETS, dense_targets, set_padding
 
 
@@ -47,7 +48,7 @@ class InstanceCriterion:
     ) -> dict[str, Tensor]:
         """
         Args:
-            logits: (N * P, 1, H, W) of masks, image by image.
+            logits: (N * P, 1, H, W) for masks, ordered by image.
             targets: (N * P, H, W): 1 object, 0 rest, -1 ignored (as is all padding).
             semantic: (N, C, H, W) logits.
             labels: (N, H, W) int64, -1 ignored.
@@ -69,28 +70,28 @@ class InstanceCriterion:
         }
 
 
-class ProposalCriterion(nn.Module):
-    """The loss of the second stage: how good a mask does each point on an object give?"""
+class ProposalCriterion:
+    """The loss of the second stage: the quality of the mask that each point on an object gives."""
 
     def __init__(
         self, *, targets: str = "score", dense: bool = False, initial_threshold: float = 0.35
     ):
         """
         Args:
-            targets: name of the rule: one of ``targets.PROPOSAL_TARGETS``.
+            targets: name of the rule, one of ``targets.PROPOSAL_TARGETS``.
             dense: train on all pixels of the objects that have points, instead of at the points.
-            initial_threshold: of masks; it adapts in training.
+            initial_threshold: initial mask threshold; it adapts in training.
 
         Raises:
             ValueError: ``targets`` has an unsupported value.
         """
-        super().__init__()
         check_choice("targets", targets, tuple(PROPOSAL_TARGETS))
         self.rule = PROPOSAL_TARGETS[targets]
         self.dense = dense
+        # the model registers it, too, as a part of its state
         self.iou_threshold = AdaptiveThreshold(initial_threshold)
 
-    def forward(
+    def __call__(
         self,
         logits: Tensor,
         points: Tensor,
@@ -101,9 +102,9 @@ class ProposalCriterion(nn.Module):
     ) -> Tensor:
         """
         Args:
-            logits: (N, 1, h, w) of the proposal head.
+            logits: (N, 1, h, w), output of the proposal head.
             points: (N, P, 2).
-            targets: (N, P), of ``targets_of``.
+            targets: (N, P), result of ``targets_of``.
             masks: (N * P, H, W), the objects under the points, as for ``targets_of``.
             image_sizes: heights and widths without padding.
             scale: cells of the map per image pixel.
@@ -118,7 +119,7 @@ class ProposalCriterion(nn.Module):
         return proposal_loss(enlarged, maps).sum() / normalizer((maps != IGNORE).sum())
 
     def targets_of(self, probs: Tensor, masks: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Move the adaptive threshold, then judge the points by it.
+        """Update the adaptive threshold, then compute the points' targets with it.
 
         Args:
             probs: (N * P, H, W) soft masks, 0 in the padding.
@@ -145,15 +146,15 @@ def normalized_focal_loss(
     gamma: float = 2.0,
     num_pixels: Tensor | None = None,
 ) -> Tensor:
-    """For masks: sigmoid.
+    """Normalized focal loss for masks, with a sigmoid.
 
     Args:
         logits: (M, 1, H, W).
         labels: (M, 1, H, W): 1 object, 0 rest, -1 ignored.
         alpha: weight of the object's pixels; the others have 1 - alpha.
-        gamma: the higher, the less well-classified pixels count.
-        num_pixels: (M,) to which the modulating weights are rescaled; default H * W, ignored
-            pixels included. In a padded batch: the pixels of each sample's own image.
+        gamma: focusing parameter; higher values reduce the weight of well-classified pixels.
+        num_pixels: (M,) sums to which the modulating weights are rescaled; by default H * W,
+            including ignored pixels. In a padded batch: the pixels of each sample's own image.
 
     Returns:
         (M,): the mean over the pixels that are not ignored; 0 if all are.
@@ -174,12 +175,14 @@ def normalized_focal_loss(
 
 
 def normalized_focal_loss_softmax(logits: Tensor, labels: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """For semantic maps: softmax. Here the normalizer counts only pixels that are not ignored.
+    """Normalized focal loss for semantic maps, with a softmax.
+
+    Here the normalizer counts only pixels that are not ignored.
 
     Args:
         logits: (N, C, H, W).
         labels: (N, H, W) int64 in [0, C), -1 ignored.
-        gamma: the higher, the less well-classified pixels count.
+        gamma: focusing parameter; higher values reduce the weight of well-classified pixels.
 
     Returns:
         (N,): the mean over the pixels that are not ignored; 0 if all are.
@@ -198,10 +201,10 @@ def normalized_focal_loss_softmax(logits: Tensor, labels: Tensor, *, gamma: floa
 def proposal_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy with soft targets, not reduced.
 
-    A target of -1 gives 0. The official code still counts it when it takes the mean.
+    A target of -1 gives 0. The official code still counts such points in the mean.
 
     Args:
-        logits, targets: of the same shape; targets in [0, 1] or -1.
+        logits, targets: tensors of the same shape; targets in [0, 1] or -1.
     """
     loss = F.binary_cross_entropy_with_logits(
         logits.float(), targets.clamp(min=0).float(), reduction="none"
@@ -210,7 +213,7 @@ def proposal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class AdaptiveThreshold(nn.Module):
-    """A mask threshold that follows the best mean IoU in small steps. It is state: a buffer."""
+    """A mask threshold that follows the best mean IoU in small steps; its value is a buffer."""
 
     value: Tensor
 
@@ -218,8 +221,8 @@ class AdaptiveThreshold(nn.Module):
         """
         Args:
             initial: threshold before the first update.
-            step: distance of the two other thresholds that it is compared with.
-            momentum: share of the old value in the new one.
+            step: distance to the two other thresholds that are tried.
+            momentum: share of the old value in the new value.
         """
         super().__init__()
         self.register_buffer("value", torch.tensor(initial, dtype=torch.float64))
@@ -228,7 +231,7 @@ class AdaptiveThreshold(nn.Module):
 
     @torch.no_grad()
     def update(self, probs: Tensor, targets: Tensor) -> Tensor:
-        """Move towards the best of three thresholds for a batch, that of all processes together.
+        """Move toward the best of three thresholds for the joint batch of all processes.
 
         Args:
             probs: (M, H, W) soft masks.
@@ -236,7 +239,7 @@ class AdaptiveThreshold(nn.Module):
 
         Returns:
             The mean IoU at the best threshold. If no sample has a pixel of an object, it is 0 and
-            the threshold stays.
+            the threshold does not change.
         """
         rivals = torch.stack([self.value, self.value - self.step, self.value + self.step])
         iou = torch.stack([mask_iou(probs, targets, rival) for rival in rivals])
@@ -254,7 +257,7 @@ class AdaptiveThreshold(nn.Module):
 
 
 def mask_iou(probs: Tensor, targets: Tensor, threshold: Tensor | float) -> Tensor:
-    """(M,) float32: IoU of thresholded masks without the ignored pixels; -1 for an empty union.
+    """(M,) float32: IoU of thresholded masks, excluding ignored pixels; -1 for an empty union.
 
     Args:
         probs: (M, H, W).
@@ -271,7 +274,7 @@ def mask_iou(probs: Tensor, targets: Tensor, threshold: Tensor | float) -> Tenso
 def mask_quality(probs: Tensor, targets: Tensor) -> Tensor:
     """(M,) float32: the mean probability inside each object; 0 for an empty one.
 
-    As published, targets are taken as numbers: an ignored pixel, -1, counts against the mask.
+    As published, targets are used as numbers, so an ignored pixel, -1, counts against the mask.
     """
     weight = targets.flatten(1).float()
     inside = (probs.flatten(1) * weight).sum(dim=1)

@@ -1,4 +1,4 @@
-"""An image that was embedded once, ready for any number of points."""
+"""An embedded image, ready for any number of points."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from solo_d2.layers.resample import resize
 from .head import resize_corners
 from .targets import to_input_frame
 
-# One map of so many points stays in a processor's cache: half the time of large chunks.
+# A map of this size stays in a processor's cache, which takes half the time of larger chunks.
 _CPU_CHUNK_BYTES = 4 * 1024**2
 
 
 class ImageEmbedding(NamedTuple):
-    """What is computed once for a batch of images, whatever the points."""
+    """Everything that is computed once for a batch of images, independent of points."""
 
-    feature: Tensor | None  # (N, channels, h, w); None of an exported encoder, which keeps it
-    control: Tensor  # (N, ., h, w), of ``controller.prepare``
-    selection: Tensor  # (N, ., h, w), of ``selection_head.prepare``
-    valid: Tensor | None  # (N, 1, h, w) bool, cells that are not padding; None: there is none
+    feature: Tensor | None  # (N, channels, h, w); None for an exported encoder
+    control: Tensor  # (N, ., h, w), result of ``controller.prepare``
+    selection: Tensor  # (N, ., h, w), result of ``selection_head.prepare``
+    valid: Tensor | None  # (N, 1, h, w) bool, cells that are not padding; None: no padding
 
 
 class EncodedImages(NamedTuple):
@@ -36,26 +36,26 @@ class EncodedImages(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """One image, and its mirror image if that is averaged in."""
+    """One embedded image, and its mirror image if results are averaged over both."""
 
     decode: Callable[[ImageEmbedding, Tensor], Tensor]  # see ``AdaptIS.decode``
-    views: list[ImageEmbedding]  # of one image each
+    views: list[ImageEmbedding]  # each of one image
     semantic: Tensor  # (C, H, W) probabilities, without padding
     proposals: Tensor | None  # (H, W) squared probabilities, without padding, if they are used
     size: tuple[int, int]  # height and width of the network's input without padding
     padded_size: tuple[int, int]
-    stride: int  # of the map
+    stride: int  # of the feature map
     mirror_offset: int  # the mirror image of column c is padded width - mirror_offset - c
 
     @torch.no_grad()
     def soft_masks(self, points: Tensor) -> Tensor:
-        """Soft masks of points, the mean over the views.
+        """Soft masks of points, averaged over the views.
 
         Args:
             points: (M, 2) rows and columns. They are decoded in chunks of bounded memory.
 
         Returns:
-            (M, h, w) float32. They cover the padding too; see ``enlarge``.
+            (M, h, w) float32, which also cover the padding; see ``enlarge``.
         """
         prepared = self.views[0].selection[0]
         if len(points) == 0:
@@ -75,18 +75,18 @@ class EmbeddedImage:
         return torch.cat(chunks)
 
     def enlarge(self, masks: Tensor) -> Tensor:
-        """(M, h, w) of ``soft_masks`` -> (M, H, W) in the frame of the input without padding."""
-        # the published code enlarges probabilities here, logits in training
+        """(M, h, w), result of ``soft_masks`` -> (M, H, W) in the frame of the unpadded input."""
+        # the published code enlarges probabilities here, but logits in training
         height, width = self.size
         return resize_corners(masks[:, None], self.padded_size)[:, 0, :height, :width]
 
     @torch.no_grad()
     def prompt(self, points: Any, height: int, width: int) -> Tensor:
-        """Soft masks of the objects under points, in their order.
+        """Soft masks of the objects under points, in the order of the points.
 
         Args:
             points: (M, 2), x and y in the output frame.
-            height, width: of the output.
+            height, width: output size.
 
         Returns:
             (M, height, width) float32.

@@ -1,4 +1,4 @@
-"""The heads of AdaptIS. ReLU comes before the norm in most of their layers."""
+"""The heads of AdaptIS. In most of their layers, ReLU comes before the norm."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
 from solo_d2.layers.symbolic import same_size
+
+from ..options import check_at_least, check_choice
 
 # The two published sets of heads.
 VARIANTS = ("toy", "cityscapes")
@@ -34,7 +36,7 @@ class ConvReLUNorm(nn.Conv2d):
         trained = torch.is_grad_enabled() and (x.requires_grad or norm.weight.requires_grad)
         if norm.training or trained or not isinstance(norm, _BatchNorm):
             return norm(x)
-        # the same in place: allocating each map takes longer than the arithmetic
+        # the same in place, because allocating each map takes longer than the arithmetic
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         shift = norm.bias - norm.running_mean * scale
         return x.mul_(scale[:, None, None]).add_(shift[:, None, None])
@@ -78,10 +80,10 @@ class MapController(nn.Module):
     def __init__(self, in_channels: int, dim: int, *, norm: str, num_layers: int = 3):
         """
         Args:
-            in_channels: of the feature.
+            in_channels: channels of the feature.
             dim: length of the control vector.
-            norm: of the layers; while training it sees all cells, not only those of the points.
-            num_layers: 1x1 convolutions.
+            norm: norm of the layers; in training it sees all cells, not only those of the points.
+            num_layers: number of 1x1 convolutions.
         """
         super().__init__()
         widths = [in_channels] + num_layers * [dim]
@@ -104,16 +106,16 @@ class VectorController(nn.Module):
     def __init__(self, in_channels: int, dim: int, *, num_layers: int = 3):
         """
         Args:
-            in_channels: of the feature.
+            in_channels: channels of the feature.
             dim: length of the control vector.
-            num_layers: linear layers.
+            num_layers: number of linear layers.
         """
         super().__init__()
         widths = [in_channels] + num_layers * [dim]
         self.layers = nn.Sequential(*(LinearReLUNorm(a, b) for a, b in zip(widths, widths[1:])))
 
     def prepare(self, feature: Tensor) -> Tensor:
-        """Nothing can be computed before the points are known."""
+        """Return the feature: nothing can be computed before the points are known."""
         return feature
 
     def forward(self, prepared: Tensor, points: Tensor, scale: float) -> Tensor:
@@ -124,8 +126,8 @@ class VectorController(nn.Module):
 class SelectionHead(nn.Module):
     """The mask of the object under a point, from the feature map and the point's control vector.
 
-    The first convolution takes the coordinates relative to the point, then the feature. It is
-    linear, so the feature is convolved once per image and the coordinates once per point.
+    The input of the first convolution is the coordinates relative to the point, then the feature.
+    It is linear, so the feature is convolved once per image and the coordinates once per point.
     """
 
     def __init__(
@@ -144,14 +146,14 @@ class SelectionHead(nn.Module):
     ):
         """
         Args:
-            in_channels: of the feature.
-            dim: width of the first layers, and length of the control vector.
+            in_channels: channels of the feature.
+            dim: channels of the first layers, and length of the control vector.
             variant: "toy" (plain 3x3 convolutions) or "cityscapes" (depthwise separable ones).
-            norm: of the layers.
+            norm: norm of the layers.
             norm_radius: unit of the relative coordinates, in image pixels.
-            append_distance: give the distance from the point as a third coordinate.
-            adain_after: numbers of layers after which AdaIN is applied; the figure of the paper
-                has several, all published configurations one after the third.
+            append_distance: add the distance from the point as a third coordinate.
+            adain_after: numbers of the layers that AdaIN follows; several in the paper's figure,
+                but only the third in all published configurations.
             adain_eps, adain_bias_plus_one: see ``AdaIN``.
             rescale: factor and offset of the logits, so that training starts with low, flat
                 probabilities.
@@ -162,6 +164,8 @@ class SelectionHead(nn.Module):
         super().__init__()
         check_choice("variant", variant, VARIANTS)
         self.num_coordinates = 3 if append_distance else 2
+        if not norm_radius > 0:
+            raise ValueError(f"norm_radius must be positive, not {norm_radius!r}")
         self.norm_radius = norm_radius
         self.adain_after = list(adain_after)
         self.rescale = tuple(rescale)
@@ -177,7 +181,7 @@ class SelectionHead(nn.Module):
             layers[2] = Conv2d(dim, dim, 1, activation=nn.LeakyReLU(0.2))
         if not all(0 < i <= len(layers) for i in self.adain_after):
             raise ValueError(
-                f"adain_after must be numbers within 1 and {len(layers)}, not {self.adain_after}"
+                f"adain_after must be numbers from 1 to {len(layers)}, not {self.adain_after}"
             )
         self.convs = nn.ModuleList(layers)
         self.adain = nn.ModuleList(
@@ -202,14 +206,14 @@ class SelectionHead(nn.Module):
     ) -> Tensor:
         """
         Args:
-            prepared: of ``prepare``.
+            prepared: result of ``prepare``.
             points: (N, P, 2) rows and columns in image pixels.
-            control: (N * P, dim), image by image.
+            control: (N * P, dim), ordered by image.
             scale: cells of the map per image pixel.
             valid: (N, 1, h, w) bool, the cells that are not padding; None for all.
 
         Returns:
-            (N * P, 1, h, w) logits, image by image.
+            (N * P, 1, h, w) logits, ordered by image.
         """
         num_points = points.shape[1]
         coordinates = relative_coordinates(
@@ -238,7 +242,7 @@ class SelectionHead(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """Logits at every cell: the semantic head and the proposal head."""
+    """Logits at every cell; used for the semantic head and the proposal head."""
 
     def __init__(
         self,
@@ -253,13 +257,13 @@ class DenseHead(nn.Module):
     ):
         """
         Args:
-            in_channels: of the feature.
-            dim: width of the layers.
+            in_channels: channels of the feature.
+            dim: channels of the layers.
             num_outputs: channels of the logits.
-            num_convs: layers before the last.
+            num_convs: number of layers before the last.
             separable: depthwise separable layers instead of plain 3x3 convolutions.
-            norm: of the layers.
-            dropout: after the first layer.
+            norm: norm of the layers.
+            dropout: dropout rate after the first layer.
         """
         super().__init__()
         block = SeparableConv if separable else ConvReLUNorm
@@ -279,7 +283,7 @@ class DenseHead(nn.Module):
 
 
 class Heads(NamedTuple):
-    """What AdaptIS has on top of its feature map."""
+    """The heads on AdaptIS's feature map."""
 
     controller: MapController | VectorController
     selection: SelectionHead
@@ -299,22 +303,23 @@ def build_heads(
 ) -> Heads:
     """Heads as published, with the published initialization.
 
-    The two variants differ in their layers, in where the control vector is computed, in the formula
-    of AdaIN and in how the logits are scaled.
+    The variants differ in layers, computation of the control vector, AdaIN and scale of logits.
 
     Args:
         variant: "toy" or "cityscapes".
-        in_channels: of the feature map.
-        num_classes: semantic classes, stuff and things.
-        conv_dim: width of the selection head, and length of the control vector.
-        semantic_dim: width of the semantic head.
-        proposal_dim: width of the proposal head; None for the first stage, which has none.
+        in_channels: channels of the feature map.
+        num_classes: number of semantic classes, stuff and things.
+        conv_dim: channels of the selection head, and length of the control vector.
+        semantic_dim: channels of the semantic head.
+        proposal_dim: channels of the proposal head; None for the first stage, which has none.
         norm_radius: see ``SelectionHead``.
 
     Raises:
         ValueError: ``variant`` has an unsupported value.
     """
     check_choice("variant", variant, VARIANTS)
+    check_at_least(2, conv_dim=conv_dim)
+    check_at_least(1, semantic_dim=semantic_dim, proposal_dim=proposal_dim or 1)
     toy = variant == "toy"
     heads = Heads(
         MapController(in_channels, conv_dim, norm="BN")
@@ -351,9 +356,9 @@ def build_heads(
 
 
 class FeatureFusion(nn.Module):
-    """Several levels of a feature pyramid to one map, as in Semantic FPN (arXiv 1901.02446).
+    """Fuses levels of a feature pyramid into one map, as in Semantic FPN (arXiv 1901.02446).
 
-    Every level is convolved and upsampled by 2 until it has the finest stride; then all are summed.
+    Each level is convolved and upsampled by 2 until it has the finest stride; then all are summed.
     """
 
     def __init__(
@@ -361,11 +366,12 @@ class FeatureFusion(nn.Module):
     ):
         """
         Args:
-            in_channels, strides: of the levels, finest first.
+            in_channels, strides: channels and strides of the levels, finest first.
             dim: channels of the result.
-            norm: of the convolutions.
+            norm: norm of the convolutions.
         """
         super().__init__()
+        check_at_least(1, dim=dim)
         self.levels = nn.ModuleList()
         for channels, stride in zip(in_channels, strides):
             doublings = (stride // strides[0]).bit_length() - 1
@@ -400,14 +406,14 @@ class FeatureFusion(nn.Module):
 
 
 def resize_corners(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear with aligned corners, as everywhere in AdaptIS; (N, C, h, w)."""
+    """Bilinear resize of (N, C, h, w) with aligned corners, as everywhere in AdaptIS."""
     if same_size(x.shape[-2:], size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def init_weights(module: nn.Module, gain: float = 1.0) -> None:
-    """Xavier, Gaussian, for all convolutions and linear layers; zero biases."""
+    """Initialize all convolutions and linear layers: Xavier, Gaussian, with zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             nn.init.xavier_normal_(layer.weight, gain)
@@ -419,7 +425,7 @@ def init_weights(module: nn.Module, gain: float = 1.0) -> None:
 
 
 def init_uniform(module: nn.Module) -> None:
-    """Xavier, uniform, for all convolutions; zero biases."""
+    """Initialize all convolutions: Xavier, uniform, with zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
@@ -443,9 +449,3 @@ def valid_cells(
     in_row, in_column = rows < image_sizes[:, :1], columns < image_sizes[:, 1:]
     inside = in_row[:, :, None] & in_column[:, None, :]
     return inside[:, None]
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ValueError that names the argument and what it may be, if it is not a choice."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

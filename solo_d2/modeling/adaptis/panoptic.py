@@ -11,11 +11,12 @@ from torch import Tensor
 from solo_d2.layers.masks import tight_boxes
 from solo_d2.layers.resample import resize
 
-from .head import check_choice, resize_corners
+from ..options import check_choice
+from .head import resize_corners
 
 
 class FoundInstances(Instances):
-    """Instances in the network's frame, with soft masks in the order of their acceptance."""
+    """Instances in the network's frame, with soft masks in the order of acceptance."""
 
     def __init__(
         self,
@@ -29,7 +30,7 @@ class FoundInstances(Instances):
         Args:
             image_size: height and width of the network's input without padding.
             semantic: (C, H, W) probabilities, without padding.
-            mask_threshold: of ``pred_masks``.
+            mask_threshold: threshold of ``pred_masks``.
             fields: see ``InstanceSegmentor.inference``.
         """
         super().__init__(image_size, **fields)
@@ -45,7 +46,7 @@ class FoundInstances(Instances):
 
 
 class PanopticInstances(Instances):
-    """Instances in the output frame, with the segmentation of the whole image beside them."""
+    """Instances in the output frame, together with the segmentation of the whole image."""
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class PanopticInstances(Instances):
     ):
         """
         Args:
-            image_size: height and width of the output.
+            image_size: output size, height and width.
             panoptic_seg: see ``PanopticAssembler.segments``.
             sem_seg: (C, height, width) probabilities.
             fields: see ``InstanceSegmentor.forward``.
@@ -66,7 +67,7 @@ class PanopticInstances(Instances):
         self._panoptic_seg, self._sem_seg = panoptic_seg, sem_seg
 
     def output(self) -> dict[str, Any]:
-        """As Detectron2's panoptic models return it."""
+        """The output dict of Detectron2's panoptic models."""
         return {
             "instances": Instances(self.image_size, **self.get_fields()),
             "panoptic_seg": self._panoptic_seg,
@@ -75,11 +76,11 @@ class PanopticInstances(Instances):
 
 
 class Segmentation(NamedTuple):
-    """The outcome of the competition of M masks for the pixels of the output (H, W)."""
+    """The result of M masks competing for the pixels of the output (H, W)."""
 
     ids: Tensor  # (H, W) int32: 1..M, 0 for none
     semantic: Tensor  # (H, W) int64: stuff classes, then things; -1 unknown
-    background: Tensor  # (H, W) float32, what the masks compete with
+    background: Tensor  # (H, W) float32, the probability that masks compete with
 
 
 def vote(
@@ -87,8 +88,8 @@ def vote(
 ) -> tuple[Tensor, Tensor]:
     """Class and score of soft masks.
 
-    The published code has no scores. Ours is the mean probability inside the mask times that of its
-    class there; 0 for an empty mask.
+    The published code has no scores. Ours is the mean mask probability inside the mask times the
+    mean probability of its class there; 0 for an empty mask.
 
     Args:
         masks: (M, H, W) soft.
@@ -114,20 +115,21 @@ def vote(
 
 @dataclass(frozen=True)
 class PanopticAssembler:
-    """Lets soft masks and the background compete for every pixel; names the segments."""
+    """Lets soft masks and the background compete for every pixel, and lists the segments."""
 
     num_stuff: int = 1
     # See ``vote``.
     class_vote: str = "mean"
-    # Pixels whose best mask is lower belong to no instance.
+    # Pixels whose best mask has a lower probability belong to no instance.
     min_things_prob: float = 0.0
-    # Pixels whose best stuff class is lower have no semantic label.
+    # Pixels whose best stuff class has a lower probability have no semantic label.
     min_stuff_prob: float = 0.0
     # Factor on the probability of the background, 1 - things.
     stuff_prob_mult: float = 1.0
     # Smaller segments are void.
     min_segment_area: int = 1
-    # Instances have the pixels that they won. False: the pixels above the threshold, which overlap.
+    # Instances have the pixels that they won. False: all their pixels above the threshold, which
+    # may overlap.
     disjoint_masks: bool = True
 
     def __post_init__(self) -> None:
@@ -142,11 +144,11 @@ class PanopticAssembler:
         Args:
             found: ``FoundInstances``. Their probabilities, not binary masks, are resized, one mask
                 at a time.
-            size: height and width of the output.
+            size: output size, height and width.
             padded_size: height and width of the network's padded input.
 
         Returns:
-            The instances that have a pixel, best first. Since their masks do not overlap, AP is
+            The instances that have a pixel, best first. Because their masks do not overlap, AP is
             lower than it could be.
         """
         overlapping: list[Tensor] = []
@@ -192,17 +194,17 @@ class PanopticAssembler:
     ) -> Segmentation:
         """
         Args:
-            masks: (H, W) each, soft, in the order in which they were accepted. Each is entered as
-                it comes, and none is kept.
+            masks: soft masks (H, W) in the order in which they were accepted. They are consumed one
+                at a time and not stored.
             semantic_probs: (C, H, W), stuff before things.
-            ignored: (H, W) bool: no semantic label there.
+            ignored: (H, W) bool, pixels that get no semantic label.
         """
         stuff, things = semantic_probs[: self.num_stuff], semantic_probs[self.num_stuff :]
         background = self.stuff_prob_mult * (1 - things.sum(dim=0))
         best = background.clone()
         ids = torch.zeros(best.shape, dtype=torch.int32, device=best.device)
         for number, mask in enumerate(masks, start=1):
-            # strictly: the first of equal ones wins
+            # strict comparison: the first of equal masks wins
             wins = mask > best
             best = torch.where(wins, mask, best)
             ids.masked_fill_(wins, number)
@@ -221,7 +223,7 @@ class PanopticAssembler:
         A pixel is void if its semantic label is a thing but it belongs to no instance.
 
         Args:
-            segmentation: of one image.
+            segmentation: segmentation of one image.
             classes, scores: (M,) of its masks.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Point prompts: one image, many questions."""
+"""Interactive prediction: any number of points on one image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +15,18 @@ from .finder import ObjectFinder
 
 
 class AdaptISPredictor:
-    """Set an image once, then ask what lies under points, any number of times.
+    """Set an image once, then find the objects under points, any number of times.
 
-    The backbone, the semantic head and everything else that does not depend on points run in
-    ``set_image`` only.
+    The backbone, the semantic head and everything else that does not depend on points run only in
+    ``set_image``.
     """
 
     def __init__(self, model: ObjectFinder, *, resize: T.Augmentation, input_format: str):
         """
         Args:
             model: in eval mode.
-            resize: brings an image to the size that the model is for.
-            input_format: "RGB" or "BGR", the channel order that the model takes.
+            resize: resizes an image as the model expects it.
+            input_format: "RGB" or "BGR", the channel order that the model expects.
 
         Raises:
             ValueError: the model takes no points, or ``input_format`` has an unsupported value.
@@ -43,18 +43,18 @@ class AdaptISPredictor:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: ObjectFinder) -> "AdaptISPredictor":
-        """Resizes as Detectron2's ``DefaultPredictor`` does for the same config."""
+        """Create a predictor that resizes like Detectron2's ``DefaultPredictor``."""
         size = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST)
         resize = T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST)
         return cls(model, resize=resize, input_format=cfg.INPUT.FORMAT)
 
     def set_image(self, image_rgb: np.ndarray) -> None:
-        """Run everything that does not depend on points.
+        """Compute everything that does not depend on points.
 
         Args:
             image_rgb: (H, W, 3) uint8.
         """
-        self._image = None  # if this image is bad, the one before it is not asked instead
+        self._image = None  # if this image is bad, the previous one must not be used instead
         image = image_rgb if self.input_format == "RGB" else image_rgb[:, :, ::-1]
         resized = self.resize.get_transform(image).apply_image(image)
         tensor = torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1))
@@ -64,26 +64,26 @@ class AdaptISPredictor:
     def predict(
         self, points: Any, labels: Sequence[int] | None = None, *, exclude: Any = None
     ) -> Instances:
-        """What lies under points.
+        """Find the objects under points.
 
         Args:
             points: (M, 2), x and y in pixels of the image given to ``set_image``; an array, a
                 tensor or nested lists.
-            labels: None: each point asks for an object of its own. Else (M,), 1 for points on one
-                object and 0 for points that are not on it; see ``merge_masks``.
-            exclude: (H, W) bool, pixels of objects that are known already. No mask contains one of
-                them, and a point on them finds nothing.
+            labels: None: each point requests an object of its own. Otherwise (M,), 1 for points on
+                one object and 0 for points that are not on it; see ``merge_masks``.
+            exclude: (H, W) bool, pixels of objects that are already known. Masks do not contain
+                these pixels, and a point on them finds nothing.
 
         Returns:
-            On the CPU: an instance for each point, in their order, or a single one if there are
+            On the CPU: an instance for each point, in the order of the points, or a single one with
             ``labels``; see ``AdaptIS.describe``.
 
         Raises:
-            ValueError: there is no image yet, no point, a point that is not in the image, a label
-                that is not 0 or 1, no point with label 1, or ``exclude`` has another size.
+            ValueError: no image is set, there is no point, a point is not in the image, a label is
+                not 0 or 1, no point has label 1, or ``exclude`` has another size.
         """
         if self._image is None:
-            raise ValueError("no image; call set_image first")
+            raise ValueError("no image is set; call set_image first")
         positive = None if labels is None else _checked_labels(labels, len(points))
         if exclude is not None:
             exclude = torch.as_tensor(exclude).bool().to(self.model.device)
@@ -108,7 +108,7 @@ def _checked_labels(labels: Any, num_points: int) -> Tensor:
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError(f"labels must be 0 or 1, not {labels.tolist()}")
     if not labels.any():
-        raise ValueError("labels must have a 1: a point on the object")
+        raise ValueError("labels must contain a 1, for a point on the object")
     return labels.bool()
 
 
@@ -117,20 +117,20 @@ def merge_masks(
 ) -> Tensor:
     """One object from the masks of several points on it (positive) and off it (negative).
 
-    The decoder takes one point, so that its masks are combined here:
+    The decoder accepts a single point, so its masks are combined here:
 
     1. The object is the union of the positive points' masks: the maximum of their probabilities.
-    2. A negative point whose own mask is another object, containing that point and no positive one,
-       takes away all of that mask.
-    3. Any other negative point (its mask is the same object, or misses the point) takes away the
-       pixels that are nearer to it than to every positive point.
+    2. If the mask of a negative point is another object, that is, contains that point and no
+       positive one, all of that mask is removed.
+    3. For any other negative point (its mask is the same object, or misses the point), the pixels
+       that are nearer to it than to every positive point are removed.
 
-    Therefore no negative point is in the result, and one positive point alone has its own mask.
+    Therefore no negative point is in the result, and a single positive point gives its own mask.
 
     Args:
         probs: (M, H, W) soft masks of the points.
         points: (M, 2) x and y in pixels.
-        positive: (M,) bool; one is true at least.
+        positive: (M,) bool; at least one is true.
         mask_threshold: a pixel belongs to a mask where its probability exceeds this.
 
     Returns:
@@ -138,7 +138,7 @@ def merge_masks(
     """
     points, positive = points.to(probs.device), positive.to(probs.device)
     columns, rows = points.long().unbind(1)
-    # which masks (first axis) contain which points (second)
+    # which masks (first axis) contain which points (second axis)
     contains = probs[:, rows, columns] > mask_threshold
     is_other = contains.diagonal() & ~(contains & positive).any(dim=1) & ~positive
     y = torch.arange(probs.shape[1], device=probs.device)[:, None]

@@ -1,4 +1,4 @@
-"""Points, and what AdaptIS is trained on under them.
+"""Sampling points, and the training targets of AdaptIS at them.
 
 Points are (row, column) in pixels of the network's input; see the shape shorthand in ``adaptis``.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 IGNORE = -1
 
-# Smaller regions to ignore are never drawn (as published for Cityscapes).
+# Smaller ignored regions are never sampled (as published for Cityscapes).
 _MIN_IGNORED_AREA = 10
 
 
@@ -24,10 +24,10 @@ class PointTargets(NamedTuple):
 
 
 def to_input_frame(points: Any, original: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Check points that a user gave, and convert them for the network.
+    """Check points given by a user and convert them for the network.
 
     Args:
-        points: (P, 2), x and y in pixels of the original image; anything that a tensor is made of.
+        points: (P, 2), x and y in pixels of the original image; anything convertible to a tensor.
         original: height and width of the original image.
         size: height and width of the network's input without padding.
 
@@ -39,7 +39,7 @@ def to_input_frame(points: Any, original: tuple[int, int], size: tuple[int, int]
     """
     points = torch.as_tensor(points, dtype=torch.float32)
     if points.numel() == 0:
-        raise ValueError("no points; give one (x, y) or more")
+        raise ValueError("no points; give at least one (x, y)")
     if points.dim() != 2 or points.shape[1] != 2:
         raise ValueError(f"points must be (P, 2), x and y of each, not {tuple(points.shape)}")
     height, width = original
@@ -54,14 +54,14 @@ def to_input_frame(points: Any, original: tuple[int, int], size: tuple[int, int]
 
 
 def set_padding(maps: Tensor, image_sizes: Sequence[tuple[int, int]], value: int) -> None:
-    """Fill (N, ..., H, W) outside the images, in place."""
+    """Fill (N, ..., H, W) outside the images with ``value``, in place."""
     for image, (h, w) in zip(maps, image_sizes):
         image[..., h:, :] = value
         image[..., w:] = value
 
 
 def topmost(masks: Tensor) -> Tensor:
-    """Index of the mask seen at each pixel when smaller masks lie on top of larger ones.
+    """Index of the visible mask at each pixel, with smaller masks on top of larger ones.
 
     Args:
         masks: (M, H, W) bool.
@@ -81,19 +81,19 @@ def topmost(masks: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PointSampler:
-    """Draw an object for each point, uniformly, then one of its visible pixels, uniformly.
+    """Samples an object for each point, uniformly, then one of its visible pixels, uniformly.
 
-    Objects are drawn with replacement. If no object is visible, all points are (0, 0) and all
-    targets are ignored. Nothing here waits for the device.
+    Objects are sampled with replacement. If no object is visible, all points are (0, 0) and all
+    targets are ignored. Nothing here synchronizes with the device.
     """
 
     # P, points per image.
     num_points: int = 12
-    # Draw one object for all points of an image.
+    # Sample one object for all points of an image.
     from_one_object: bool = False
-    # Objects with fewer visible pixels are not drawn; they are regions to ignore, as crowds are.
+    # Objects with fewer visible pixels are not sampled; like crowds, they are ignored regions.
     min_area: int = 0
-    # How often a region to ignore is drawn in place of an object. Its pixels have target -1, all
+    # Probability of sampling an ignored region instead of an object. Its pixels have target -1, all
     # others 0. (Published for Cityscapes: 0.025.)
     ignored_prob: float = 0.0
 
@@ -110,9 +110,9 @@ class PointSampler:
         Args:
             masks: (M, H, W) bool, of the objects.
             crowds: (number of crowds, H, W) bool: neither object nor background.
-            generator: on the CPU; default: PyTorch's own.
+            generator: a CPU generator; by default PyTorch's own.
         """
-        # drawn on the CPU, so that a seed means the same points on every device
+        # sampled on the CPU, so that a seed gives the same points on every device
         shape = (self.num_points, 3)
         random = torch.rand(shape, generator=generator, dtype=torch.float64).to(masks.device)
         which, pixel, swap = random.unbind(1)
@@ -138,7 +138,7 @@ class PointSampler:
 
 
 def _visible_area(owner: Tensor, num_masks: int) -> Tensor:
-    """(M,) int64: pixels at which each mask is seen in a result of ``topmost``."""
+    """(M,) int64: number of visible pixels of each mask in a result of ``topmost``."""
     area = owner.new_zeros(num_masks + 1)
     area.scatter_add_(0, owner.flatten() + 1, owner.new_ones(owner.numel()))
     return area[1:]
@@ -147,12 +147,12 @@ def _visible_area(owner: Tensor, num_masks: int) -> Tensor:
 def _draw(
     owner: Tensor, area: Tensor, eligible: Tensor, which: Tensor, pixel: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn uniform random numbers into masks and pixels of theirs.
+    """Turn uniform random numbers into masks and pixels of these masks.
 
     Args:
-        owner: (H, W) of ``topmost``.
-        area: (M,) of ``_visible_area``.
-        eligible: (M,) bool, masks that may be drawn; each has a visible pixel.
+        owner: (H, W), result of ``topmost``.
+        area: (M,), result of ``_visible_area``.
+        eligible: (M,) bool, masks that may be sampled; each has a visible pixel.
         which, pixel: (P,) in [0, 1).
 
     Returns:
@@ -161,9 +161,9 @@ def _draw(
     """
     count = eligible.sum()
     chosen = torch.searchsorted(eligible.cumsum(0), (which * count).long(), right=True)
-    # the pixels of each mask in a row, in raster order; those without a mask come first
+    # the pixels grouped by mask, in raster order; those without a mask come first
     pixels = owner.flatten().short().sort(stable=True).indices
-    # 0 behind the last mask, for an index that means nothing
+    # a 0 after the last mask, for an index that means nothing
     area = torch.cat([area, area.new_zeros(1)])
     first = owner.numel() - area.sum() + area.cumsum(0) - area
     place = first[chosen] + (pixel * area[chosen]).long()
@@ -180,7 +180,7 @@ def _rows(masks: Tensor, index: Tensor) -> Tensor:
 
 
 def targets_of_points(points: Tensor, masks: Tensor) -> PointTargets:
-    """The topmost object under each given point; where there is none, all pixels are ignored.
+    """The topmost object under each given point; if there is none, all pixels are ignored.
 
     Args:
         points: (P, 2) rows and columns.
@@ -194,7 +194,7 @@ def targets_of_points(points: Tensor, masks: Tensor) -> PointTargets:
 
 
 def paint_semantic(masks: Tensor, classes: Tensor, crowds: Tensor, *, num_stuff: int) -> Tensor:
-    """Semantic labels made from instances: class 0, stuff, is the background.
+    """Semantic labels from instances; class 0, a stuff class, is the background.
 
     Args:
         masks: (M, H, W) bool, of the objects.
@@ -214,11 +214,11 @@ def score_targets(iou: Tensor, quality: Tensor) -> Tensor:
     """The published code's rule: graded targets for all points but the worst of an object.
 
     Args:
-        iou, quality: (N, P), of P points on one object of each of N images.
+        iou, quality: (N, P), for P points on one object of each of N images.
 
     Returns:
-        (N, P): 0 for bad points, up to 1 for good ones; -1 for all points of an image whose masks
-        say nothing about them.
+        (N, P): 0 for bad points, up to 1 for good ones; -1 for all points of an image if an IoU is
+        undefined or all of them are 0.
     """
     score = iou * quality
     lowest, highest = iou.aminmax(dim=1, keepdim=True)
@@ -243,7 +243,7 @@ def top20_targets(iou: Tensor, quality: Tensor | None = None) -> Tensor:
 
 
 def dual_targets(iou: Tensor, quality: Tensor | None = None) -> Tensor:
-    """As ``top20_targets``, but only the worst half is 0; what lies between is -1."""
+    """Like ``top20_targets``, but only the worst half is 0; points in between are -1."""
     rank = iou.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
     p = iou.shape[1]
     num_positive = max(1, -(-p // 5))
@@ -264,7 +264,7 @@ def _skip_unknown(targets: Tensor, iou: Tensor) -> Tensor:
 def dense_targets(points: Tensor, targets: Tensor, sampled: Tensor) -> Tensor:
     """Paint the targets of points into maps that are 0 elsewhere on the points' objects.
 
-    All other pixels are ignored: an object without points is no negative example.
+    All other pixels are ignored: an object without points is not a negative example.
 
     Args:
         points: (N, P, 2) rows and columns.
@@ -278,6 +278,6 @@ def dense_targets(points: Tensor, targets: Tensor, sampled: Tensor) -> Tensor:
     rows, columns = points.long().unbind(-1)
     image = torch.arange(len(points), device=points.device)[:, None]
     maps[image, rows, columns] = targets
-    # an image whose masks say nothing about its points has no dense targets either
+    # an image without targets at its points has no dense targets either
     unknown = (targets == IGNORE).all(dim=1)
     return maps.masked_fill(~sampled | unknown[:, None, None], IGNORE)

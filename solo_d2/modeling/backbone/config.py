@@ -5,8 +5,8 @@ from detectron2.config import CfgNode as CN
 
 def add_backbone_config(cfg: CN) -> None:
     """Add the keys to ``cfg``, in place."""
-    # Keep batch norms of the backbone in eval mode while training: their affine parameters train,
-    # their statistics do not (the recipe of mmdetection; for small batches).
+    # Keep the backbone's batch norms in eval mode while training: their affine parameters are
+    # trained, their statistics are frozen (mmdetection's recipe for small batches).
     cfg.MODEL.BACKBONE.FREEZE_BN_STATS = False
 
     # In a stage of RESNETS.DEFORM_ON_PER_STAGE, make every DEFORM_INTERVAL-th block deformable

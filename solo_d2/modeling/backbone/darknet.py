@@ -30,7 +30,7 @@ class _ConvNormLeaky(Conv2d):
 
 
 class DarkNetBlock(nn.Module):
-    """1x1 to half the width, 3x3 back, and the input added; no activation after the sum."""
+    """1x1 to half the width, 3x3 back, plus the input; no activation after the sum."""
 
     def __init__(self, channels: int, *, norm: str):
         super().__init__()
@@ -42,7 +42,7 @@ class DarkNetBlock(nn.Module):
 
 
 class DarkNet(Backbone):
-    """A stem and the stages "res1" to "res5" at strides 2 to 32, named as those of ResNets are.
+    """A stem and the stages "res1" to "res5" at strides 2 to 32, named like those of ResNets.
 
     A stage is a 3x3 convolution of stride 2 that doubles the width, then residual blocks.
     """

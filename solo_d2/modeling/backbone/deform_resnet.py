@@ -1,4 +1,4 @@
-"""ResNets with deformable convolutions that need no compiled extension."""
+"""ResNets with deformable convolutions, without Detectron2's compiled extension."""
 
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import FPN, ResNet, build_resnet_backbone
@@ -13,16 +13,16 @@ from .registry import register_backbone
 
 
 class DeformBottleneck(CNNBlockBase):
-    """A bottleneck whose 3x3 convolution is deformable, by torchvision's operator.
+    """A bottleneck whose 3x3 convolution is deformable, with torchvision's operator.
 
-    Made from a plain one. Parameters are named as in Detectron2's own deformable block, which
-    needs its compiled extension.
+    It is made from a plain block. Parameters are named as in Detectron2's own deformable block,
+    which needs its compiled extension.
     """
 
     def __init__(self, plain: BottleneckBlock, *, modulated: bool, bias: bool = False):
         """
         Args:
-            plain: the block whose layers are taken over.
+            plain: the block whose layers are reused.
             modulated: DCNv2.
             bias: give the deformable convolution a bias, zero at first, before its norm.
         """
@@ -44,7 +44,7 @@ class DeformBottleneck(CNNBlockBase):
         self.conv2.weight = old.weight
         if bias:
             nn.init.zeros_(self.conv2.bias)
-        # Detectron2 has it beside conv2, not inside
+        # Detectron2 has it beside conv2, not inside it
         self.conv2_offset = self.conv2.offset
         del self.conv2.offset
 

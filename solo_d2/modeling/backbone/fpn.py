@@ -1,4 +1,4 @@
-"""The feature pyramids over the bottom-up backbones of this package."""
+"""The feature pyramids on top of this package's bottom-up backbones."""
 
 import math
 import re
@@ -12,7 +12,18 @@ from torch.nn import functional as F
 
 
 def build_fpn(cfg, bottom_up: Backbone) -> FPN:
-    """P2 to P6 from ``cfg.MODEL.FPN``; P6 is every second pixel of P5."""
+    """P2 to P6 from ``cfg.MODEL.FPN``; P6 is every second pixel of P5.
+
+    Raises:
+        ValueError: MODEL.FPN.IN_FEATURES has an unsupported value.
+    """
+    features = cfg.MODEL.FPN.IN_FEATURES
+    shapes = bottom_up.output_shape()
+    if features and features[-1] in shapes and shapes[features[-1]].stride != 32:
+        raise ValueError(
+            "MODEL.FPN.IN_FEATURES must end with the feature of stride 32, which P5 and P6 are "
+            f"made from, not with {features[-1]!r}"
+        )
     return _build(cfg, bottom_up, lambda last_level: LastLevelMaxPool())
 
 
@@ -20,12 +31,12 @@ def build_fcos_fpn(cfg, bottom_up: Backbone) -> FPN:
     """FCOS's pyramid, P3 to P7: P6 from P5, P7 from P6, up to the coarsest level that is used.
 
     Raises:
-        ValueError: MODEL.FPN.IN_FEATURES has a feature that the backbone does not have.
+        ValueError: MODEL.FPN.IN_FEATURES has an unsupported value.
     """
     used = [*cfg.MODEL.FCOS.IN_FEATURES]
     if cfg.MODEL.MASK_ON:
         used += cfg.MODEL.ROI_HEADS.IN_FEATURES
-    # whoever uses a level without such a name reports that it is missing
+    # names of other forms are reported as missing where they are used
     coarsest = max((int(name[1:]) for name in used if re.fullmatch(r"p\d", name)), default=0)
     channels = cfg.MODEL.FPN.OUT_CHANNELS
 
@@ -45,6 +56,11 @@ def _build(cfg, bottom_up: Backbone, top_block: Callable[[int], nn.Module | None
             raise ValueError(
                 f"MODEL.FPN.IN_FEATURES has {name!r}, but the backbone's outputs are {[*shapes]}"
             )
+    strides = [shapes[name].stride for name in names]
+    if not names or strides != [strides[0] * 2**i for i in range(len(strides))]:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES must have strides that double, but {[*names]} have {strides}"
+        )
     return FPN(
         bottom_up=bottom_up,
         in_features=names,
@@ -77,7 +93,7 @@ class StridedTopBlock(nn.Module):
             self.add_module(f"p{level}", conv)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, C, H, W) -> per level a map of half the size of the one before, rounded up."""
+        """(N, C, H, W) -> per level a map with half the size of the previous one, rounded up."""
         outputs: list[Tensor] = []
         for conv in self.children():
             outputs.append(conv(F.relu(outputs[-1]) if outputs else x))

@@ -63,8 +63,8 @@ class MobileNetV2(Backbone):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Detectron2's checkpointer would go on with random weights: torchvision's names have no
-        # "backbone.bottom_up." in front, so nothing of its file reaches this module.
+        # Detectron2's checkpointer would continue with random weights: torchvision's names do not
+        # start with "backbone.bottom_up.", so no tensor of its file reaches this module.
         if not any(name.startswith(prefix) for name in state_dict):
             raise ValueError(
                 f"the file has no weights for MobileNetV2 ({prefix}features...); a file of "

@@ -12,8 +12,8 @@ from .registry import register_backbone
 class AdaptISUNet(Backbone):
     """An encoder of convolutions and max pooling, a decoder with learned bilinear upsampling.
 
-    Takes images of any size: it pools with rounding up and crops where sizes differ. Its one
-    output, "unet", has the size of the image.
+    It accepts images of any size: pooling rounds up, and maps are cropped where sizes differ. Its
+    only output, "unet", has the size of the image.
     """
 
     def __init__(
@@ -21,10 +21,10 @@ class AdaptISUNet(Backbone):
     ):
         """
         Args:
-            in_channels: of the image.
-            width: of the finest level, and of the output; it doubles with each level.
-            max_width: limit of that.
-            num_levels: sizes in the encoder.
+            in_channels: channels of the image.
+            width: channels of the finest level and of the output; they double with each level.
+            max_width: maximum number of channels.
+            num_levels: number of map sizes in the encoder.
         """
         super().__init__()
         widths = [min(width * 2**i, max_width) for i in range(num_levels)]
@@ -34,9 +34,9 @@ class AdaptISUNet(Backbone):
         )
         self.decoder = nn.ModuleList()
         for i in reversed(range(num_levels - 1)):
-            # what comes in is as wide as this level, or twice as wide
-            came = widths[-1] if i == num_levels - 2 else widths[i]
-            self.decoder.append(UpBlock(came, widths[i], widths[i - 1] if i > 0 else widths[0]))
+            # the input is as wide as this level, or twice as wide
+            incoming = widths[-1] if i == num_levels - 2 else widths[i]
+            self.decoder.append(UpBlock(incoming, widths[i], widths[i - 1] if i > 0 else widths[0]))
         self.final = _block_pair(widths[0], widths[0])
         self._out_features = ["unet"]
         self._out_feature_channels = {"unet": widths[0]}
@@ -77,8 +77,8 @@ class UpBlock(nn.Module):
         """
         Args:
             in_channels: a multiple of ``channels``: each upsampled channel sums a group of them.
-            channels: of the skip connection.
-            out_channels: of the result.
+            channels: channels of the skip connection.
+            out_channels: channels of the result.
         """
         super().__init__()
         self.upsample = nn.ConvTranspose2d(
@@ -93,7 +93,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """(N, in_channels, h, w) and (N, channels, H, W) -> (N, out_channels, H', W')."""
         x = F.relu_(self.upsample(x))
-        # each dimension on its own; the published code does both or none
+        # each axis separately; the published code crops both or none
         size = (min(x.shape[-2], skip.shape[-2]), min(x.shape[-1], skip.shape[-1]))
         x = torch.cat([_center_crop(x, size), _center_crop(skip, size)], dim=1)
         return self.conv1(self.conv0(x))

@@ -53,7 +53,7 @@ _NORMS = ("FrozenBN", "BN", "SyncBN", "GN")
 
 
 class EffectiveSqueezeExcitation(nn.Module):
-    """eSE: scale each channel by a gate that sees the means of all of them."""
+    """eSE: scale each channel by a gate computed from the means of all channels."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -68,7 +68,7 @@ class EffectiveSqueezeExcitation(nn.Module):
 
 
 class DepthwiseSeparableConv(nn.Module):
-    """A depthwise 3x3 convolution with nothing behind it, then a 1x1 with norm and ReLU."""
+    """A depthwise 3x3 convolution without norm or activation, then a 1x1 with norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, norm: str):
         super().__init__()
@@ -82,9 +82,10 @@ class DepthwiseSeparableConv(nn.Module):
 
 
 class OSAModule(nn.Module):
-    """One-shot aggregation: the input and the outputs of a chain of 3x3 convolutions at once.
+    """One-shot aggregation of a chain of 3x3 convolutions.
 
-    They are concatenated, reduced by a 1x1 convolution and gated by eSE.
+    The input and the outputs of all of them are concatenated, reduced by a 1x1 convolution and
+    gated by eSE.
     """
 
     def __init__(
@@ -101,11 +102,11 @@ class OSAModule(nn.Module):
     ):
         """
         Args:
-            in_channels, inner_channels, out_channels: of the input, the 3x3 convolutions, the
-                output.
-            num_layers: 3x3 convolutions.
+            in_channels, inner_channels, out_channels: channels of the input, the 3x3 convolutions,
+                the output.
+            num_layers: number of 3x3 convolutions.
             conv3x3: makes one of them from its numbers of channels.
-            norm: as for ``detectron2.layers.get_norm``.
+            norm: see ``detectron2.layers.get_norm``.
             reduce: bring the chain's input to ``inner_channels`` by a 1x1 convolution.
             identity: add the input to the output; no activation follows.
         """
@@ -154,15 +155,13 @@ class VoVNet(Backbone):
     ):
         """
         Args:
-            body: one of ``BODIES``, or another.
+            body: one of ``BODIES``, or another body.
             out_features: some of "stem", "stage2" to "stage5"; stages after the last are not built.
-            in_channels: of the image.
+            in_channels: channels of the image.
             norm: "FrozenBN", "BN", "SyncBN" or "GN".
-            freeze_at: freeze the stem (1 or more) and the stages up to "stage<freeze_at>", with
-                their norms; 0 freezes none.
-            deform_on_per_stage: make all 3x3 convolutions of stage2 to stage5 deformable;
-                depthwise bodies ignore it.
-            deform_modulated: as of DCNv2.
+            freeze_at: freeze the stem (1 or more) and the stages up to "stage<freeze_at>"; 0: none.
+            deform_on_per_stage: deformable 3x3 convolutions in stage2..stage5 (not of "dw" bodies).
+            deform_modulated: make them DCNv2.
 
         Raises:
             ValueError: an option has an unsupported value.
@@ -200,7 +199,7 @@ class VoVNet(Backbone):
             self._out_feature_channels[name] = channels = body.out[i]
             self._out_feature_strides[name] = 4 * 2**i
         for module in self.modules():
-            if isinstance(module, Conv2d):  # those of the offsets are not, and stay zero
+            if isinstance(module, Conv2d):  # offset convolutions are not, and stay zero
                 nn.init.kaiming_normal_(module.weight)
         self._freeze(freeze_at)
 

@@ -6,18 +6,18 @@ from detectron2.config import CfgNode as CN
 def add_centermask_config(cfg: CN) -> None:
     """Add the keys to ``cfg``, in place.
 
-    What else CenterMask needs has a key in Detectron2: MODEL.ROI_HEADS (sampling, IN_FEATURES),
+    CenterMask's other options have keys in Detectron2: MODEL.ROI_HEADS (sampling, IN_FEATURES),
     MODEL.ROI_MASK_HEAD (layers and pooling), TEST.DETECTIONS_PER_IMAGE.
     """
-    # FCOS as "FCOSProposalGenerator": CenterMask's boxes, and with MODEL.MASK_ON False a detector
-    # by itself. The defaults are those of CenterMask's published code and configs.
+    # FCOS as "FCOSProposalGenerator": CenterMask's boxes, or a detector by itself if MODEL.MASK_ON
+    # is False. The defaults are those of CenterMask's published code and configs.
     cfg.MODEL.FCOS = CN()
-    # -1: from the training set.
+    # -1: the number of classes of the training set.
     cfg.MODEL.FCOS.NUM_CLASSES = -1
     # The build_fcos_*_fpn_backbone pyramids get as many levels as these (and, for masks,
     # ROI_HEADS.IN_FEATURES) need.
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions in each of the two towers.
+    # Number of convolutions in each of the two towers.
     cfg.MODEL.FCOS.NUM_CLS_CONVS = 4
     cfg.MODEL.FCOS.NUM_BOX_CONVS = 4
 
@@ -29,11 +29,11 @@ def add_centermask_config(cfg: CN) -> None:
     # "giou", "iou" (its logarithm) or "linear_iou".
     cfg.MODEL.FCOS.BBOX_REG_LOSS_TYPE = "giou"
 
-    # Minimum class probability of a box. In training, boxes are the mask branch's proposals:
-    # CenterMask's paper takes 0.03 there, its published code and weights 0.05.
+    # Minimum class probability of a box. In training, boxes are the mask branch's proposals; there
+    # CenterMask's paper uses 0.03, its published code and weights 0.05.
     cfg.MODEL.FCOS.SCORE_THRESH_TRAIN = 0.05
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.05
-    # The overlap (IoU) of two boxes of a class that NMS allows; 0: no NMS.
+    # IoU of two boxes of a class above which NMS drops the worse one; 0: no NMS.
     cfg.MODEL.FCOS.NMS_THRESH = 0.6
 
     # "CenterMaskROIHeads". MODEL.ROI_HEADS.NUM_CLASSES must be that of MODEL.FCOS or -1.

@@ -1,14 +1,15 @@
-"""FCOS, the detector without anchors: boxes and classes from every location of a pyramid.
+"""FCOS, a detector without anchors: boxes and classes from every location of a pyramid.
 
 Shape shorthand in this folder:
 
     N: number of images
-    M: objects of an image, padded to the most of any image of the batch
+    M: objects of an image, padded to the largest number in the batch
     C: number of classes, without background
     L: locations of all levels of an image
+    H, W: height and width of a level's map
     P: positive locations of the batch
     R: boxes (regions of interest) of all images of the batch that get masks
-    S: side of the square of features that is pooled from a box; masks are 2 S wide
+    S: side of the square of features pooled for a box; masks have the side 2 S
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from torch.profiler import record_function
 from solo_d2.layers.symbolic import refuse_export
 
 from ..num_classes import resolve_num_classes
+from ..options import check_at_least, check_choice, check_fractions
 from .head import FCOSHead, FCOSOutputs
 from .inference import SelectedBoxes, select_boxes
 from .losses import BOX_LOSSES
@@ -70,30 +72,25 @@ class FCOSProposalGenerator(nn.Module):
         """
         Args:
             head: see ``FCOSHead``.
-            in_features, strides: a feature of the backbone and its stride per level.
+            in_features, strides: for each level, a feature of the backbone and its stride.
             num_classes: C.
             borders, radius: which locations are assigned to a box, see
                 ``targets.assign_locations``.
             box_loss_type: one of ``losses.BOX_LOSSES``.
-            focal_loss_alpha, focal_loss_gamma: of the class loss.
+            focal_loss_alpha, focal_loss_gamma: parameters of the class loss.
             score_threshold_train, score_threshold_test, threshold_with_centerness, pre_nms_topk,
                 nms_threshold: see ``inference.select_boxes``.
             max_proposals, max_detections: boxes per image in training and in inference; 0: all.
-            needs_proposals: whether anything is trained with the boxes that are found in training.
+            needs_proposals: whether a mask branch is trained with the boxes found in training.
 
         Raises:
             ValueError: an option has an unsupported value.
         """
-        if box_loss_type not in BOX_LOSSES:
-            raise ValueError(
-                f"box_loss_type must be one of {', '.join(BOX_LOSSES)}, not {box_loss_type!r}"
-            )
+        check_choice("box_loss_type", box_loss_type, tuple(BOX_LOSSES))
         _check_levels(in_features, strides, borders)
-        _check_at_least(1, num_classes=num_classes, pre_nms_topk=pre_nms_topk)
-        _check_at_least(
-            0, radius=radius, max_proposals=max_proposals, max_detections=max_detections
-        )
-        _check_fractions(
+        check_at_least(1, num_classes=num_classes, pre_nms_topk=pre_nms_topk)
+        check_at_least(0, radius=radius, max_proposals=max_proposals, max_detections=max_detections)
+        check_fractions(
             score_threshold_train=score_threshold_train,
             score_threshold_test=score_threshold_test,
             nms_threshold=nms_threshold,
@@ -152,7 +149,7 @@ class FCOSProposalGenerator(nn.Module):
         """
         Args:
             images: the batch.
-            features: of the backbone.
+            features: the backbone's features.
             gt_instances: for training, with ``gt_boxes`` and ``gt_classes``.
 
         Returns:
@@ -163,7 +160,7 @@ class FCOSProposalGenerator(nn.Module):
         Boxes are in input pixels, not clipped to the image, best first.
 
         Raises:
-            ValueError: training without ``gt_instances``, or a class is none of the C classes.
+            ValueError: ``gt_instances`` is missing in training, or a class is out of range.
         """
         refuse_export("a model with FCOS")
         outputs = self.dense(features)
@@ -172,7 +169,8 @@ class FCOSProposalGenerator(nn.Module):
         if gt_instances is None:
             raise ValueError("training needs 'instances' in every input")
         losses = self.losses(outputs, gt_instances)
-        # A zero, so that every output of the pyramid has a gradient and DDP waits for none.
+        # Connect the features that no level uses: under DistributedDataParallel every parameter
+        # needs a gradient.
         unused = [x for name, x in features.items() if name not in self.in_features]
         losses["loss_fcos_cls"] = losses["loss_fcos_cls"] + sum(x[:0].sum() for x in unused)
         return self.propose(outputs, images.image_sizes), losses
@@ -183,7 +181,7 @@ class FCOSProposalGenerator(nn.Module):
 
     @torch.no_grad()
     def propose(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[Instances]:
-        """Boxes to train a mask branch with."""
+        """The boxes to train a mask branch with."""
         if not self.needs_proposals:
             empty = outputs.distances[0].new_zeros
             fields = {"proposal_boxes": Boxes(empty(0, 4)), "objectness_logits": empty(0)}
@@ -195,8 +193,17 @@ class FCOSProposalGenerator(nn.Module):
         ]
 
     def detect(self, outputs: FCOSOutputs, image_sizes: list[tuple[int, int]]) -> list[Instances]:
-        """The boxes that are found."""
+        """The detections.
+
+        Raises:
+            ValueError: the outputs are inf or NaN.
+        """
         found = self._select(outputs, self.score_threshold_test, self.max_detections)
+        boxes = [image.boxes for image in found]
+        # NaN scores find nothing, NaN distances find boxes that are nowhere
+        suspects = [torch.cat(boxes), *(() if all(map(len, boxes)) else outputs.class_logits)]
+        if not all(x.isfinite().all() for x in suspects):
+            raise ValueError("the outputs are not finite: weights have inf or NaN values")
         return [
             Instances(
                 size,
@@ -224,8 +231,9 @@ class FCOSProposalGenerator(nn.Module):
     def losses(self, outputs: FCOSOutputs, gt_instances: list[Instances]) -> dict[str, Tensor]:
         """Losses of classes, boxes and centerness (FCOS, section 3.1).
 
-        The first and the last are divided by the number of positive locations, that of the boxes,
-        which is weighted by the centerness targets, by their sum; both are means over processes.
+        The losses of classes and centerness are divided by the number of positive locations. The
+        box loss is weighted by the centerness targets and divided by their sum. Both divisors are
+        means over the processes.
         """
         class_logits, distances, centerness_logits = (
             torch.cat([x.flatten(2) for x in levels], dim=2) for levels in outputs
@@ -271,7 +279,7 @@ class FCOSProposalGenerator(nn.Module):
         }
 
     def _check_classes(self, classes: Tensor) -> None:
-        """(N, M); one wrong class would train as another or fail in a kernel without a name."""
+        """Check classes (N, M): a wrong one would train another class or fail in a CUDA kernel."""
         if classes.numel() == 0:
             return
         wrong = (classes < 0) | (classes >= self.num_classes)
@@ -297,10 +305,10 @@ class FCOSProposalGenerator(nn.Module):
 def features_by_name(
     shapes: dict[str, ShapeSpec], names: Sequence[str], key: str
 ) -> list[ShapeSpec]:
-    """Shapes of the features that the config asks for under ``key``.
+    """Shapes of the features that the config lists under ``key``.
 
     Raises:
-        ValueError: the backbone has no such feature, or they differ in their number of channels.
+        ValueError: the backbone lacks a feature, or the features differ in number of channels.
     """
     for name in names:
         if name not in shapes:
@@ -309,18 +317,6 @@ def features_by_name(
     if len(set(channels.values())) != 1:
         raise ValueError(f"{key} must all have the same number of channels: {channels}")
     return [shapes[name] for name in names]
-
-
-def _check_at_least(lowest: float, **options: float) -> None:
-    for name, value in options.items():
-        if not value >= lowest:
-            raise ValueError(f"{name} must be {lowest} or more, not {value!r}")
-
-
-def _check_fractions(**options: float) -> None:
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, not {value!r}")
 
 
 def _check_levels(

@@ -8,6 +8,8 @@ from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..options import check_channels
+
 
 class FCOSOutputs(NamedTuple):
     """Outputs of ``FCOSHead``, per level."""
@@ -37,11 +39,11 @@ class FCOSHead(nn.Module):
             num_levels: number of levels; each has a learned factor on its distances.
             num_classes: C.
             num_class_convs, num_box_convs: 3x3 convolutions of each tower, with norm and ReLU.
-            norm: see ``detectron2.layers.get_norm``; "GN" has 32 groups; "" for none.
+            norm: see ``detectron2.layers.get_norm``; "GN" has 32 groups, "" is no norm.
             prior_prob: probability of each class before training.
 
         Raises:
-            ValueError: ``prior_prob`` or a number of convolutions has an unsupported value.
+            ValueError: an argument has an unsupported value.
         """
         super().__init__()
         if not 0 < prior_prob < 1:
@@ -51,6 +53,7 @@ class FCOSHead(nn.Module):
                 "num_class_convs and num_box_convs must be 0 or more, "
                 f"not {num_class_convs!r} and {num_box_convs!r}"
             )
+        check_channels(norm, in_channels=in_channels)
         self.class_tower = _tower(num_class_convs, in_channels, norm)
         self.box_tower = _tower(num_box_convs, in_channels, norm)
         self.class_logits = _conv3x3(in_channels, num_classes)
@@ -60,7 +63,7 @@ class FCOSHead(nn.Module):
         self.scales = nn.Parameter(torch.ones(num_levels))
 
     def forward(self, features: list[Tensor]) -> FCOSOutputs:
-        """One feature (N, C, H, W) per level."""
+        """One feature (N, in_channels, H, W) per level."""
         class_logits, distances, centerness = [], [], []
         for feature, scale in zip(features, self.scales):
             box_feature = self.box_tower(feature)
@@ -71,7 +74,7 @@ class FCOSHead(nn.Module):
 
 
 class _GroupNorm(nn.GroupNorm):
-    """PyTorch's, without its refusal of groups of one value: P7 of a small image is one pixel."""
+    """Accepts groups of one value, unlike PyTorch's: P7 of a small image is one pixel."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -98,7 +101,7 @@ def _conv3x3(
     norm: nn.Module | None = None,
     activation: nn.Module | None = None,
 ) -> Conv2d:
-    """With a bias, even where a norm follows, as in the published code."""
+    """A 3x3 convolution with a bias, even if a norm follows, as in the published code."""
     conv = Conv2d(
         in_channels, out_channels, kernel_size=3, padding=1, norm=norm, activation=activation
     )

@@ -1,4 +1,4 @@
-"""From the outputs of FCOS's head to boxes."""
+"""From the outputs of the FCOS head to boxes."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from .targets import distances_to_boxes
 class SelectedBoxes(NamedTuple):
     """Boxes of one image."""
 
-    boxes: Tensor  # (n, 4) x1, y1, x2, y2 in input pixels, float32; may reach out of the image
+    boxes: Tensor  # (n, 4) x1, y1, x2, y2 in input pixels, float32; may leave the image
     scores: Tensor  # (n,) sqrt(class probability * centerness), descending
     classes: Tensor  # (n,) int64
-    locations: Tensor  # (n, 2) x, y of the locations that they come from
+    locations: Tensor  # (n, 2) x, y of the locations that predicted them
 
 
 def select_boxes(
@@ -31,18 +31,19 @@ def select_boxes(
     nms_threshold: float = 0.6,
     post_nms_topk: int = 100,
 ) -> list[SelectedBoxes]:
-    """Boxes of each image. A location can give several, one per class.
+    """Boxes of each image. A location can give several boxes, one per class.
 
-    Boxes are not clipped to the image, and none is dropped for its size.
+    Boxes are not clipped to the image and not filtered by size.
 
     Args:
-        outputs: of ``FCOSHead``.
-        strides: of the levels.
+        outputs: outputs of ``FCOSHead``.
+        strides: strides of the levels.
         score_threshold: minimum class probability.
-        threshold_with_centerness: make it the minimum of class probability times centerness.
-        pre_nms_topk: candidates per level that enter the NMS.
-        nms_threshold: of two boxes of a class with a higher IoU only the better stays; 0: no NMS.
-        post_nms_topk: boxes per image, more where the last ones have equal scores; 0: all.
+        threshold_with_centerness: apply it to class probability times centerness instead.
+        pre_nms_topk: maximum number of candidates per level that enter NMS.
+        nms_threshold: IoU of two boxes of a class above which the worse is dropped; 0: no NMS.
+        post_nms_topk: maximum number of boxes per image, exceeded if the last ones have equal
+            scores; 0: all.
     """
     levels = [
         _best_of_level(
@@ -70,10 +71,10 @@ def _best_of_level(
     threshold_with_centerness: bool,
     topk: int,
 ) -> list[SelectedBoxes]:
-    """The best pairs of location and class of one level, per image, in no order."""
+    """The best pairs of location and class of one level, per image, unordered."""
     num_classes, width = class_logits.shape[1], class_logits.shape[3]
-    # Nothing is computed of the other pairs, nearly all. Centerness is at most 1, so that a product
-    # above the threshold needs a class probability above it.
+    # Nothing more is computed for the other pairs, which are nearly all. Centerness is at most 1,
+    # so a product above the threshold needs a class probability above it.
     above = (class_logits > logit(score_threshold)).permute(0, 2, 3, 1).flatten(1)
     candidates = []
     for i, pairs_above in enumerate(above):
@@ -113,7 +114,7 @@ def boxes_at(
 
 
 def _suppress_boxes(found: SelectedBoxes, nms_threshold: float, topk: int) -> SelectedBoxes:
-    """NMS within each class, then the best of all."""
+    """NMS within each class, then the best boxes of all classes."""
     if nms_threshold > 0:
         keep = batched_nms(found.boxes, found.scores, found.classes, nms_threshold)
     else:

@@ -1,4 +1,4 @@
-"""The loss of FCOS's boxes, on distances from a location to the sides of a box."""
+"""Losses of FCOS's boxes, computed from the distances of a location to the sides of a box."""
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ def iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """1 - IoU. Args and result as of ``iou_loss``."""
+    """1 - IoU. Args and result as in ``iou_loss``."""
     return 1 - _iou(distances, targets)
 
 
 def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """1 - generalized IoU (arXiv 1902.09630). Args and result as of ``iou_loss``."""
+    """1 - generalized IoU (arXiv 1902.09630). Args and result as in ``iou_loss``."""
     _, union = _intersection_and_union(distances, targets)
     enclosing = _area(torch.maximum(distances, targets))
     return 1 - _iou(distances, targets) + (enclosing - union) / enclosing

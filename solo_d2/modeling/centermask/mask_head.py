@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class SpatialAttention(nn.Module):
-    """Multiplies every pixel by a weight in (0, 1), made of its mean and its maximum channel."""
+    """Multiplies each pixel by a weight in (0, 1) from the mean and maximum over its channels."""
 
     def __init__(self):
         super().__init__()
@@ -24,7 +24,7 @@ class SpatialAttention(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         """(R, channels, S, S) -> (R, 1, S, S)."""
-        # The paper has the maximum first; published weights are for this order.
+        # The paper has the maximum first; the published weights need this order.
         pooled = torch.cat([x.mean(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)], dim=1)
         return self.conv(pooled).sigmoid()
 
@@ -33,7 +33,7 @@ class SpatialAttention(nn.Module):
 class SpatialAttentionMaskHead(MaskRCNNConvUpsampleHead):
     """Mask R-CNN's head with spatial attention before the upsampling.
 
-    In Detectron2's own ROI heads it is called like any mask head; ``CenterMaskROIHeads`` asks for
+    Detectron2's own ROI heads call it like any mask head; ``CenterMaskROIHeads`` calls
     ``class_logits``.
     """
 
@@ -71,9 +71,9 @@ class SpatialAttentionMaskHead(MaskRCNNConvUpsampleHead):
         return F.relu(self.deconv(self.attention(x)))
 
     def class_logits(self, x: Tensor, classes: Tensor) -> Tensor:
-        """The same as ``layers`` for one class (R,) each: (R, 2 S, 2 S).
+        """Like ``layers``, but for one class (R,) each: (R, 2 S, 2 S).
 
-        The other classes' logits are not computed; with many classes they are most of the memory.
+        Logits of other classes are not computed; with many classes they would take most memory.
         """
         x = self.upsampled(x)
         if self.predictor.out_channels == 1:  # class-agnostic masks

@@ -1,7 +1,7 @@
-"""How good a mask is: the head that predicts its IoU and what it learns (Mask Scoring R-CNN).
+"""The head that predicts the IoU of masks, and its targets (Mask Scoring R-CNN, arXiv 1903.00241).
 
-arXiv 1903.00241. As published for CenterMask, the IoU is that with the whole object, not only with
-the part of it in the box.
+As published for CenterMask, the IoU is computed with the whole object, not only with its part in
+the box.
 """
 
 import numpy as np
@@ -13,9 +13,11 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..options import check_at_least
+
 
 class MaskIoUHead(nn.Module):
-    """Predicts the IoU of a mask with its object, for every class that the object may have."""
+    """Predicts the IoU of a mask with its object, for every possible class of the object."""
 
     def __init__(
         self,
@@ -34,8 +36,12 @@ class MaskIoUHead(nn.Module):
             num_classes: C.
             num_conv, conv_dim: 3x3 convolutions, the last of stride 2.
             fc_dim: units of the two linear layers.
+
+        Raises:
+            ValueError: an argument has an unsupported value.
         """
         super().__init__()
+        check_at_least(1, num_conv=num_conv, conv_dim=conv_dim, fc_dim=fc_dim)
         self.convs: list[Conv2d] = []
         channels = in_channels + 1
         for k in range(1, num_conv + 1):
@@ -73,11 +79,11 @@ class MaskIoUHead(nn.Module):
 
 
 def mask_iou_targets(predicted: Tensor, targets: Tensor, visible: Tensor) -> Tensor:
-    """IoU of masks with whole objects, of which a part may lie outside the boxes.
+    """IoU of masks with whole objects, which may lie partly outside the boxes.
 
     Args:
         predicted, targets: (R, 2 S, 2 S) bool: masks and objects in their boxes.
-        visible: (R,) share of the object's area that lies in its box.
+        visible: (R,) share of the object's area inside the box.
 
     Returns:
         (R,) float32 in [0, 1]; 0 for an empty object.
@@ -90,11 +96,11 @@ def mask_iou_targets(predicted: Tensor, targets: Tensor, visible: Tensor) -> Ten
 
 
 def crop_masks(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Parts of masks in boxes, resized to squares as Detectron2's ``crop_and_resize`` does.
+    """Crop masks to boxes and resize them to squares, as Detectron2's ``crop_and_resize`` does.
 
     Args:
-        masks: of all objects of an image.
-        index: (R,) the mask of each box.
+        masks: masks of all objects of an image.
+        index: (R,) index of each box's mask.
         boxes: (R, 4).
         size: side of the result.
 
@@ -111,7 +117,7 @@ def crop_masks(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor, siz
 
 
 def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) -> Tensor:
-    """Share of an object's area that lies in a box; 0 for an empty object.
+    """Share of an object's area inside a box; 0 for an empty object.
 
     The box's size is rounded down to pixels. As in the published code, polygons are rasterized on a
     grid of that size that starts at the box's corner. For bitmasks the area is computed directly;
@@ -126,7 +132,7 @@ def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) 
 
 
 def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels in the boxes and area of the polygons, (R,) float64; parts are summed up."""
+    """Pixels in the boxes and areas of the polygons, (R,) float64; parts are summed."""
     whole = masks.area().double()[index.cpu()]
     inside = []
     for i, box in zip(index.tolist(), boxes.cpu().numpy()):
@@ -140,7 +146,7 @@ def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[T
 
 
 def _bitmask_areas(masks: BitMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Area in the boxes and whole area, (R,) float32."""
+    """Areas inside the boxes and whole areas, (R,) float32."""
     used, mask = index.unique(return_inverse=True)
     # sums[m, y, x]: pixels of mask m in row y, up to and including column x
     sums = masks.tensor[used].cumsum(dim=2, dtype=torch.int32)

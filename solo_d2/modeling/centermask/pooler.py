@@ -1,4 +1,4 @@
-"""RoIAlign on the level that fits a box (CenterMask, section 3.2)."""
+"""RoIAlign from the level that fits a box (CenterMask, section 3.2)."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,11 @@ from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from ..options import check_choice
+
 CRITERIA = ("ratio", "area")
 POOLER_TYPES = ("ROIAlignV2", "ROIAlign")
-# Boxes are clipped to this many sides of the image around it.
+# Boxes are clipped to this many image sides around the image.
 MAX_REACH = 16
 
 
@@ -36,7 +38,7 @@ def assign_by_ratio(
 
 
 class AdaptiveROIPooler(nn.Module):
-    """RoIAlign from one level per box; like Detectron2's pooler, with a choice of the level."""
+    """RoIAlign from one level per box; like Detectron2's pooler, with a choice of level rule."""
 
     def __init__(
         self,
@@ -50,21 +52,17 @@ class AdaptiveROIPooler(nn.Module):
         """
         Args:
             output_size: S.
-            strides: of the levels, each twice the one before.
+            strides: strides of the levels, each twice the previous one.
             criterion: "ratio", see ``assign_by_ratio``, or "area", the rule of FPN.
-            sampling_ratio: samples per side of a cell; 0: as many as it has pixels.
-            pooler_type: "ROIAlignV2", or "ROIAlign", whose boxes are half a pixel off.
+            sampling_ratio: samples per side of a cell; 0: one per pixel.
+            pooler_type: "ROIAlignV2", or "ROIAlign", whose boxes are off by half a pixel.
 
         Raises:
             ValueError: an option has an unsupported value.
         """
         super().__init__()
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
-        if pooler_type not in POOLER_TYPES:
-            raise ValueError(
-                f"pooler_type must be one of {', '.join(POOLER_TYPES)}, not {pooler_type!r}"
-            )
+        check_choice("criterion", criterion, CRITERIA)
+        check_choice("pooler_type", pooler_type, POOLER_TYPES)
         levels = [int(math.log2(stride)) for stride in strides]
         if list(strides) != [2**k for k in range(levels[0], levels[-1] + 1)]:
             raise ValueError(f"strides must be successive powers of 2, not {list(strides)}")
@@ -90,16 +88,16 @@ class AdaptiveROIPooler(nn.Module):
         Returns:
             (R, channels, S, S) float32, in the order of the boxes.
         """
-        # RoIAlign's samples grow with a box's area, which has no limit in a model that diverges.
+        # RoIAlign's cost grows with the area of a box, which is unlimited in a diverging model.
         limit = MAX_REACH * max(max(size) for size in image_sizes)
         box_lists = [Boxes(boxes.tensor.clamp(-limit, limit)) for boxes in box_lists]
         levels = self.assign(box_lists, image_sizes)
         order = levels.argsort(stable=True)
         counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1)
         rois = convert_boxes_to_pooler_format(box_lists)[order].split(counts.tolist())
-        # Features in half precision are pooled as float32: RoIAlign brings the boxes to their type,
-        # which has but 11 bits for a coordinate. A level without boxes is pooled from too: that
-        # connects it to the losses.
+        # Features in half precision are pooled as float32: RoIAlign would convert the boxes to
+        # their type, which has only 11 bits for a coordinate. Levels without boxes are pooled too,
+        # which connects them to the losses.
         pooled = torch.cat([f(y.float(), r) for f, y, r in zip(self.aligns, x, rois)])
         return pooled.new_empty(pooled.shape).index_copy(0, order, pooled)
 

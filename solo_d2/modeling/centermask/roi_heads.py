@@ -1,4 +1,4 @@
-"""CenterMask's second half: masks for the boxes of FCOS, and how good the masks are."""
+"""CenterMask's second half: masks for the boxes of FCOS, and the quality of these masks."""
 
 import torch
 from detectron2.config import configurable
@@ -22,9 +22,9 @@ from .pooler import AdaptiveROIPooler
 
 @ROI_HEADS_REGISTRY.register()
 class CenterMaskROIHeads(ROIHeads):
-    """Masks for the detections of ``FCOSProposalGenerator``, which stay as they are.
+    """Adds masks to the detections of ``FCOSProposalGenerator``, which do not change.
 
-    There is no box head. Without a mask head the detections are passed through.
+    There is no box head. Without a mask head, the detections are passed through.
     """
 
     @configurable
@@ -47,12 +47,12 @@ class CenterMaskROIHeads(ROIHeads):
             num_classes: C.
             batch_size_per_image, positive_fraction, proposal_matcher, proposal_append_gt: the
                 sampling of proposals, see ``ROIHeads``.
-            mask_in_features: features that are pooled from.
+            mask_in_features: the features to pool from.
             mask_pooler: None for a mask head that takes the features themselves.
-            mask_head: one of Detectron2's mask heads; None for boxes alone. Of a head with the
-                method ``class_logits``, such as ``SpatialAttentionMaskHead``, the loss is computed
-                here; any other head computes its own.
-            mask_iou_head: predicts how good masks are; None for no such scores.
+            mask_head: a mask head of Detectron2's kind; None for boxes only. If it has the method
+                ``class_logits``, like ``SpatialAttentionMaskHead``, its loss is computed here;
+                any other head computes its own.
+            mask_iou_head: predicts the IoU of masks; None for no mask scores.
             mask_iou_loss_weight: factor on its loss.
 
         Raises:
@@ -69,8 +69,8 @@ class CenterMaskROIHeads(ROIHeads):
         if mask_iou_head is not None and not self.has_class_logits:
             raise ValueError(
                 "mask_iou_head needs a mask_head with the method class_logits, which "
-                f"{type(mask_head).__name__} does not have; set MODEL.CENTERMASK.MASK_IOU_ON to "
-                "False, or MODEL.ROI_MASK_HEAD.NAME to 'SpatialAttentionMaskHead'"
+                f"{type(mask_head).__name__} does not have; use SpatialAttentionMaskHead, or no "
+                "mask_iou_head (MODEL.CENTERMASK.MASK_IOU_ON: False)"
             )
         # test-time augmentation turns it off while it looks for boxes
         self.mask_on = mask_head is not None
@@ -124,7 +124,7 @@ class CenterMaskROIHeads(ROIHeads):
         """
         Args:
             images: not used.
-            features: of the backbone.
+            features: the backbone's features.
             proposals: results of ``FCOSProposalGenerator``, per image.
             targets: for training, with ``gt_boxes``, ``gt_classes`` and ``gt_masks`` (PolygonMasks
                 or BitMasks; an image without objects has none).
@@ -146,7 +146,7 @@ class CenterMaskROIHeads(ROIHeads):
         """Add masks to boxes, for instance those that test-time augmentation has merged.
 
         Args:
-            features: of the backbone.
+            features: the backbone's features.
             instances: with ``pred_boxes`` in input pixels and ``pred_classes``.
 
         Returns:
@@ -174,7 +174,7 @@ class CenterMaskROIHeads(ROIHeads):
     def pool(
         self, features: dict[str, Tensor], boxes: list[Boxes], instances: list[Instances]
     ) -> Tensor | dict[str, Tensor]:
-        """What the mask head takes: by default (R, channels, S, S), of the boxes of all images."""
+        """Input of the mask head: by default (R, channels, S, S) for the boxes of all images."""
         levels = {name: features[name] for name in self.mask_in_features}
         if self.mask_pooler is None:
             return levels
@@ -184,7 +184,7 @@ class CenterMaskROIHeads(ROIHeads):
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
-        """Like Detectron2's, but a proposal gets the index of its mask, ``gt_index``, no copy."""
+        """Like Detectron2's, but a proposal gets the index ``gt_index`` of its mask, not a copy."""
         without_masks = [
             Instances(
                 x.image_size,
@@ -199,7 +199,7 @@ class CenterMaskROIHeads(ROIHeads):
     def mask_losses(
         self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Losses of the masks and of their predicted IoU, over the foreground of the batch."""
+        """Losses of the masks and of their predicted IoUs, over the foreground of the batch."""
         proposals, _ = select_foreground_proposals(proposals, self.num_classes)
         pooled = self.pool(features, [x.proposal_boxes for x in proposals], proposals)
         if not self.has_class_logits:
@@ -211,7 +211,7 @@ class CenterMaskROIHeads(ROIHeads):
         logits = self.mask_head.class_logits(pooled, classes).float()
         with torch.no_grad(), record_function("solo_d2.mask_targets"):
             masks, visible = self.mask_targets(proposals, targets, logits.shape[-1])
-        # of no mask at all this is a zero that still reaches every parameter
+        # without any mask, this is a zero that still reaches every parameter
         loss = F.binary_cross_entropy_with_logits(logits, masks.float(), reduction="sum")
         num_pixels = normalizer(logits.new_full((), masks.numel()))
         losses = {"loss_mask": self.mask_head.loss_weight * loss / num_pixels}
@@ -228,7 +228,7 @@ class CenterMaskROIHeads(ROIHeads):
     def mask_targets(
         self, proposals: list[Instances], targets: list[Instances], size: int
     ) -> tuple[Tensor, Tensor]:
-        """Objects in their boxes (R, size, size) bool, and the share of each that is in (R,).
+        """Objects in their boxes (R, size, size) bool, and the share of each that is inside (R,).
 
         Raises:
             ValueError: an image has objects without masks.
@@ -260,10 +260,10 @@ def _masks_of(
 
 
 def _num_classes(cfg) -> int:
-    """That of FCOS, which takes the place of -1 in MODEL.ROI_HEADS.NUM_CLASSES.
+    """The number of classes of FCOS, which also replaces -1 in MODEL.ROI_HEADS.NUM_CLASSES.
 
     Raises:
-        ValueError: MODEL.ROI_HEADS.NUM_CLASSES is another number.
+        ValueError: MODEL.ROI_HEADS.NUM_CLASSES is a different number.
     """
     num_classes = resolve_num_classes(cfg, "MODEL.FCOS.NUM_CLASSES")
     if cfg.MODEL.ROI_HEADS.NUM_CLASSES == -1:
@@ -272,7 +272,7 @@ def _num_classes(cfg) -> int:
     if configured != num_classes:
         raise ValueError(
             f"MODEL.ROI_HEADS.NUM_CLASSES is {configured}, but FCOS has {num_classes} classes; "
-            "set it to -1 to take that number over"
+            "set it to -1 to use that number"
         )
     return num_classes
 

@@ -23,15 +23,15 @@ def assign_locations(
 ) -> Tensor:
     """The box that each location is assigned to.
 
-    A box claims a location if the location lies inside it, less than ``radius`` strides from its
-    center along each axis, and if the distance to the box's furthest side is in the range of the
-    location's level. Of several boxes, the smallest gets the location; of equal ones, the first.
+    A box claims a location that lies inside it, less than ``radius`` strides from its center along
+    each axis, if the distance to the box's furthest side is in the range of the location's level.
+    If several boxes claim a location, the smallest gets it; of equal ones, the first.
 
     Args:
         boxes: (N, M, 4) x1, y1, x2, y2 in input pixels. Boxes without area, such as those that pad
             an image to M, get no location; M = 0 is ordinary.
         sizes: height and width of each level's map.
-        strides: of the levels.
+        strides: strides of the levels.
         borders: between the ranges of the levels, in pixels; a border belongs to both ranges.
         radius: 0 for no limit.
 
@@ -47,7 +47,7 @@ def assign_locations(
     owners = []
     ranges = zip((-1.0, *borders), (*borders, float("inf")))
     for (height, width), stride, limits in zip(sizes, strides, ranges):
-        # Both tests treat each axis by itself, so that every pair costs only bools.
+        # Both tests treat each axis separately, so that location-box pairs need only bools.
         points_y = _cell_centers(height, stride, boxes.device)
         points_x = _cell_centers(width, stride, boxes.device)
         inside_y, far_y = _test_axis(points_y, y1, y2, limits, radius * stride)
@@ -89,6 +89,6 @@ def distances_to_boxes(locations: Tensor, distances: Tensor) -> Tensor:
 
 
 def centerness(distances: Tensor) -> Tensor:
-    """(P, 4) positive distances in any unit -> (P,), 1 in the middle, towards 0 at a side."""
+    """(P, 4) positive distances in any unit -> (P,), 1 in the middle, toward 0 at a side."""
     pairs = distances.view(-1, 2, 2)  # left and top, right and bottom
     return (pairs.amin(dim=1) / pairs.amax(dim=1)).prod(dim=1).sqrt()

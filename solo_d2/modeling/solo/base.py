@@ -1,4 +1,4 @@
-"""What SOLO, Decoupled SOLO and SOLOv2 share: all but how the mask of a cell is made.
+"""The common part of SOLO, Decoupled SOLO and SOLOv2: everything but how a cell's mask is made.
 
 Shape shorthand of this folder:
     N: images
@@ -34,7 +34,7 @@ from solo_d2.layers.nms import MATRIX_NMS_KERNELS, point_nms
 from solo_d2.layers.resample import resize
 
 from ..num_classes import resolve_num_classes
-from ..options import check_choice
+from ..options import check_at_least, check_choice, check_fractions
 from ..segmentor import GroundTruth, InstanceSegmentor
 from .head import CategoryHead
 from .inference import NMS_TYPES, ScoredMasks, detect_masks, suppress_masks
@@ -42,7 +42,7 @@ from .targets import CellTargets, assign_cells, last_claims, level_offsets
 
 
 class GridOutputs(Protocol):
-    """Raw outputs of a head of the family; each architecture adds its own."""
+    """Raw outputs of a head of the family; each architecture adds its own fields."""
 
     category_logits: list[Tensor]  # per level (N, C, S, S)
 
@@ -50,15 +50,16 @@ class GridOutputs(Protocol):
 class SOLOFamily(InstanceSegmentor):
     """Targets, losses and inference of the family.
 
-    The seam: a subclass predicts the raw outputs of its head (``predict_levels``) and makes from
-    them the soft masks of chosen cells (``soft_masks``). Training and inference call the same two.
+    A subclass implements two methods, which training and inference both call: ``predict_levels``
+    computes the raw outputs of its head, and ``soft_masks`` makes the soft masks of chosen cells
+    from them.
     """
 
     num_classes_key = "MODEL.SOLO.NUM_CLASSES"
     num_classes: int
 
-    # Where several instances claim a cell: train its mask for each of them, as SOLOv2 does, or only
-    # for the one that gives the cell its category.
+    # If several instances claim a cell: train its mask only on the one that gives the cell its
+    # category. False: on each of them, as SOLOv2 does.
     one_mask_per_cell = False
     # Whether masks are made from one mask feature for all levels.
     has_mask_branch = False
@@ -101,7 +102,7 @@ class SOLOFamily(InstanceSegmentor):
         """
         Args:
             backbone, pixel_mean, pixel_std, freeze_bn_stats: see ``InstanceSegmentor``.
-            head: predicts category logits, and what masks are made from, per level.
+            head: predicts category logits and the inputs of the masks, per level.
             mask_branch: makes the mask feature; SOLOv2 only.
             num_classes: C.
             head_in_features, strides, scale_ranges: one entry per level, as the head's
@@ -111,8 +112,9 @@ class SOLOFamily(InstanceSegmentor):
             inclusive_boxes: take x2 - x1 - 1 as the width of a box, as mmdetection v1 did.
             pad_before_downsampling: downsample mask targets after padding, which is exact; False:
                 before, as AdelaiDet does.
-            max_positives: (instance, cell) pairs per image in the mask loss, at random; 0: all.
-            focal_loss_alpha, focal_loss_gamma: of the category loss.
+            max_positives: limit on the (instance, cell) pairs per image in the mask loss, which
+                are chosen at random; 0: all.
+            focal_loss_alpha, focal_loss_gamma: parameters of the category loss.
             category_loss_weight, mask_loss_weight: factors of the losses.
             mask_loss_type: one of ``layers.losses.MASK_LOSSES``.
             score_threshold, max_candidates, topk_candidates: see ``inference.detect_masks``.
@@ -121,11 +123,21 @@ class SOLOFamily(InstanceSegmentor):
                 max_detections: see ``inference.suppress_masks``.
 
         Raises:
-            ValueError: an argument has an unsupported value, or they do not fit together.
+            ValueError: an argument has an unsupported value, or arguments do not fit together.
         """
         check_choice("mask_loss_type", mask_loss_type, tuple(MASK_LOSSES))
         check_choice("nms_type", nms_type, NMS_TYPES)
         check_choice("nms_kernel", nms_kernel, MATRIX_NMS_KERNELS)
+        check_at_least(0, max_positives=max_positives, max_candidates=max_candidates)
+        check_at_least(0, topk_candidates=topk_candidates, max_detections=max_detections)
+        check_at_least(0, center_sigma=center_sigma, focal_loss_gamma=focal_loss_gamma)
+        check_at_least(
+            0, category_loss_weight=category_loss_weight, mask_loss_weight=mask_loss_weight
+        )
+        check_fractions(score_threshold=score_threshold, mask_threshold=mask_threshold)
+        check_fractions(update_threshold=update_threshold, nms_threshold=nms_threshold)
+        if not nms_sigma > 0:
+            raise ValueError(f"nms_sigma must be positive, not {nms_sigma!r}")
         self._check_levels(backbone, head, head_in_features, strides, scale_ranges)
         if (mask_branch is not None) != self.has_mask_branch:
             needed = "needs a" if self.has_mask_branch else "has no"
@@ -210,7 +222,7 @@ class SOLOFamily(InstanceSegmentor):
 
     @property
     def mask_strides(self) -> list[int]:
-        """Of each level's soft masks in training. At inference all masks have the finest one."""
+        """Strides of each level's soft masks in training; at inference all have the finest one."""
         return [stride // 2 for stride in self.strides]
 
     @abstractmethod
@@ -219,7 +231,7 @@ class SOLOFamily(InstanceSegmentor):
 
         Args:
             levels: per level the feature (N, channels, h, w) at the level's stride.
-            features: of the backbone.
+            features: the backbone's features.
         """
 
     @abstractmethod
@@ -234,8 +246,8 @@ class SOLOFamily(InstanceSegmentor):
         """Soft masks (n, H, W) in [0, 1], float32, of chosen cells; n = 0 stays connected.
 
         Args:
-            outputs: of ``predict``.
-            image, level: which grid.
+            outputs: result of ``predict``.
+            image, level: index of the image and of the level.
             cells: (n,) row-major indices in that grid.
             size: height and width to resize to; by default at the level's ``mask_strides``.
         """
@@ -245,14 +257,14 @@ class SOLOFamily(InstanceSegmentor):
         return self.predict(self.backbone(images), (images.shape[-2], images.shape[-1]))
 
     def predict(self, features: dict[str, Tensor], input_size: tuple[int, int]) -> GridOutputs:
-        """Raw outputs for the backbone's features of a padded input of the given size."""
+        """Raw outputs for the backbone's features of a padded input of this size."""
         levels = self.resize_levels(features, input_size)
         return self.predict_levels(levels, features)
 
     def resize_levels(
         self, features: dict[str, Tensor], input_size: tuple[int, int]
     ) -> list[Tensor]:
-        """Bring every feature to its level's stride (P2 shrinks, P6 grows; SOLO, section 3.2)."""
+        """Resize features to their levels' strides (P2 shrinks, P6 grows; SOLO, section 3.2)."""
         levels = []
         for name, stride in zip(self.head_in_features, self.strides):
             size = (input_size[0] // stride, input_size[1] // stride)
@@ -269,8 +281,8 @@ class SOLOFamily(InstanceSegmentor):
         if has_event_storage():
             positive = sum(len(target.cell) for target in targets)
             get_event_storage().put_scalar("solo/positive_pairs", positive)
-        # A feature that no level uses is connected too: under DistributedDataParallel every
-        # parameter needs a gradient.
+        # Connect the features that no level uses: under DistributedDataParallel every parameter
+        # needs a gradient.
         unused = [x[:0].sum() for name, x in features.items() if name not in self.head_in_features]
         return {
             "loss_category": self.category_loss(outputs, targets) + sum(unused),
@@ -343,7 +355,7 @@ class SOLOFamily(InstanceSegmentor):
         if self.one_mask_per_cell:
             targets = last_claims(targets, self.num_grids)
         if self.max_positives and len(targets.cell) > self.max_positives:
-            # drawn on the CPU, so that a seed gives the same pairs on every device
+            # chosen on the CPU, so that a seed gives the same pairs on every device
             chosen = torch.randperm(len(targets.cell))[: self.max_positives].sort().values
             chosen = chosen.to(targets.cell.device)
             targets = CellTargets(targets.categories, *(x[chosen] for x in targets[1:]))
@@ -370,7 +382,7 @@ class SOLOFamily(InstanceSegmentor):
         """Mean distance over all positive (instance, cell) pairs of the batch."""
         total = self.pixel_mean.new_zeros(())
         edges = torch.arange(len(self.strides) + 1, device=self.device)
-        # pairs are ordered by level: the bounds of all levels and images, in one wait for the GPU
+        # pairs are ordered by level: bounds of all levels and images, with one synchronization
         bounds = torch.stack(
             [torch.searchsorted(t.level.contiguous(), edges) for t in targets]
         ).tolist()
@@ -380,7 +392,7 @@ class SOLOFamily(InstanceSegmentor):
                 pairs = slice(bounds[i][level], bounds[i][level + 1])
                 masks = self.soft_masks(outputs, i, level, target.cell[pairs])
                 distances = self.mask_distance(masks, small[stride][target.instance[pairs]])
-                # the sum over no pairs is a zero that is still connected to every parameter
+                # the sum over no pairs is a zero that stays connected to every parameter
                 total = total + distances.sum()
         count = total.new_full((), sum(len(target.cell) for target in targets))
         return self.mask_loss_weight * total / normalizer(count)

@@ -9,18 +9,19 @@ def add_solo_config(cfg: CN) -> None:
     cfg.MODEL.SOLO = CN()
     # -1: the number of classes of the training set.
     cfg.MODEL.SOLO.NUM_CLASSES = -1
-    # One entry per level in the next four: the feature, the stride it is resized to, the number of
-    # grid cells along each axis, and the range (both ends inclusive) of sqrt(box area) in pixels.
+    # The next four keys have one entry per level: the feature, the stride it is resized to, the
+    # number of grid cells along each axis, and the range of sqrt(box area) in pixels, inclusive.
     cfg.MODEL.SOLO.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
     cfg.MODEL.SOLO.STRIDES = [8, 8, 16, 32, 32]
     cfg.MODEL.SOLO.NUM_GRIDS = [40, 36, 24, 16, 12]
     cfg.MODEL.SOLO.SCALE_RANGES = [[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]]
     # Side of the center region in fractions of the box side ("sigma" or epsilon in the papers).
     cfg.MODEL.SOLO.CENTER_SIGMA = 0.2
-    # Convolutions per tower and their width.
+    # Number of convolutions per tower, and their channels.
     cfg.MODEL.SOLO.NUM_CONVS = 4
     cfg.MODEL.SOLO.CONV_DIM = 512
-    # Deformable convolutions of the towers: "none", "last" or "all"; MODULATED selects DCNv2.
+    # Which convolutions of the towers are deformable: "none", "last" or "all"; MODULATED selects
+    # DCNv2.
     cfg.MODEL.SOLO.DEFORM = "none"
     cfg.MODEL.SOLO.DEFORM_MODULATED = False
     # How a cell of the category branch reads the feature: "interpolate" (a bilinear sample at its
@@ -36,14 +37,14 @@ def add_solo_config(cfg: CN) -> None:
     # are means over pixels and need a larger one.
     cfg.MODEL.SOLO.MASK_LOSS_TYPE = "dice"
     cfg.MODEL.SOLO.MASK_LOSS_WEIGHT = 3.0
-    # Limit on the (instance, cell) pairs per image in the mask loss, drawn at random; 0: no limit.
+    # Limit on the (instance, cell) pairs per image in the mask loss, chosen at random; 0: no limit.
     cfg.MODEL.SOLO.MAX_POSITIVES = 0
 
     cfg.MODEL.SOLO.SCORE_THRESH_TEST = 0.1
     cfg.MODEL.SOLO.MASK_THRESH_TEST = 0.5
-    # Limit on the candidates by category score, before any mask is made; 0: no limit.
+    # Maximum number of candidates, by category score, before any mask is made; 0: no limit.
     cfg.MODEL.SOLO.MAX_CANDIDATES_TEST = 0
-    # Masks that enter the NMS.
+    # Maximum number of masks that enter NMS.
     cfg.MODEL.SOLO.TOPK_CANDIDATES_TEST = 500
     # "matrix" (Matrix NMS) or "mask" (greedy, per class, by mask IoU).
     cfg.MODEL.SOLO.NMS_TYPE = "matrix"
@@ -64,7 +65,8 @@ def add_solo_config(cfg: CN) -> None:
     cfg.MODEL.SOLOV2.MASK_DIM = 256
     # Side of the dynamic kernel: 1, or 3 for the paper's ablation.
     cfg.MODEL.SOLOV2.KERNEL_SIZE = 1
-    # Inputs and inner width of the mask feature branch; coordinates are appended to the last input.
+    # Inputs and inner channels of the mask feature branch; coordinates are appended to the last
+    # input.
     cfg.MODEL.SOLOV2.MASK_IN_FEATURES = ["p2", "p3", "p4", "p5"]
     cfg.MODEL.SOLOV2.MASK_CONV_DIM = 128
     # Deformable convolutions throughout the mask feature branch.

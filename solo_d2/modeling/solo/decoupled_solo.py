@@ -16,8 +16,8 @@ from .head import CategoryHead, TowerSpec, head_options, init_output
 class DecoupledSOLOOutputs(NamedTuple):
     """Raw outputs for N images; lists have one entry per level, tuples one per image.
 
-    The maps of columns (x) and rows (y) are made from the two features; these are the same tensors
-    where the tower is shared.
+    The maps of columns (x) and rows (y) are made from the two features, which are the same tensors
+    if the tower is shared.
     """
 
     category_logits: list[Tensor]  # (N, C, S, S)
@@ -75,8 +75,8 @@ class DecoupledSOLO(SOLOFamily):
 
         def maps(feature: Tensor, conv: UpsampledConv2d, lines: Tensor) -> Tensor:
             logits = conv.select(feature, lines)
-            # each is resized by itself, as published: the product of two resized maps differs from
-            # the resized product
+            # each map is resized separately, as published: the product of two resized maps differs
+            # from the resized product
             return resize(logits.sigmoid()[:, None], size or logits.shape[-2:])[:, 0]
 
         return (

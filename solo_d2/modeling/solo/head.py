@@ -1,4 +1,4 @@
-"""The category branch of the family's heads, and what all their towers are made of."""
+"""The category branch of the family's heads, and the layers of all their towers."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.resample import ALIGNMENTS, align_to_grid
 
-from ..options import check_choice
+from ..options import check_channels, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """How the towers of a head are built: ``num_convs`` times 3x3 conv, norm, ReLU.
+    """How the towers of a head are built: ``num_convs`` times a 3x3 conv, norm, ReLU.
 
     Args:
         num_convs: at least 1.
@@ -40,6 +40,7 @@ class TowerSpec:
         check_choice("deform", self.deform, ("none", "last", "all"))
         if self.num_convs < 1:
             raise ValueError(f"num_convs must be at least 1, not {self.num_convs!r}")
+        check_channels(self.norm, conv_dim=self.conv_dim)
 
     def build(self, in_channels: int) -> nn.Sequential:
         convs = []
@@ -75,20 +76,22 @@ class CategoryHead(nn.Module):
     ):
         """
         Args:
-            in_channels: of every level's feature.
+            in_channels: channels of every level's feature.
             num_classes, num_grids: C and S; the output is (N, C, S, S) per level.
-            tower: of the category branch and of the other one.
-            category_align: how a cell sees the feature, see ``align_to_grid``.
+            tower: the towers of the category branch and of the other branch.
+            category_align: how a cell reads the feature, see ``align_to_grid``.
             coord_conv: append coordinates to the input of the other branch.
             prior_prob: probability of each class before training.
 
         Raises:
-            ValueError: ``category_align`` or ``num_grids`` has an unsupported value.
+            ValueError: an argument has an unsupported value.
         """
         super().__init__()
         check_choice("category_align", category_align, tuple(ALIGNMENTS))
         if not all(grid >= 1 for grid in num_grids):
             raise ValueError(f"num_grids must all be at least 1, not {list(num_grids)}")
+        if not 0 < prior_prob < 1:
+            raise ValueError(f"prior_prob must be between 0 and 1, not {prior_prob!r}")
         self.num_grids = list(num_grids)
         self.category_align = category_align
         self.coord_conv = coord_conv
@@ -135,7 +138,7 @@ def conv_norm_relu(
     deformable: bool = False,
     modulated: bool = False,
 ) -> nn.Module:
-    """A conv with weights from normal(0, 0.01); it has a bias only where there is no norm."""
+    """A conv with weights from normal(0, 0.01); it has a bias only if there is no norm."""
     options = {
         "kernel_size": kernel_size,
         "padding": kernel_size // 2,
@@ -160,7 +163,7 @@ def output_conv(in_channels: int, out_channels: int, *, bias: float = 0.0) -> Co
 
 
 def init_output(conv: Conv2d, bias: float) -> Conv2d:
-    """Set the weights of a conv without activation, from normal(0, 0.01), in place."""
+    """Initialize a conv without activation, in place, with weights from normal(0, 0.01)."""
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.constant_(conv.bias, bias)
     return conv

@@ -10,7 +10,7 @@ from torch import Tensor
 from solo_d2.layers.masks import chunk_length
 from solo_d2.layers.nms import mask_nms, matrix_nms
 
-# (level, cells of that level) -> soft masks (n, H, W) at the scale of the suppression
+# (level, cells of that level) -> soft masks (n, H, W) at the resolution of NMS
 MaskFunction = Callable[[int, Tensor], Tensor]
 
 
@@ -18,7 +18,7 @@ NMS_TYPES = ("matrix", "mask")
 
 
 class ScoredMasks(NamedTuple):
-    """M candidates or detections of one image in the order of descending scores."""
+    """M candidates or detections of one image, by descending score."""
 
     scores: Tensor  # (M,)
     classes: Tensor  # (M,) int64
@@ -31,7 +31,7 @@ def find_candidate_cells(scores: Tensor, threshold: float, limit: int = 0) -> tu
     Args:
         scores: (cells, classes) after point NMS.
         threshold: strict lower bound.
-        limit: keep only this many of the best; 0 keeps all.
+        limit: keep only this many, the best; 0 keeps all.
 
     Returns:
         (n,) cells and (n,) classes.
@@ -44,7 +44,7 @@ def find_candidate_cells(scores: Tensor, threshold: float, limit: int = 0) -> tu
 
 
 def score_masks(soft_masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Area of each binarized mask, and its maskness: the mean soft value inside it (0 if empty).
+    """Area and maskness of each binarized mask. Maskness: mean soft value inside it, 0 if empty.
 
     Args:
         soft_masks: (n, H, W) float32.
@@ -73,9 +73,9 @@ def detect_masks(
     """Score the candidates of one image by their masks and keep the best.
 
     A first pass makes the mask of every cell that has a candidate, for its area and maskness. If
-    the masks exceed one chunk they are not stored, and a second pass makes those of the best again.
-    So the memory does not depend on the number of candidates, and classes that share a cell share
-    its mask.
+    the masks exceed one chunk, they are not stored, and a second pass makes those of the best
+    candidates again. So the memory does not depend on the number of candidates. Classes that share
+    a cell share its mask.
 
     Args:
         scores: (cells of all levels, C) after point NMS.
@@ -84,15 +84,15 @@ def detect_masks(
         level_offsets: first cell of each level, and the number of cells.
         strides: per level; a mask must have more pixels than this.
         score_threshold, mask_threshold: strict lower bounds.
-        max_candidates: limit on the candidates by category score alone, 0 for none.
-        topk_candidates: how many to keep.
+        max_candidates: limit on the candidates by category score alone; 0: no limit.
+        topk_candidates: number of candidates to keep.
     """
     length = chunk_length(mask_size[0] * mask_size[1])
     chunks = partial(_masks_by_level, soft_masks, level_offsets, length)
     cells, classes = find_candidate_cells(scores, score_threshold, max_candidates)
     unique_cells, cell_of = cells.unique(return_inverse=True)
     fits_one_chunk = len(unique_cells) <= length
-    # each list begins with an empty tensor, so that it can be joined without candidates
+    # each list starts with an empty tensor, so that it can be concatenated without candidates
     sized, maskness = [scores.new_zeros(0, dtype=torch.bool)], [scores.new_zeros(0)]
     masks = [scores.new_zeros((0, *mask_size))]
     for level, chunk in chunks(unique_cells):
@@ -139,13 +139,13 @@ def suppress_masks(
     """NMS of masks and the final selection.
 
     Args:
-        candidates: in the order of descending scores.
-        mask_threshold: binarizes the masks for their overlaps.
+        candidates: by descending score.
+        mask_threshold: binarizes the masks to compute their overlaps.
         nms_type: "matrix" for Matrix NMS, "mask" for greedy NMS by the IoU of masks.
         nms_kernel, nms_sigma, nms_finite: see ``matrix_nms``.
         nms_threshold: greedy NMS only, see ``mask_nms``.
         update_threshold: Matrix NMS only: the smallest decayed score to keep.
-        max_detections: how many to keep.
+        max_detections: number of detections to keep.
     """
     binary = candidates.masks > mask_threshold
     if nms_type == "matrix":
@@ -161,7 +161,7 @@ def suppress_masks(
     else:
         scores = candidates.scores
         keep = mask_nms(binary, candidates.classes, iou_threshold=nms_threshold)
-    # choose first, gather the masks once
+    # select first, so that the masks are gathered only once
     order = scores.where(keep, -1).sort(descending=True, stable=True).indices
     order = order[: min(max_detections, int(keep.sum()))]
     return ScoredMasks(scores[order], candidates.classes[order], candidates.masks[order])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import resize, upsample2x
 
+from ..options import check_at_least, check_channels
 from .base import SOLOFamily
 from .head import (
     CategoryHead,
@@ -26,8 +27,8 @@ from .head import (
 class SOLOv2Outputs(NamedTuple):
     """Raw outputs for N images; lists have one entry per level, tuples one per image.
 
-    The inputs of the masks are split by image once: indexing a batch at each use would make the
-    backward pass fill a batch of zeros each time.
+    The inputs of the masks are split by image once. If they were indexed at each use, the backward
+    pass would fill a batch of zeros each time.
     """
 
     category_logits: list[Tensor]  # (N, C, S, S)
@@ -115,7 +116,7 @@ class SOLOv2Head(CategoryHead):
             kernel_size: side of the dynamic kernels, odd.
 
         Raises:
-            ValueError: ``kernel_size`` is even.
+            ValueError: an argument has an unsupported value.
         """
         super().__init__(
             in_channels=in_channels,
@@ -126,6 +127,7 @@ class SOLOv2Head(CategoryHead):
             coord_conv=coord_conv,
             prior_prob=prior_prob,
         )
+        check_at_least(1, mask_dim=mask_dim)
         if kernel_size % 2 != 1:
             raise ValueError(f"kernel_size must be odd, not {kernel_size!r}")
         self.kernel_size = kernel_size
@@ -143,8 +145,8 @@ class SOLOv2Head(CategoryHead):
         """
         kernels = []
         for feature, grid in zip(levels, self.num_grids):
-            # As published, coordinates of the level's own size are resized with the feature: on the
-            # grid they stay inside (-1, 1). Done apart, which saves a copy of the whole feature.
+            # As published, coordinates at the level's size are resized with the feature, so on the
+            # grid they stay inside (-1, 1). Resizing them separately saves a copy of the feature.
             parts = [feature]
             if self.axes:
                 parts.append(append_coordinates(feature[:, :0], self.axes))
@@ -169,9 +171,9 @@ class MaskFeatureBranch(nn.Module):
     ):
         """
         Args:
-            input_shape: of the backbone's features.
-            in_features: names of the inputs, finest first; each stride is twice the one before.
-            conv_dim: inner width.
+            input_shape: shapes of the backbone's features.
+            in_features: names of the inputs, finest first; each stride is twice the previous one.
+            conv_dim: inner channels.
             out_dim: E, channels of the mask feature.
             norm: after each conv.
             deformable, modulated: use DCN (v2) for all convs, the final 1x1 included.
@@ -180,6 +182,7 @@ class MaskFeatureBranch(nn.Module):
             ValueError: a feature is missing, or the strides or channels do not fit together.
         """
         super().__init__()
+        check_channels(norm, conv_dim=conv_dim, out_dim=out_dim)
         channels = shared_channels(input_shape, in_features)
         strides = [input_shape[name].stride for name in in_features]
         if strides != [strides[0] * 2**i for i in range(len(strides))]:
@@ -201,7 +204,7 @@ class MaskFeatureBranch(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """
         Args:
-            features: of the backbone.
+            features: the backbone's features.
 
         Returns:
             (N, E, H, W) at the finest stride, not negative.
@@ -210,12 +213,12 @@ class MaskFeatureBranch(nn.Module):
         coarser = [self._run(i, features) for i in range(1, len(self.levels))]
         if not coarser:
             return self.output(finest)
-        # Upsampling is linear, so all coarser levels share their last step. The sums are out of
-        # place: ReLU needs its output for the backward pass.
+        # Upsampling is linear, so all coarser levels share the last step. The sums are not in place
+        # because ReLU needs its output for the backward pass.
         return self.output(finest + upsample2x(sum(coarser[1:], coarser[0])))
 
     def _run(self, index: int, features: dict[str, Tensor]) -> Tensor:
-        """One level, up to but without its last upsampling."""
+        """One level, without its last upsampling."""
         x = features[self.in_features[index]]
         if index == len(self.levels) - 1:
             x = append_coordinates(x)  # the paper: only at the deepest level

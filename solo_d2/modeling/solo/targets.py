@@ -37,17 +37,17 @@ def assign_cells(
 ) -> CellTargets:
     """Assign instances to grid cells.
 
-    A level takes the instances whose sqrt(box area) lies in its range. The cells of the center
-    region, a box of ``sigma`` times the instance's size around its mass center, become positive,
-    but no cell further than one from the center's own (in all published code, not in the papers).
-    Where two instances claim a cell the later one gives the category; both pairs are listed.
+    A level takes the instances whose sqrt(box area) lies in its range. The center region is a box
+    of ``sigma`` times the instance's size around its mass center. Its cells become positive if they
+    are at most one cell from the center's own (in all published code, but not in the papers). If
+    two instances claim a cell, the later one gives the category; both pairs are listed.
 
     Args:
         boxes: (M, 4) x1, y1, x2, y2 in input pixels, right and bottom exclusive.
         classes: (M,) int64 in [0, num_classes).
         centers: (M, 2) mass center (x, y) of each mask in pixel indices.
-        areas: (M,) pixels of each mask; an instance with none is skipped.
-        extent: height and width in pixels that the grid spans: of the padded batch.
+        areas: (M,) pixels of each mask; an instance without pixels is skipped.
+        extent: height and width in pixels that the grid spans, those of the padded batch.
         num_grids: cells along each axis, per level.
         scale_ranges: (low, high), both inclusive, per level.
         sigma: side of the center region in box sides.
@@ -57,10 +57,10 @@ def assign_cells(
     levels = len(num_grids)
     smallest, largest = zip(*scale_ranges)
     offsets = level_offsets(num_grids)
-    # all numbers of the levels in one copy to the device
+    # the numbers of all levels in a single copy to the device
     table = [num_grids, offsets[:-1], smallest, largest]
     numbers = torch.tensor(table, dtype=torch.float64).to(device)[:, :, None]
-    grids, first_cells = numbers[:2].long()  # each (L, 1), as the next two
+    grids, first_cells = numbers[:2].long()  # each (L, 1), like the next two
     smallest, largest = numbers[2:].float()
     size = torch.tensor(extent[::-1], dtype=torch.float32, device=device)
 
@@ -87,7 +87,7 @@ def assign_cells(
     row, column = around[level, instance, 1, i], around[level, instance, 0, j]
     cell = row * grids[level, 0] + column
 
-    # the last instance that claims a cell; -1, no instance, reads the background behind the classes
+    # the last instance that claims a cell; -1 (none) indexes the background after the classes
     owner = torch.full((offsets[-1],), -1, dtype=torch.long, device=device)
     flat = cell + first_cells[level, 0]
     owner.scatter_reduce_(0, flat, instance, reduce="amax")
@@ -106,10 +106,10 @@ def level_offsets(num_grids: Sequence[int]) -> list[int]:
 def last_claims(targets: CellTargets, num_grids: Sequence[int]) -> CellTargets:
     """Keep one pair per cell, the one whose instance gives the category; ordered by cell.
 
-    SOLO and Decoupled SOLO have one mask per cell, SOLOv2 trains a cell's kernel on all pairs.
+    SOLO and Decoupled SOLO train one mask per cell; SOLOv2 trains a cell's kernel on all pairs.
     """
     flat = targets.cell + targets.cell.new_tensor(level_offsets(num_grids))[targets.level]
-    # a stable sort keeps the pairs of a cell in instance order: the last of each run wins
+    # a stable sort keeps the pairs of a cell in instance order, so the last of each run wins
     order = flat.sort(stable=True).indices
     flat = flat[order]
     last = torch.ones_like(flat, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """Anchors, and the encoding of boxes relative to them.
 
-Inside YOLACT boxes are *relative*: pixels of the network's input, padding included, divided by its
+Inside YOLACT, boxes are *relative*: pixels of the padded network input, divided by the input's
 longer side. In a square input they range from 0 to 1 along both axes, as in the published code. In
-others both axes keep the same unit, so an anchor has the same size in pixels in every batch.
+other inputs both axes have the same unit, so an anchor has the same size in pixels in every batch.
 """
 
 from functools import lru_cache
@@ -14,7 +14,7 @@ from solo_d2.layers.symbolic import larger
 
 # Scales of the encoded center and size (the "variances" of SSD).
 _CENTER_SCALE, _SIZE_SCALE = 0.1, 0.2
-# Largest decoded logarithm of a box's side over its anchor's: keeps boxes finite after divergence.
+# Maximum decoded log of a box's side over its anchor's; keeps boxes finite if training diverges.
 _MAX_LOG_SIZE = 10.0
 
 
@@ -70,11 +70,11 @@ class AnchorGenerator:
         Args:
             level_sizes: height and width of each level's map.
             input_size: height and width of the network's input.
-            device: of the result.
+            device: device of the result.
 
         Returns:
             (P, 4) float32, center x, center y, width, height, relative; not clipped. In the order
-            level, row, column, scale, aspect ratio. Do not modify it: it is shared by all calls.
+            level, row, column, scale, aspect ratio. Do not modify it: all calls share it.
         """
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
         make = make_anchors if traced else _cached_anchors
@@ -90,9 +90,9 @@ def make_anchors(
     square: bool,
     device: torch.device | str,
 ) -> Tensor:
-    """What ``AnchorGenerator`` returns, computed on the CPU."""
+    """The result of ``AnchorGenerator``, computed on the CPU."""
     unit = larger(*input_size)
-    # float64: rounded once, at the end, as in the published code
+    # float64, and rounded once at the end, as in the published code
     exact = {"dtype": torch.float64, "device": "cpu"}
     levels = []
     # outside of inference mode, so that training can use the same table
@@ -121,8 +121,8 @@ def to_corners(boxes: Tensor) -> Tensor:
 def encode(boxes: Tensor, anchors: Tensor) -> Tensor:
     """The regression targets of boxes.
 
-    As Detectron2's ``Box2BoxTransform`` with weights (10, 10, 5, 5), but from the anchors' centers
-    and sizes rather than from their corners, which rounds differently.
+    Like Detectron2's ``Box2BoxTransform`` with weights (10, 10, 5, 5), but computed from the
+    anchors' centers and sizes instead of their corners, which rounds differently.
 
     Args:
         boxes: (R, 4) x1, y1, x2, y2 of positive width and height, relative.

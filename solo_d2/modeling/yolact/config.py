@@ -6,20 +6,20 @@ from detectron2.config import CfgNode as CN
 def add_yolact_config(cfg: CN) -> None:
     """Add the keys to ``cfg``, in place. The defaults are those of the published YOLACT-550."""
     cfg.MODEL.YOLACT = CN()
-    # Without background. -1: as many as the training set has.
+    # Without background. -1: the number of classes of the training set.
     cfg.MODEL.YOLACT.NUM_CLASSES = -1
     # The model resizes its input to a square of this side, ignoring the aspect ratio, without
     # antialiasing. Set INPUT.MIN_SIZE_TRAIN: (0,) and MIN_SIZE_TEST: 0 with it, so that images are
     # not resized twice. 0: the input keeps its size.
     cfg.MODEL.YOLACT.INPUT_SIZE = 550
-    # Features of the backbone, finest first, strides doubling. The pyramid adds coarser levels
-    # until there is one for each entry of ANCHOR_SIZES.
+    # Features of the backbone, finest first, with strides that double. The pyramid adds coarser
+    # levels until there is one for each entry of ANCHOR_SIZES.
     cfg.MODEL.YOLACT.IN_FEATURES = ["res3", "res4", "res5"]
     # Channels of the pyramid, the prediction head and the protonet.
     cfg.MODEL.YOLACT.CONV_DIM = 256
     cfg.MODEL.YOLACT.NUM_PROTOTYPES = 32
-    # Norm of their convolutions except the last ones. The published "" suits pretrained backbones
-    # and low learning rates; "GN" lets a model train from scratch at the rates of the others.
+    # Norm of their convolutions, except the last ones. The published "" suits pretrained backbones
+    # and low learning rates; "GN" allows training from scratch at the rates of other models.
     cfg.MODEL.YOLACT.NORM = ""
     # Factor on the initial weights of the layers that predict boxes, classes, coefficients and
     # semantic labels. The published 1 suits pretrained backbones. When training from scratch, large
@@ -38,27 +38,27 @@ def add_yolact_config(cfg: CN) -> None:
     # weights of YOLACT depend on. False for YOLACT++ and SBD; better for new trainings.
     cfg.MODEL.YOLACT.SQUARE_ANCHORS = True
 
-    # At most this many positive anchors of an image, chosen at random, enter the mask loss (the
+    # Maximum number of positive anchors of an image, chosen at random, in the mask loss (the
     # published model for 700 pixels: 300). 0: all.
     cfg.MODEL.YOLACT.MASKS_TO_TRAIN = 100
-    # Where masks are cropped with predicted boxes: "output", at the size of the output, so that no
-    # pixel lies outside of its box; "prototype", at the size of the prototypes, as published;
-    # "none". Training crops at the size of the prototypes unless "none".
+    # At which size masks are cropped to predicted boxes: "output", at the size of the output, so
+    # that no pixel lies outside of its box; "prototype", at the size of the prototypes, as
+    # published; "none", never. Training crops at the size of the prototypes unless "none".
     cfg.MODEL.YOLACT.CROP = "output"
-    # YOLACT++: a small network predicts from each mask its IoU with the truth.
+    # YOLACT++: a small network predicts each mask's IoU with the ground truth from the mask.
     cfg.MODEL.YOLACT.MASK_IOU = CN()
     cfg.MODEL.YOLACT.MASK_IOU.ENABLED = False
     # Freeze the backbone's batch norms (statistics and affine parameters) if a process has fewer
-    # images per step than this: their statistics would be too noisy. 0: never.
+    # images per step than this, because their statistics would be too noisy. 0: never.
     cfg.MODEL.YOLACT.FREEZE_BN_BELOW = 6
 
     # Anchors whose best class has at most this probability are dropped.
     cfg.MODEL.YOLACT.SCORE_THRESH_TEST = 0.05
-    # "fast" (Fast NMS of each class), "cross_class" (Fast NMS of all classes together) or
-    # "traditional" (greedy, of each class).
+    # "fast" (Fast NMS within each class), "cross_class" (Fast NMS across all classes) or
+    # "traditional" (greedy NMS within each class).
     cfg.MODEL.YOLACT.NMS_TYPE = "fast"
     cfg.MODEL.YOLACT.NMS_THRESH_TEST = 0.5
-    # Candidates that take part in Fast NMS (of each class).
+    # Maximum number of candidates (of each class) in Fast NMS.
     cfg.MODEL.YOLACT.TOPK_CANDIDATES_TEST = 200
     # Boxes of the results: "int", truncated to whole pixels as published, or "float".
     cfg.MODEL.YOLACT.BOX_ROUNDING = "int"

@@ -9,12 +9,13 @@ from torch.profiler import record_function
 from solo_d2.layers.boxes import box_areas
 from solo_d2.layers.distributed import normalizer
 
+from ..options import check_at_least
 from ..segmentor import GroundTruth
 from .anchors import encode
 from .head import MaskRater, YOLACTOutputs, assemble_masks, inside_boxes, scale_boxes
 from .targets import BACKGROUND, Matches, have_area, match, semantic_target, shrink_masks
 
-# Objects that are not wider and higher than this, in pixels, would have no finite targets.
+# Objects must be wider and higher than this, in pixels, to have finite targets.
 _MIN_BOX_SIZE = 1e-2
 
 
@@ -43,12 +44,12 @@ class YOLACTCriterion(nn.Module):
             num_classes: C.
             iou_thresholds, crowd_threshold: see ``targets.match``.
             neg_pos_ratio: hard negatives of the class loss per positive anchor of the same image.
-            masks_to_train: at most this many positive anchors of an image, chosen at random, enter
-                the mask losses; 0 for all.
-            crop_masks: crop predicted masks with the objects' boxes.
-            mask_iou_min_area: only objects of more pixels, at the size of the prototypes, train
+            masks_to_train: maximum number of positive anchors of an image, chosen at random, in the
+                mask losses; 0: all.
+            crop_masks: crop predicted masks to the objects' boxes.
+            mask_iou_min_area: only objects with more pixels, at the size of the prototypes, train
                 the mask IoU.
-            mask_iou_detach: block the gradient of the mask IoU's loss to the masks. The published
+            mask_iou_detach: block the gradient from the mask IoU's loss to the masks. The published
                 code does not.
             box_loss_weight, class_loss_weight, mask_loss_weight, semantic_loss_weight,
                 mask_iou_loss_weight: factors.
@@ -57,11 +58,14 @@ class YOLACTCriterion(nn.Module):
             ValueError: an option has an unsupported value.
         """
         super().__init__()
+        check_at_least(0, box_loss_weight=box_loss_weight, class_loss_weight=class_loss_weight)
+        check_at_least(
+            0, mask_loss_weight=mask_loss_weight, semantic_loss_weight=semantic_loss_weight
+        )
         low, high = iou_thresholds
         if not 0 <= low <= high <= 1:
             raise ValueError(f"iou_thresholds must ascend within 0 to 1, not {(low, high)}")
-        if masks_to_train < 0:
-            raise ValueError(f"masks_to_train must be 0 or more, not {masks_to_train}")
+        check_at_least(0, masks_to_train=masks_to_train)
         self.num_classes = num_classes
         self.iou_thresholds = (low, high)
         self.crowd_threshold = crowd_threshold
@@ -86,22 +90,22 @@ class YOLACTCriterion(nn.Module):
         """Named losses.
 
         Args:
-            outputs: of the network.
+            outputs: outputs of the network.
             semantic_logits: (N, C, h / 2, w / 2).
-            ground_truth: of N images.
-            mask_rater: of YOLACT++.
+            ground_truth: N images.
+            mask_rater: for YOLACT++ only.
         """
         with torch.no_grad(), record_function("solo_d2.assign"):
             matches = [self.match(gt, outputs.anchors) for gt in ground_truth]
             labels = torch.stack([found.labels for found in matches])
             positive = labels > BACKGROUND
-            # these two lines wait for the device, as do ``force_match`` and ``class_loss``
+            # these two lines synchronize with the device, as do ``force_match`` and ``class_loss``
             counts = positive.sum(dim=1).tolist()
             positives = positive.nonzero()[:, 1].split(counts)
         if has_event_storage():
             get_event_storage().put_scalar("yolact/positive_anchors", sum(counts))
         box, mask, iou, semantic = outputs.prototypes.new_zeros(4).unbind()
-        # half precision ends here: areas, logarithms and probabilities near 0 and 1 follow
+        # float32 from here on, for areas, logarithms and probabilities near 0 and 1
         with torch.autocast(labels.device.type, enabled=False):
             for i, (gt, found, index) in enumerate(zip(ground_truth, matches, positives)):
                 objects = found.objects[index]
@@ -150,14 +154,14 @@ class YOLACTCriterion(nn.Module):
         truth: Tensor,
         mask_rater: MaskRater | None,
     ) -> tuple[Tensor, Tensor]:
-        """Sums over the positive anchors of one image: of the masks, and of their IoUs.
+        """Losses of the masks and of their IoUs, summed over the positive anchors of one image.
 
         Args:
-            outputs, image: of the network, and which image of the batch.
+            outputs, image: outputs of the network, and index of the image in the batch.
             index, objects: (R,) the positive anchors and their objects.
             gt: the image's objects.
             truth: (M, h, w) bool, their masks at the size of the prototypes.
-            mask_rater: of YOLACT++.
+            mask_rater: for YOLACT++ only.
         """
         weight = 1.0
         if self.masks_to_train and len(index) > self.masks_to_train:
@@ -186,8 +190,8 @@ def _unit(gt: GroundTruth) -> int:
     return max(gt.masks.shape[-2:])
 
 
-# Below: pure functions of predictions and targets. Each is a sum unless its text says otherwise.
-# Without anything to sum they are zeros that are still connected to the predictions.
+# Below: pure functions of predictions and targets. Each is a sum unless stated otherwise. If there
+# is nothing to sum, they are zeros that stay connected to the predictions.
 
 
 def box_loss(offsets: Tensor, targets: Tensor) -> Tensor:
@@ -198,9 +202,9 @@ def box_loss(offsets: Tensor, targets: Tensor) -> Tensor:
 def hard_negatives(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
     """The background anchors of each image that look least like background.
 
-    Of all anchors ranked by -log p(background), those of the first n ranks that are background.
-    Positive and ignored anchors count as 0 but still take ranks; n is ``ratio`` times the number
-    of positive anchors of the image.
+    All anchors are ranked by -log p(background), and the background anchors among the first n are
+    taken. Positive and ignored anchors count as 0 but still occupy ranks; n is ``ratio`` times the
+    number of positive anchors of the image.
 
     Args:
         logits: (N, P, C + 1), background first.
@@ -222,16 +226,16 @@ def hard_negatives(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
 
 
 def class_loss(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
-    """Cross entropy over positive anchors and hard negatives; args as of ``hard_negatives``."""
+    """Cross-entropy over positive anchors and hard negatives; see ``hard_negatives`` for args."""
     chosen = (labels > BACKGROUND) | hard_negatives(logits, labels, ratio)
     return F.cross_entropy(logits[chosen], labels[chosen], reduction="sum")
 
 
 def mask_loss(masks: Tensor, targets: Tensor, areas: Tensor) -> Tensor:
-    """Binary cross entropy of soft masks, over all pixels of each, divided by an area of each.
+    """Binary cross-entropy of soft masks, summed over the pixels of each and divided by its area.
 
-    A pixel of the target that was cropped away costs 100 and has no gradient, as published.
-    ``F.binary_cross_entropy`` is not used because it raises where a mask is NaN.
+    A pixel of the target that was cropped away adds 100 and has no gradient, as published.
+    ``F.binary_cross_entropy`` is not used because it raises an error if a mask is NaN.
 
     Args:
         masks: (R, h, w) in 0 to 1.
@@ -245,13 +249,13 @@ def mask_loss(masks: Tensor, targets: Tensor, areas: Tensor) -> Tensor:
 
 
 def semantic_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross entropy, both (C, h, w): the sum over classes of means over pixels."""
+    """Binary cross-entropy, both (C, h, w): the sum over classes of means over pixels."""
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return loss.mean(dim=(1, 2)).sum()
 
 
 def mask_ious(masks: Tensor, targets: Tensor) -> Tensor:
-    """(R,) IoU of soft masks (R, h, w), where they are above one half, with bool ones."""
+    """(R,) IoU of soft masks (R, h, w), thresholded at one half, with bool masks."""
     binary = masks > 0.5
     shared = (binary & targets).sum(dim=(1, 2))
     either = (binary | targets).sum(dim=(1, 2))

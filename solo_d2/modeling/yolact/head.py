@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from solo_d2.layers.resample import resize, upsample2x
 from solo_d2.layers.symbolic import larger
 
+from ..options import check_at_least, check_channels
+
 
 class YOLACTOutputs(NamedTuple):
     """Raw outputs, float32."""
@@ -34,9 +36,9 @@ def xavier_conv(
     gain: float = 1.0,
     norm: str = "",
 ) -> Conv2d:
-    """A convolution with the initial values of all of YOLACT's own: Xavier-uniform, bias zero.
+    """A convolution initialized like all of YOLACT's own: Xavier-uniform weights, zero bias.
 
-    ``padding`` is half of the kernel unless given; ``gain`` is a factor on the weights; ``norm``
+    ``padding`` is half of the kernel by default; ``gain`` is a factor on the weights; ``norm``
     replaces the bias.
     """
     conv = Conv2d(
@@ -73,10 +75,10 @@ class YOLACTPyramid(nn.Module):
     ):
         """
         Args:
-            input_shape: of the backbone.
-            in_features: finest first, strides doubling.
-            out_channels: of all levels.
-            num_levels: levels beyond ``in_features`` are strided convolutions of the one before.
+            input_shape: shapes of the backbone's features.
+            in_features: names of the inputs, finest first, with strides that double.
+            out_channels: channels of all levels.
+            num_levels: levels beyond ``in_features`` are strided convolutions of the previous one.
             norm: after each convolution; see ``detectron2.layers.get_norm``.
 
         Raises:
@@ -96,6 +98,7 @@ class YOLACTPyramid(nn.Module):
                 f"num_levels must be at least {len(in_features)}, the number of in_features, "
                 f"not {num_levels}"
             )
+        check_channels(norm, out_channels=out_channels)
         self.in_features = list(in_features)
         self.num_levels = num_levels
         first = int(math.log2(strides[0]))
@@ -141,14 +144,16 @@ class YOLACTHead(nn.Module):
     ):
         """
         Args:
-            in_channels: of every level.
+            in_channels: channels of every level.
             num_anchors: A.
             num_classes: C.
             num_prototypes: K.
             predictor_gain: factor on the initial weights of the three outputs.
-            norm: of the shared convolution.
+            norm: norm of the shared convolution.
         """
         super().__init__()
+        check_at_least(1, num_prototypes=num_prototypes)
+        check_at_least(0, predictor_gain=predictor_gain)
         self.num_anchors = num_anchors
         self.num_classes = num_classes
         self.shared = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
@@ -161,7 +166,7 @@ class YOLACTHead(nn.Module):
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
-            levels: (N, in_channels, h, w) each.
+            levels: maps (N, in_channels, h, w).
 
         Returns:
             In the order level, row, column, anchor, all in float32: box offsets (N, P, 4), class
@@ -186,9 +191,9 @@ class Protonet(nn.Module):
     def __init__(self, *, in_channels: int = 256, num_prototypes: int = 32, norm: str = ""):
         """
         Args:
-            in_channels: of the finest level.
+            in_channels: channels of the finest level.
             num_prototypes: K.
-            norm: of all convolutions but the last.
+            norm: norm of all convolutions but the last.
         """
         super().__init__()
         self.conv0 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
@@ -204,7 +209,7 @@ class Protonet(nn.Module):
 
 
 class MaskRater(nn.Module):
-    """Predicts a soft mask's IoU with the truth, for each class it may be of (YOLACT++, 4.1)."""
+    """Predicts a soft mask's IoU with its object, for each possible class (YOLACT++, 4.1)."""
 
     WIDTHS = (8, 16, 32, 64, 128)
     # the five strided convolutions, which do not pad, reduce this size to one pixel
@@ -224,7 +229,7 @@ class MaskRater(nn.Module):
     def forward(self, masks: Tensor) -> Tensor:
         """Soft masks (M, h, w), cropped but not thresholded -> (M, C), not negative."""
         h, w = masks.shape[-2:]
-        # small inputs are padded at the right and bottom with zeros, as if cropped there
+        # small inputs are padded with zeros at the right and bottom, like cropped pixels
         right, bottom = (larger(0, self.MIN_SIZE - length) for length in (w, h))
         padding = (0, right, 0, bottom)
         x = F.pad(masks[:, None], padding)
@@ -238,10 +243,10 @@ def assemble_masks(prototypes: Tensor, coefficients: Tensor) -> Tensor:
 
     Args:
         prototypes: (h, w, K).
-        coefficients: (M, K); M = 0 stays connected to both.
+        coefficients: (M, K); with M = 0 the result stays connected to both.
 
     Returns:
-        (M, h, w) in 0 to 1; where all prototypes are zero, one half.
+        (M, h, w) in 0 to 1; one half where all prototypes are zero.
     """
     h, w, k = prototypes.shape
     logits = coefficients @ prototypes.reshape(-1, k).T
@@ -249,15 +254,15 @@ def assemble_masks(prototypes: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def inside_boxes(boxes: Tensor, size: tuple[int, int], *, padding: float = 1.0) -> Tensor:
-    """Which pixels of a raster the published crop keeps.
+    """The pixels of a raster that the published crop keeps.
 
-    Column c is kept if x1 - padding <= c < x2 + padding, in pixels: the index counts, not the
-    middle of the pixel. Rows likewise.
+    Column c is kept if x1 - padding <= c < x2 + padding, in pixels, so the index is compared and
+    not the center of the pixel. Rows likewise.
 
     Args:
         boxes: (M, 4) x1, y1, x2, y2 in pixels of the raster; ends in any order.
         size: height and width of the raster.
-        padding: in its pixels.
+        padding: in pixels of the raster.
 
     Returns:
         (M, *size) bool.

@@ -10,6 +10,7 @@ from torch.profiler import record_function
 from solo_d2.layers.box_nms import Kept, cross_class_fast_nms, fast_nms, traditional_nms
 from solo_d2.layers.masks import upsample_to_binary
 
+from ..options import check_at_least, check_choice, check_fractions
 from .anchors import decode
 from .head import MaskRater, YOLACTOutputs, assemble_masks, inside_boxes, scale_boxes
 
@@ -19,7 +20,7 @@ BOX_ROUNDINGS = ("int", "float")
 
 
 class Candidates(NamedTuple):
-    """m anchors of one image that may be detections."""
+    """m candidate anchors of one image."""
 
     boxes: Tensor  # (m, 4) x1, y1, x2, y2, relative, not clipped
     scores: Tensor  # (C, m) probabilities of all classes
@@ -27,12 +28,12 @@ class Candidates(NamedTuple):
 
 
 class BoxDetections(NamedTuple):
-    """M detections of one image without masks, by descending scores."""
+    """M detections of one image without masks, by descending score."""
 
     boxes: Tensor  # (M, 4) x1, y1, x2, y2, relative, not clipped
     scores: Tensor  # (M,)
     classes: Tensor  # (M,) int64, without background
-    anchors: Tensor  # (M,) int64, which anchor
+    anchors: Tensor  # (M,) int64 index of the anchor
 
 
 class YOLACTDetector:
@@ -55,20 +56,20 @@ class YOLACTDetector:
         """
         Args:
             score_threshold: anchors whose best class has a higher probability are candidates; in
-                the traditional NMS, of each class by itself.
-            nms_type: "fast" (Fast NMS of each class), "cross_class" (Fast NMS of all classes
-                together, each candidate under its best) or "traditional" (greedy, of each class).
+                traditional NMS, each class has its own candidates.
+            nms_type: "fast" (Fast NMS within each class), "cross_class" (Fast NMS across classes,
+                each candidate under its best) or "traditional" (greedy NMS within each class).
             nms_threshold: IoU of two detections above which the worse one is dropped.
             top_k: in both kinds of Fast NMS, the number of best candidates (of each class) that
                 take part.
-            max_detections: of all classes together.
+            max_detections: limit for all classes together.
             class_score_threshold: in Fast NMS, a candidate also counts for classes other than its
                 best if these have more than this probability. The published code requires none.
             limit_cross_class: apply ``max_detections`` to cross-class Fast NMS as well. The
                 published code does not.
             crop, box_rounding: one of CROPS, one of BOX_ROUNDINGS; see config.py.
             rescore_boxes: multiply ``scores`` by the predicted mask IoU and sort by the product,
-                rather than give the product as ``mask_scores`` only.
+                instead of only returning the product as ``mask_scores``.
 
         Raises:
             ValueError: an option has an unsupported value.
@@ -78,11 +79,9 @@ class YOLACTDetector:
             ("crop", crop, CROPS),
             ("box_rounding", box_rounding, BOX_ROUNDINGS),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        for name, limit in (("top_k", top_k), ("max_detections", max_detections)):
-            if limit < 1:
-                raise ValueError(f"{name} must be at least 1, not {limit}")
+            check_choice(name, value, known)
+        check_at_least(1, top_k=top_k, max_detections=max_detections)
+        check_fractions(score_threshold=score_threshold, nms_threshold=nms_threshold)
         self.score_threshold = score_threshold
         self.nms_type = nms_type
         self.nms_threshold = nms_threshold
@@ -105,9 +104,9 @@ class YOLACTDetector:
         """One image's instances in the frame of the input, with soft masks.
 
         Args:
-            outputs, image: of the network, and which image of the batch.
-            image_size, padded_size: height and width of the input without padding and with it.
-            mask_rater: of YOLACT++; adds ``mask_scores``.
+            outputs, image: outputs of the network, and index of the image in the batch.
+            image_size, padded_size: height and width of the input without and with padding.
+            mask_rater: for YOLACT++ only; adds ``mask_scores``.
         """
         offsets, logits = outputs.box_offsets[image], outputs.class_logits[image]
         with record_function("solo_d2.nms"):
@@ -194,7 +193,7 @@ class YOLACTDetector:
             classes: (M,).
             prototypes: (h, w, K).
             coefficients: (M, K).
-            padded_size, mask_rater: as of a call.
+            padded_size, mask_rater: see ``__call__``.
 
         Returns:
             (M, h, w) in 0 to 1, and (M,) or, without a mask rater, None.
@@ -217,15 +216,15 @@ class YOLACTDetector:
         padded_size: tuple[int, int],
         mask_threshold: float,
     ) -> Instances:
-        """The result of a call in the output frame, without those whose box is empty there."""
+        """Bring the result of a call to the output frame and drop instances with an empty box."""
         boxes = output_boxes(
             instances.pred_boxes.tensor,
             instances.image_size,
             output_size,
             rounding=self.box_rounding,
         )
-        # the original drops boxes without area from COCO's json; comparing sides instead also
-        # drops those of two negative sides
+        # the original drops boxes without area from its COCO json; comparing sides also drops
+        # boxes with two negative sides
         visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         instances, boxes = instances[visible], boxes[visible]
         masks = upsample_to_binary(
@@ -248,12 +247,12 @@ def output_boxes(
 ) -> Tensor:
     """Boxes in the output frame, as published.
 
-    Each side is clipped at one end only, so the ends of a box beside the image are swapped.
+    Each side is clipped at one end only, so the ends of a box outside the image are swapped.
 
     Args:
         boxes: (M, 4) in pixels of the network's input; ends in any order.
         image_size: height and width of the input without padding.
-        output_size: the same of the output.
+        output_size: height and width of the output.
         rounding: "int" drops fractions, "float" keeps them.
 
     Returns:
@@ -268,5 +267,5 @@ def output_boxes(
 
 
 def pixel_windows(boxes: Tensor) -> Tensor:
-    """(M, 4) boxes -> int64 x1, y1, x2, y2 of the pixels whose middles lie inside."""
+    """(M, 4) boxes -> int64 x1, y1, x2, y2 of the pixels whose centers lie inside."""
     return (boxes - 0.5).ceil().long()

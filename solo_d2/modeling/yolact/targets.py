@@ -1,4 +1,4 @@
-"""Ground truth at the network's input size, and which anchor belongs to which object."""
+"""Ground truth at the network's input size, and the matching of anchors with objects."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ IGNORED, BACKGROUND = -1, 0
 
 
 class Matches(NamedTuple):
-    """What each of the P anchors of an image is trained to predict."""
+    """The targets of the P anchors of an image."""
 
     labels: Tensor  # (P,) int64: class + 1, or BACKGROUND, or IGNORED
     objects: Tensor  # (P,) int64: the object, meaningful where the label is a class
@@ -27,9 +27,9 @@ class Matches(NamedTuple):
 def resize_instances(
     instances: Instances, size: tuple[int, int], device: torch.device
 ) -> Instances:
-    """Ground truth for an image that is resized to ``size``, its masks on ``device``.
+    """Ground truth of an image that is resized to ``size``, with its masks on ``device``.
 
-    Polygons are scaled. Bit masks are resized like the image, then set where they are one half or
+    Polygons are scaled. Bit masks are resized like the image and set where they are one half or
     more.
     """
     height, width = instances.image_size
@@ -63,8 +63,9 @@ def match(
 ) -> Matches:
     """Match the anchors of one image with its objects.
 
-    An anchor takes the object of its best IoU and is positive, ignored or background by that IoU.
-    Then every object gets an anchor of its own, however low their IoU; see ``force_match``.
+    Each anchor is matched with the object of highest IoU, and that IoU makes it positive, ignored
+    or background. Then every object gets an anchor of its own, even if their IoU is low; see
+    ``force_match``.
 
     Args:
         boxes: (M, 4) x1, y1, x2, y2, relative; M may be 0.
@@ -72,7 +73,7 @@ def match(
         crowd_boxes: (m, 4) of crowd regions; background anchors inside one are ignored.
         anchors: (P, 4) center x, center y, width, height, relative.
         iou_thresholds: below the first is background; from the second on, positive.
-        crowd_threshold: an anchor is inside a crowd if more than this share of its area is.
+        crowd_threshold: an anchor counts as inside if more than this share of its area is.
         min_size: objects that are not wider and higher than this get no anchor.
     """
     corners = to_corners(anchors)
@@ -80,7 +81,7 @@ def match(
         usable = have_area(boxes, min_size)
         ious = box_ious(boxes, corners).masked_fill(~usable[:, None], -1)
         best, objects = ious.max(dim=0)
-        # objects without an anchor of their own share a place behind the last anchor
+        # objects without an anchor of their own share an index after the last anchor
         own = force_match(ious)
         place = torch.where(own < 0, len(anchors), own)
         index = torch.arange(len(boxes), device=boxes.device)
@@ -107,13 +108,13 @@ def have_area(boxes: Tensor, min_size: float) -> Tensor:
 def force_match(ious: Tensor) -> Tensor:
     """One anchor for each object: the pair of the highest IoU first, then of the remaining ones.
 
-    This is the order of the published code. Here each round takes, together, all pairs that are
-    the best both for their object and for their anchor, since none of these can affect another;
-    two or three rounds settle nearly all images. Among equal pairs the first object's comes first,
-    and among its pairs that of the first anchor.
+    This is the order of the published code. Here each round takes all pairs at once that are the
+    best both for their object and for their anchor, since these cannot affect each other; two or
+    three rounds are enough for nearly all images. Ties go to the first object, then to the first
+    anchor.
 
     Args:
-        ious: (M, P); an object of negative IoUs gets no anchor.
+        ious: (M, P); an object with negative IoUs gets no anchor.
 
     Returns:
         (M,) int64 indices of anchors, all different; -1 where none was left.
@@ -123,12 +124,12 @@ def force_match(ious: Tensor) -> Tensor:
     own = torch.full_like(order, -1)
     for _ in range(num_objects):
         value, anchor = ious.max(dim=1)
-        rivals = ious[:, anchor]  # (M, M): IoU of object i with the anchor that j wants
+        rivals = ious[:, anchor]  # (M, M): IoU of object i with the best anchor of object j
         wins = (rivals.argmax(dim=0) == order) & (value >= 0)
         if not wins.any():
             break
         own = torch.where(wins, anchor, own)
-        # what did not win marks a place behind the last anchor
+        # pairs that did not win mark an index after the last anchor
         taken = torch.zeros(num_anchors + 1, dtype=torch.bool, device=ious.device)
         taken.index_fill_(0, torch.where(wins, anchor, num_anchors), True)
         ious = ious.masked_fill(wins[:, None] | taken[:-1], -1)
@@ -136,7 +137,7 @@ def force_match(ious: Tensor) -> Tensor:
 
 
 def shrink_masks(masks: Tensor, *sizes: tuple[int, int]) -> list[Tensor]:
-    """Shrink masks: bilinear without antialiasing, then more than one half.
+    """Shrink masks: bilinear without antialiasing, set where the result exceeds one half.
 
     Args:
         masks: (M, H, W) bool.
@@ -168,7 +169,7 @@ def semantic_target(masks: Tensor, classes: Tensor, usable: Tensor, num_classes:
     Args:
         masks: (M, h, w) bool.
         classes: (M,) int64.
-        usable: (M,) bool; other masks are left out.
+        usable: (M,) bool; other masks are skipped.
         num_classes: C.
 
     Returns:

@@ -42,9 +42,9 @@ from .targets import resize_instances
 
 @META_ARCH_REGISTRY.register()
 class YOLACT(InstanceSegmentor):
-    """Masks as linear combinations of an image's prototypes, cropped with predicted boxes.
+    """Masks as linear combinations of an image's prototypes, cropped to predicted boxes.
 
-    Boxes are relative (see ``anchors``) inside, and in pixels in Detectron2's ``Instances``.
+    Boxes are relative internally (see ``anchors``), and in pixels in Detectron2's ``Instances``.
     """
 
     num_classes_key = "MODEL.YOLACT.NUM_CLASSES"
@@ -72,14 +72,14 @@ class YOLACT(InstanceSegmentor):
         """
         Args:
             backbone, pyramid, head, protonet, semantic_pred: the network.
-            mask_iou_head: of YOLACT++.
-            anchor_generator, criterion, detector: anchors, losses, and the way to instances.
+            mask_iou_head: for YOLACT++ only.
+            anchor_generator, criterion, detector: anchors, losses, and post-processing.
             input_size: side of the square that images are resized to; 0 keeps their size.
             freeze_bn: freeze statistics and affine parameters of the backbone's batch norms.
             pixel_mean, pixel_std, freeze_bn_stats, mask_threshold: see ``InstanceSegmentor``.
 
         Raises:
-            ValueError: an option has an unsupported value, or parts do not fit each other.
+            ValueError: an option has an unsupported value, or the parts do not fit together.
         """
         if input_size < 0:
             raise ValueError(f"input_size must be 0 or more, not {input_size}")
@@ -208,8 +208,8 @@ class YOLACT(InstanceSegmentor):
         outputs = self.predict(features, (images.tensor.shape[-2], images.tensor.shape[-1]))
         semantic_logits = self.semantic_pred(outputs.finest).float()
         named = self.criterion(outputs, semantic_logits, ground_truth, self.mask_iou_head)
-        # connect features that the pyramid does not use: processes that train together must have
-        # a gradient for every parameter
+        # Connect the features that the pyramid does not use: under DistributedDataParallel every
+        # parameter needs a gradient.
         unused = [x[:0].sum() for name, x in features.items() if name not in self.fpn.in_features]
         named["loss_class"] = named["loss_class"] + sum(unused)
         return named
@@ -225,7 +225,7 @@ class YOLACT(InstanceSegmentor):
     def postprocess(
         self, instances: Instances, height: int, width: int, padded_size: tuple[int, int]
     ) -> Instances:
-        """One result of ``inference`` in the output frame; see ``YOLACTDetector``."""
+        """Bring a result of ``inference`` to the output frame; see ``YOLACTDetector``."""
         return self.detector.postprocess(
             instances, (height, width), padded_size, self.mask_threshold
         )
@@ -237,7 +237,7 @@ def _batch_norms(module: nn.Module) -> list[nn.Module]:
 
 
 def _freezes_batch_norm(cfg: CfgNode, backbone: nn.Module) -> bool:
-    """Whether a process has too few images per step for FREEZE_BN_BELOW; says so in the log."""
+    """Whether a process has fewer images per step than FREEZE_BN_BELOW; logs it if so."""
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     limit = cfg.MODEL.YOLACT.FREEZE_BN_BELOW
     if images >= limit or not _batch_norms(backbone):

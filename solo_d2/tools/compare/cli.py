@@ -17,7 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from solo_d2.config import load_config
+from solo_d2.arguments import parse, print_error
 from solo_d2.data import setup_datasets
 from solo_d2.engine import training_folder
 from solo_d2.errors import UserError, one_line
@@ -349,7 +349,7 @@ class Progress:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code (see ``--help``)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_intermixed_args(words)
+    options = parse(_parser(), words)
     return run(options, shlex.join(["solo-d2", "compare", *words]))
 
 
@@ -358,26 +358,24 @@ def run(options: argparse.Namespace, command: str) -> int:
     output = Path(options.output)
     started = False
     try:
-        configs, weights, overrides = _split(options)
+        if not options.inputs:
+            raise UserError("no CONFIG: name the yaml files to compare")
         models = read_models(
-            configs,
-            weights,
+            options.inputs,
+            options.weights,
             data=options.data or (),
-            opts=overrides,
+            opts=options.opts,
             iterations=options.iterations,
         )
         with training_folder(str(output), resume=True, overwrite=False):
-            try:
-                comparison = Comparison(models, options, command)
-            except (ValueError, KeyError, OSError) as error:  # of the data
-                raise UserError(one_line(error)) from error
+            comparison = Comparison(models, options, command)
             started = True
             all_done = comparison.execute()
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on from {output}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (UserError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except Exception as error:
+        print_error(error, options)
         return EXIT_FAILED if started else EXIT_USAGE
     print(f"\n{comparison.table()}\n\nThe report is {(output / 'report.html').absolute()}")
     return EXIT_OK if all_done else EXIT_FAILED
@@ -388,14 +386,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="solo-d2 compare",
         description="Train, evaluate and measure several models on the same data, and write "
         "report.html, report.md and report.json. If it is killed, run the same command again.",
-        epilog="Exit code: 0 all done, 1 a model failed, 2 nothing could be started.",
+        usage="%(prog)s CONFIG ... --output DIR [options] [KEY VALUE ...]",
+        epilog="KEY VALUE pairs override all configs. Exit code: 0 all done, 1 a model failed, 2 "
+        "nothing could be started.",
     )
     parser.add_argument(
-        "words",
-        nargs="+",
+        "inputs",
+        nargs="*",
         metavar="CONFIG",
-        help="yaml files, each alone or as NAME=FILE; FILE+FILE is one training in stages; then "
-        "config overrides for all of them as KEY VALUE pairs",
+        help="yaml files, each alone or as NAME=FILE; FILE+FILE is one training in stages",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="also what is resumed")
     parser.add_argument(
@@ -427,7 +426,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         nargs=4,
         metavar=DATA,
-        help="your own data, as in train_net.py",
+        help="your own data, as in solo-d2 train",
     )
     parser.add_argument(
         "--allow-differences",
@@ -463,25 +462,6 @@ def _rates(text: str) -> tuple[float, ...]:
     if min(rates) <= 0:
         raise argparse.ArgumentTypeError(f"{text}: learning rates must be above 0")
     return tuple(dict.fromkeys(rates))
-
-
-def _split(options: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
-    """(configs, weights, overrides): the first word that is a config key starts the overrides."""
-    known = load_config()
-
-    def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-        is_key = (w.split(".")[0] in known and not Path(w).exists() for w in words)
-        first = next((i for i, key in enumerate(is_key) if key), len(words))
-        return list(words[:first]), list(words[first:])
-
-    configs, overrides = split(options.words)
-    weights, more = split(options.weights)  # argparse takes overrides that follow for weights
-    overrides += more
-    if not configs:
-        raise UserError("no CONFIG before the config overrides")
-    if len(overrides) % 2:
-        raise UserError(f"config overrides come in pairs KEY VALUE: {' '.join(overrides)}")
-    return configs, weights, overrides
 
 
 def _sizes(cfg: CfgNode, images: int) -> dict[str, Any]:

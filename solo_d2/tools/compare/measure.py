@@ -56,7 +56,7 @@ class ModelError(Exception):
 def load_model(cfg: CfgNode) -> nn.Module:
     """The model of a config, whose data sets are registered, with its weights, in eval mode."""
     model = Trainer.build_model(cfg)
-    build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
+    build_checkpointer(cfg, model, require_complete=True).load(cfg.MODEL.WEIGHTS)
     return model.eval()
 
 

@@ -16,10 +16,10 @@ from detectron2.engine import default_setup, launch
 from detectron2.utils.file_io import PathManager
 
 from solo_d2.checkpoint import build_checkpointer
-from solo_d2.config import load_config
+from solo_d2.config import load_config, use_available_device
 from solo_d2.data import setup_datasets
 from solo_d2.engine import Trainer
-from solo_d2.errors import UserError, one_line
+from solo_d2.errors import UserError, is_user_error, one_line
 from solo_d2.evaluation.coco import RESULTS_FILE, write_results
 from solo_d2.files import atomic_write
 
@@ -174,6 +174,8 @@ def read_models(
         name, _, files = word.rpartition("=")
         parts = tuple(files.split("+"))
         cfgs = tuple(load_config(part, data=data, opts=opts) for part in parts)
+        for cfg in cfgs:
+            use_available_device(cfg)
         if iterations is not None:
             set_iterations(cfgs, iterations)
         if file != "-" and len(parts) > 1:
@@ -252,8 +254,10 @@ def _train_one(cfg: CfgNode) -> None:
         _set_up(cfg)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(one_line(error)) from error
+    except Exception as error:
+        if is_user_error(error):
+            raise UserError(one_line(error)) from error
+        raise
     trainer.train()
 
 
@@ -261,14 +265,16 @@ def _evaluate(cfg: CfgNode, _: int) -> None:
     try:
         _set_up(cfg)
         model = Trainer.build_model(cfg)
-        build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(one_line(error)) from error
+        build_checkpointer(cfg, model, require_complete=True).load(cfg.MODEL.WEIGHTS)
+    except Exception as error:
+        if is_user_error(error):
+            raise UserError(one_line(error)) from error
+        raise
     write_results(Trainer.test(cfg, model), cfg.OUTPUT_DIR)
 
 
 def _set_up(cfg: CfgNode) -> None:
-    """As train_net.py does."""
+    """As ``solo-d2 train`` does."""
     setup_datasets(cfg)
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))

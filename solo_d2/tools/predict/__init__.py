@@ -1,7 +1,5 @@
-"""Masks on images and videos: ``python -m solo_d2 predict --help``."""
-
-from solo_d2.data.images import read_image
+"""Masks on images and videos: ``solo-d2 predict --help``."""
 
 from .command import main
 
-__all__ = ["main", "read_image"]
+__all__ = ["main"]

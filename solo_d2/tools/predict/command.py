@@ -1,4 +1,4 @@
-"""The command."""
+"""The command ``predict``."""
 
 import argparse
 import math
@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from solo_d2.arguments import add_model_arguments, parse
-from solo_d2.errors import UserError, is_user_error, one_line
+from solo_d2.arguments import add_model_arguments, parse, print_error
+from solo_d2.errors import UserError, one_line
 from solo_d2.images import UnreadableError
 from solo_d2.predictor import Result, load
 
@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--points needs AdaptIS, not {type(predictor.model).__name__}")
         folder.mkdir(parents=True, exist_ok=True)
     except Exception as error:
-        if not is_user_error(error):
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print_error(error, options)
         return EXIT_USAGE
 
     def predict(image: str | np.ndarray) -> Result:
@@ -74,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print(f"interrupted; what was done is in {folder}", file=sys.stderr)
+        print(f"interrupted; results so far are in {folder}", file=sys.stderr)
         return EXIT_INTERRUPTED
     print(f"{len(sources) - len(skipped)} of {len(sources)} files: results are in {folder}")
     return EXIT_SKIPPED if skipped else EXIT_OK
@@ -83,20 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def predict_sources(
     predict: Predict, sources: Sequence[Source], outputs: Sequence[formats.Output]
 ) -> list[str]:
-    """Give the results of each source to each output.
+    """Pass the results of each source to each output.
 
-    The outputs are closed as well when this is interrupted or fails: what was done is kept.
+    The outputs are also closed if this is interrupted or fails, so results so far are kept.
 
     Args:
         predict: (path or array) -> ``Result``.
-        sources: of ``inputs.find_sources``.
-        outputs: of ``outputs``.
+        sources: result of ``inputs.find_sources``.
+        outputs: instances of the classes in ``outputs``.
 
     Returns:
         One line for each source that was skipped.
     """
     skipped = []
-    # disable=None: no bar where nobody looks at a terminal.
+    # disable=None: no progress bar outside of terminals
     progress = tqdm(list(zip(sources, output_names(sources))), unit="file", disable=None)
     try:
         for source, target in progress:
@@ -168,8 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(
         parser,
         config_required=False,
-        weights_help="output folder of a training, or checkpoint; with --config-file by default "
-        "MODEL.WEIGHTS",
+        weights_help="output folder of a training run, or checkpoint; with --config-file, the "
+        "default is MODEL.WEIGHTS",
     )
     parser.add_argument("--output", default="output/predictions", metavar="DIR")
     parser.add_argument(
@@ -195,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="X,Y",
-        help="find what lies under these points of each image, in its pixels (AdaptIS only)",
+        help="find the objects under these points of each image, in pixels (AdaptIS only)",
     )
     parser.add_argument(
         "--max-megapixels",
@@ -217,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
 def _split_points(
     words: Sequence[str], inputs: Sequence[str]
 ) -> tuple[list[tuple[float, float]], list[str]]:
-    """(points, inputs): inputs may follow the points of --points, which takes them for points."""
+    """(points, inputs): argparse takes inputs that follow the points of --points for points."""
     points = []
     for word in words:
         try:
@@ -234,7 +232,7 @@ def _split_points(
 
 @contextmanager
 def _stop_signal_interrupts() -> Iterator[None]:
-    """Within it SIGTERM acts as Ctrl-C, so that a job that is stopped writes its json too."""
+    """Within the block, SIGTERM acts like Ctrl-C, so that a stopped job still writes its json."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What the inputs of a command line stand for: files, folders, patterns, webcams and URLs."""
+"""Finding the inputs of a command line: files, folders, patterns, webcams and URLs."""
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ class Source(NamedTuple):
 
     @property
     def is_live(self) -> bool:
-        """A webcam or a URL, not a file."""
+        """Whether this is a webcam or a URL, not a file."""
         return "://" in self.location or self.location.isdecimal()
 
     @property
@@ -54,11 +54,11 @@ class Video:
 
 
 def find_sources(inputs: Sequence[str], exclude: Path) -> list[Source]:
-    """The sources that files, folders (with subfolders), glob patterns, URLs and numbers stand for.
+    """The sources in files, folders (with subfolders), glob patterns, URLs and webcam numbers.
 
     Args:
         inputs: as given on the command line.
-        exclude: the output folder; nothing under it is an input.
+        exclude: the output folder; files under it are not inputs.
 
     Raises:
         UserError: an input matches nothing.
@@ -77,12 +77,12 @@ def find_sources(inputs: Sequence[str], exclude: Path) -> list[Source]:
 
 
 def output_names(sources: Iterable[Source]) -> list[Path]:
-    """A distinct relative path for each source's picture or video."""
+    """A unique relative path for each source's picture or video."""
     taken: set[str] = set()
     names = []
     for source in sources:
         kept, suffix = ({".mp4"}, ".mp4") if source.is_video else ({".jpg", ".png"}, ".png")
-        # "scan.tiff" becomes "scan.tiff.png", so that it stays apart from "scan.png".
+        # "scan.tiff" becomes "scan.tiff.png", so that it differs from "scan.png"
         name = source.name
         name = name if name.suffix.lower() in kept else name.with_name(name.name + suffix)
         number, stem = 1, name.stem
@@ -100,7 +100,7 @@ def _expand(text: str) -> Iterator[Source]:
         for file in sorted(path.rglob("*")):
             if file.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and file.is_file():
                 yield Source(str(file), file.relative_to(path))
-    elif path.exists():  # a file that is named is tried, whatever its suffix
+    elif path.exists():  # a named file is tried with any suffix
         yield Source(text, Path(path.name))
     elif text.isdecimal():
         yield Source(text, Path(f"webcam{text}"))

@@ -1,4 +1,4 @@
-"""What can be made of results: pictures and videos, COCO json, masks with ids."""
+"""The output formats: pictures and videos, COCO json, masks with ids."""
 
 import importlib.util
 import json
@@ -20,33 +20,33 @@ from .inputs import Source
 
 
 class Output:
-    """Takes the results of one source after the other."""
+    """Base class: receives the results of one source after another."""
 
     def __init__(self, folder: Path, score: float):
         """
         Args:
-            folder: to write to.
-            score: instances with a lower one are left out, except by ``CocoResults``.
+            folder: the output folder.
+            score: instances with lower scores are omitted, except by ``CocoResults``.
         """
         self.folder = folder
         self.score = score
 
     def add(self, source: Source, target: Path, result: Result) -> None:
-        """An image's result. ``target``: a file name in ``folder`` for it."""
+        """Add an image's result. ``target``: a file name in ``folder`` for it."""
         raise NotImplementedError
 
     def add_frame(self, source: Source, number: int, result: Result) -> None:
-        """The result of a video's frame, counted from 0."""
+        """Add the result of a video's frame; ``number`` counts from 0."""
         self.add(source, Path(f"{source.name.as_posix()}#{number}"), result)
 
     def start_video(self, target: Path, rate: float) -> None:
-        """The frames that follow are of one video."""
+        """Start a video; the frames that follow belong to it."""
 
     def end_video(self) -> None:
-        """No frame follows."""
+        """End the video."""
 
     def close(self) -> None:
-        """All is done, or nothing else will be after an error."""
+        """Finish, after all results or after an error."""
 
 
 class Pictures(Output):
@@ -87,14 +87,14 @@ class VideoWriter:
         self._stream = self._container.add_stream(
             "libx264", rate=Fraction(rate).limit_denominator(1000)
         )
-        self._stream.pix_fmt = "yuv420p"  # the only one that all players know
+        self._stream.pix_fmt = "yuv420p"  # the only format that all players support
         self._size: tuple[int, int] | None = None
 
     def add(self, image_rgb: np.ndarray) -> None:
         height, width = image_rgb.shape[:2]
         if self._size is None:
             self._size = (height, width)
-            # H.264's colors have half the size, so both sides must be even.
+            # H.264 stores colors at half the size, so both sides must be even.
             self._stream.height, self._stream.width = height + height % 2, width + width % 2
         elif self._size != (height, width):
             raise UnreadableError(
@@ -106,7 +106,7 @@ class VideoWriter:
 
     def close(self) -> None:
         if self._size is not None:
-            self._container.mux(self._stream.encode())  # what it still holds
+            self._container.mux(self._stream.encode())  # flush the encoder
         self._container.close()
 
 
@@ -133,7 +133,7 @@ class CocoResults(Output):
         self.results += result.to_coco(self._add_image(file_name, result))
 
     def _add_image(self, file_name: str, result: Result) -> int:
-        """Its id; they count from 1."""
+        """Add an image; returns its id, counted from 1."""
         height, width = result.image.shape[:2]
         image = {"id": len(self.images) + 1, "file_name": file_name}
         self.images.append({**image, "height": height, "width": width})
@@ -158,7 +158,7 @@ class CocoResults(Output):
 class CocoDataset(CocoResults):
     """annotations.json, a data set to train on or to correct by hand.
 
-    Names of images are relative to the folder that all of them are in.
+    Image names are relative to the folder that contains all of them.
     """
 
     def __init__(self, folder: Path, score: float, root: Path):
@@ -194,7 +194,7 @@ class CocoDataset(CocoResults):
 class IdMasks(Output):
     """<name>.masks.png: 0 is the background, i the instance with the i-th highest score.
 
-    It has 16 bits where there are more than 255 instances.
+    It has 16 bits if there are more than 255 instances.
     """
 
     def add(self, source: Source, target: Path, result: Result) -> None:

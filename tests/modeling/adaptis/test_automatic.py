@@ -1,4 +1,4 @@
-"""How AdaptIS chooses points and masks without a user, with stand-ins for the network."""
+"""Choosing points and masks without a user, with stand-ins for the network."""
 
 from collections import deque
 
@@ -28,7 +28,7 @@ def rectangle(top: int, left: int, bottom: int, right: int, value: float = 0.9) 
 
 
 class Network:
-    """Stands for an ``EmbeddedImage``; remembers what it was asked."""
+    """Stands in for an ``EmbeddedImage``; records the requested points."""
 
     stride = 1
 
@@ -54,7 +54,7 @@ def rectangles(points: torch.Tensor) -> torch.Tensor:
 
 
 def semantic_probs(num_things: int = 2) -> torch.Tensor:
-    """One stuff class and things; the last object is of class 1, the others of class 0."""
+    """One stuff class and things; the last object has class 1, the others class 0."""
     probs = torch.zeros(1 + num_things, H, W)
     probs[0] = 1
     for i, (top, left, bottom, right) in enumerate(OBJECTS):
@@ -64,7 +64,7 @@ def semantic_probs(num_things: int = 2) -> torch.Tensor:
 
 
 def peaks_by_definition(values, min_value, eps, step):
-    """As in the text of the algorithm, pixel by pixel."""
+    """The algorithm as described in the text, pixel by pixel."""
     h, w = values.shape
     labels = np.full((h, w), -1)
     peaks = []
@@ -149,7 +149,7 @@ def nothing_occupied() -> torch.Tensor:
 
 
 def greedily_one_by_one(candidates, answer, occupied, *, mask_threshold, max_occupied, cut_radius):
-    """As in the text of the algorithm: each mask is asked for when its turn comes."""
+    """The algorithm as described in the text: each mask is decoded when its turn comes."""
     occupied, accepted = occupied.clone(), []
     for row, column in candidates.tolist():
         if occupied[row, column]:
@@ -205,7 +205,7 @@ def test_of_each_object_one_mask_is_taken():
     candidates = np.concatenate([centers(), centers() + 1, [[0, 0]]])
     network = Network(rectangles)
     assert len(select_greedily(candidates, network, nothing_occupied(), batch_size=3)) == 3
-    # of the second candidates none is asked for: they are occupied
+    # none of the second candidates is decoded: they are occupied
     assert [len(points) for points in network.asked] == [3, 1]
 
 
@@ -260,7 +260,7 @@ def test_random_points_stop_without_things_and_after_their_rounds():
     assert len(RandomSelection()(torch.zeros(1, H, W), network)) == 0
     assert network.asked == []
     things = semantic_probs()[1:]
-    # an empty mask has no share that is free
+    # an empty mask has no free share
     assert len(RandomSelection(num_rounds=4, num_candidates=3)(things, network)) == 0
     assert [len(points) for points in network.asked] == [3, 3, 3, 3]
     assert len(RandomSelection(num_rounds=1)(things, Network(rectangles))) == 1

@@ -1,4 +1,4 @@
-"""How AdaptIS makes instances and segments of soft masks."""
+"""From soft masks to instances and segments."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def rectangle(top: int, left: int, bottom: int, right: int, value: float = 0.9) 
 
 
 def semantic_probs(num_things: int = 2) -> torch.Tensor:
-    """One stuff class and things; the last object is of class 1, the others of class 0."""
+    """One stuff class and things; the last object has class 1, the others class 0."""
     probs = torch.zeros(1 + num_things, H, W)
     probs[0] = 1
     for i, (top, left, bottom, right) in enumerate(OBJECTS):
@@ -27,7 +27,7 @@ def semantic_probs(num_things: int = 2) -> torch.Tensor:
 
 
 def found(masks, probs, *, padded=(0, 0)) -> FoundInstances:
-    """As ``AdaptIS.inference`` would return it."""
+    """Instances as returned by ``AdaptIS.inference``."""
     masks = torch.stack(masks) if masks else torch.zeros(0, H, W)
     classes, scores = vote(masks, probs[1:])
     masks = torch.nn.functional.pad(masks, (0, padded[1], 0, padded[0]))
@@ -118,7 +118,7 @@ def test_nothing_found_is_an_ordinary_result():
     assert len(result) == 0 and result.pred_masks.shape == (0, H, W)
     ids, segments = result.output()["panoptic_seg"]
     assert [s["isthing"] for s in segments] == [False]
-    # things that nothing was found for are void
+    # thing pixels without an instance are void
     assert torch.equal(ids == 0, semantic_probs().argmax(0) > 0)
 
 

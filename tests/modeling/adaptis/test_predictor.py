@@ -1,4 +1,4 @@
-"""The interactive face of AdaptIS: one image, many points."""
+"""The interactive interface of AdaptIS: one image, many points."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ def test_the_predictor_runs_the_backbone_once_per_image():
     assert runs == ["backbone", "semantic"]
     assert len(first) == 1 and len(second) == 2
     torch.testing.assert_close(first.mask_probabilities[0], second.mask_probabilities[1])
-    # the same as the model's own way, channels in its order
+    # the same as with the model itself, with channels in its order
     inputs = {"image": image().flip(0), "points": [[3, 4]]}
     direct = model([inputs])[0]["instances"]
     torch.testing.assert_close(direct.mask_probabilities, first.mask_probabilities)
@@ -88,7 +88,7 @@ def test_the_predictor_resizes_and_answers_in_the_original_frame():
     assert instances.image_size == (60, 90) and instances.pred_masks.shape == (1, 60, 90)
     with pytest.raises(ValueError, match="outside the image; the image has 90 x 60 pixels"):
         predictor.predict([[89.5, 60.5]])
-    # an error leaves the image as it is
+    # an error keeps the image
     assert len(predictor.predict([[1, 1]])) == 1
 
 
@@ -159,7 +159,7 @@ def test_parts_are_joined_and_a_neighbor_is_taken_away():
     points = torch.tensor([[1.0, 5.0], [6.0, 5.0], [11.0, 5.0]])
     whole = merge_masks(probs[:2], points[:2], torch.tensor([True, True]), mask_threshold=0.5)
     assert torch.equal(whole > 0.5, torch.arange(12).expand(10, 12) < 10)
-    # the third point is on another object, which the second mask runs into
+    # the third point is on another object, which the second mask overlaps
     labels = torch.tensor([True, True, False])
     less = merge_masks(probs, points, labels, mask_threshold=0.5)
     assert torch.equal(less > 0.5, torch.arange(12).expand(10, 12) < 8)
@@ -206,7 +206,7 @@ def test_excluded_pixels_are_in_no_mask_and_a_point_on_them_finds_nothing():
     [
         ({"labels": [1]}, r"labels must be \(2,\), not \(1,\)"),
         ({"labels": [1, 2]}, r"labels must be 0 or 1, not \[1, 2\]"),
-        ({"labels": [0, 0]}, "labels must have a 1: a point on the object"),
+        ({"labels": [0, 0]}, "labels must contain a 1, for a point on the object"),
         ({"exclude": np.zeros((3, 4), bool)}, r"exclude must be \(40, 56\), not \(3, 4\)"),
     ],
 )
@@ -216,7 +216,7 @@ def test_wrong_labels_and_masks_are_one_clear_line(options, message):
 
 
 def test_the_promises_hold_on_real_images(data_dir):
-    """On pictures of nuclei: what is in a merged mask, and what is not."""
+    """On images of nuclei: what a merged mask contains and what it does not."""
     files = sorted((data_dir / "nuclei/val").iterdir())[:3]
     model, rng, corrected = tiny_model(), np.random.default_rng(0), 0
     for file in files:
@@ -231,4 +231,4 @@ def test_the_promises_hold_on_real_images(data_dir):
             for x, y in points[2:]:
                 assert not mask[y, x]
                 corrected += bool(each[:2, y, x].any())
-    assert corrected > 0  # a negative point had something to take away
+    assert corrected > 0  # a negative point removed something

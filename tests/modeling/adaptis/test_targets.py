@@ -1,4 +1,4 @@
-"""What AdaptIS is trained on: points, painted labels, targets of proposals."""
+"""Training targets of AdaptIS: points, painted labels, targets of proposals."""
 
 import numpy as np
 import pytest
@@ -112,7 +112,7 @@ def test_small_objects_and_crowds_are_drawn_only_to_be_ignored():
     points, targets = sampler(masks, crowd, generator=seeded(0))
     ignoring = (targets == -1).flatten(1).any(dim=1)
     assert 10 < ignoring.sum() < 40
-    # the small one has fewer than ten pixels: too few to be drawn even so
+    # the small one has fewer than ten pixels, too few even then
     assert (targets[ignoring] == -crowd[0].to(torch.int8)).all()
     rows, columns = points[ignoring].long().unbind(1)
     assert crowd[0, rows, columns].all()

@@ -1,4 +1,4 @@
-"""Backbones of ours: shapes, freezing, and weights that were made for their originals."""
+"""Our backbones: shapes, freezing, and weights made for the originals."""
 
 from collections import OrderedDict
 
@@ -13,6 +13,7 @@ from torchvision.models import mobilenet_v2
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.checkpointer import Checkpointer
+from solo_d2.config import load_config
 
 PLAIN = "build_resnet_fpn_backbone"
 DEFORM = "build_deform_resnet_fpn_backbone"
@@ -52,6 +53,33 @@ def test_pyramid_has_five_levels(name):
         f"p{k}": (16, 2**k) for k in range(2, 7)
     }
     assert backbone.size_divisibility == 32
+
+
+@pytest.mark.parametrize("fpn", ["", "fcos_"])
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([], "strides that double"),
+        (["res5", "res4"], "strides that double|stride 32, .* not with 'res4'"),
+        (["res3", "res5"], "strides that double"),
+        (["res4", "res9"], "has 'res9'"),
+    ],
+)
+def test_features_of_a_pyramid_are_refused_by_key(fpn, features, message):
+    cfg = load_config()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.BACKBONE.NAME = f"build_{fpn}mobilenetv2_fpn_backbone"
+    cfg.MODEL.FPN.IN_FEATURES = features
+    with pytest.raises(ValueError, match=rf"MODEL\.FPN\.IN_FEATURES .*({message})"):
+        build_backbone(cfg)
+
+
+def test_a_pyramid_of_p5_and_p6_needs_a_feature_of_stride_32():
+    cfg = load_config()
+    cfg.MODEL.BACKBONE.NAME = "build_mobilenetv2_fpn_backbone"
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4"]
+    with pytest.raises(ValueError, match="stride 32, which P5 and P6 are made from, not .*'res4'"):
+        build_backbone(cfg)
 
 
 class TestDeformResNet:
@@ -144,7 +172,7 @@ class TestMobileNetV2:
         [
             ("MOBILENETV2.NORM", "GN", "norm must be .* not 'GN'"),
             ("MOBILENETV2.OUT_FEATURES", ["res6"], "out_features must be .*'res5'.* not .'res6'"),
-            ("BACKBONE.FREEZE_AT", 6, "MODEL.BACKBONE.FREEZE_AT. must be 0 to 5, not 6"),
+            ("BACKBONE.FREEZE_AT", 6, "freeze_at must be 0 to 5, not 6"),
         ],
     )
     def test_unsupported_values_are_named(self, key, value, message):

@@ -53,7 +53,7 @@ class TestDarkNet:
         stages = [getattr(backbone, f"res{k}") for k in range(1, 6)]
         assert [len(stage) - 1 for stage in stages] == [1, 2, 8, 8, 4]
         convs = sum(isinstance(module, nn.Conv2d) for module in backbone.modules())
-        assert convs == 52  # and the classifier makes 53
+        assert convs == 52  # 53 with the classifier
 
     @torch.no_grad()
     def test_a_block_adds_its_input_and_leaves_the_sum_alone(self):

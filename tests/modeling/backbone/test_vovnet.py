@@ -241,7 +241,7 @@ class TestDeformable:
         ("VOVNET.OUT_FEATURES", [], "out_features"),
         ("VOVNET.NORM", "IN", "norm"),
         ("VOVNET.STAGE_WITH_DCN", (True,), "deform_on_per_stage"),
-        ("BACKBONE.FREEZE_AT", -1, "MODEL.BACKBONE.FREEZE_AT"),
+        ("BACKBONE.FREEZE_AT", -1, "freeze_at"),
     ],
 )
 def test_unsupported_values_are_named(key, value, name):

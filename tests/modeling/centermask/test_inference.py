@@ -1,4 +1,4 @@
-"""From the outputs of FCOS's head to boxes."""
+"""From the outputs of the FCOS head to boxes."""
 
 import math
 
@@ -13,7 +13,7 @@ from solo_d2.modeling.centermask.inference import select_boxes
 
 
 def outputs(num_classes=2, levels=((4, 6), (2, 3)), images=1, seed=0):
-    """Random outputs of FCOS's head: logits, distances, centerness."""
+    """Random outputs of the FCOS head: logits, distances, centerness."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(channels):

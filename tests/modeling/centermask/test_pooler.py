@@ -1,4 +1,4 @@
-"""RoIAlign from the level of a box."""
+"""RoIAlign from the level that fits a box."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_half_precision_does_not_round_the_coordinates_of_pooled_boxes():
 
 
 def boxes_of(*numbers: int) -> list[Boxes]:
-    """So many random boxes per image."""
+    """The given numbers of random boxes per image."""
     torch.manual_seed(0)
     corners = [torch.rand(n, 4) * 60 for n in numbers]
     return [Boxes(torch.cat([x[:, :2], x[:, :2] + x[:, 2:]], dim=1)) for x in corners]

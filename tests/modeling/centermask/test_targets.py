@@ -1,4 +1,4 @@
-"""Which locations learn which box, from which level a box is pooled, and what follows from both."""
+"""Assignment of locations to boxes, and its consequences."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ boxes_of_images = st.lists(st.lists(box, max_size=5), min_size=1, max_size=3)
 
 
 def table(boxes, *, size=(4, 6), stride=8, radius=0.0) -> list[list[int]]:
-    """Index of each cell's box in one level that takes boxes of all sizes."""
+    """Index of each cell's box, for one level that accepts boxes of all sizes."""
     boxes = torch.tensor(boxes, dtype=torch.float32).view(1, -1, 4)
     owner = assign_locations(boxes, [size], strides=[stride], borders=[], radius=radius)
     return owner.where(owner < boxes.shape[1], NONE).view(size).tolist()
 
 
 def test_a_cell_learns_the_box_that_its_middle_is_in():
-    # middles at 4, 12, 20, ...
+    # centers at 4, 12, 20, ...
     assert table([[3, 5, 21, 28.5]]) == [
         [9, 9, 9, 9, 9, 9],
         [0, 0, 0, 9, 9, 9],
@@ -62,7 +62,7 @@ def test_centre_sampling_takes_the_cells_around_the_center():
 
 
 def test_a_distance_on_a_border_belongs_to_both_levels():
-    # 32 pixels from the middle of the one cell to the furthest side
+    # 32 pixels from the center of the only cell to the furthest side
     boxes = torch.tensor([[[0.0, 0.0, 64.0, 64.0]]])
     sizes, strides = [(1, 1), (1, 1)], [64, 64]
     owner = assign_locations(boxes, sizes, strides=strides, borders=[32], radius=0)
@@ -90,7 +90,7 @@ def expected_owner(boxes, x, y, stride, limits, radius) -> int:
 @settings(max_examples=60, deadline=None)
 def test_every_location_belongs_to_the_smallest_box_that_claims_it(images, radius):
     most = max(map(len, images))
-    boxes = torch.zeros(len(images), most, 4)  # images with fewer are filled up
+    boxes = torch.zeros(len(images), most, 4)  # images with fewer boxes are padded
     for i, image in enumerate(images):
         boxes[i, : len(image)] = torch.tensor(image).view(-1, 4)
     sizes, strides, borders = [(5, 7), (3, 4)], [16, 32], [32.0]

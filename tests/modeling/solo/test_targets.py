@@ -15,7 +15,7 @@ EXTENT = (96, 128)
 
 
 def random_instances(seed: int, n: int):
-    """Boxes with filled or patchy masks; empty masks, degenerate boxes and overlaps among them."""
+    """Boxes with filled or patchy masks, including empty masks, degenerate boxes and overlaps."""
     g = np.random.default_rng(seed)
     height, width = EXTENT
     masks = np.zeros((n, height, width), dtype=bool)

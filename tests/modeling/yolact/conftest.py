@@ -13,7 +13,7 @@ def generator() -> AnchorGenerator:
 
 @pytest.fixture(scope="session")
 def anchors(generator) -> torch.Tensor:
-    """Those of two levels of an input of 64 x 96 pixels."""
+    """Anchors on two levels of a 64 x 96 input."""
     return generator([(8, 12), (4, 6)], (64, 96))
 
 

@@ -36,7 +36,7 @@ def test_masks_are_resized_inside_of_their_windows_only(seed, padded, height, wi
         rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
         mask |= ((y1 <= rows) & (rows < y2))[:, None] & ((x1 <= columns) & (columns < x2))
     for direct, at_once in ((False, 1), (True, 1), (True, 2)):
-        with pytest.MonkeyPatch.context() as patch:  # as on a GPU, where it is more than one
+        with pytest.MonkeyPatch.context() as patch:  # as on a GPU, where it exceeds one
             patch.setattr(mask_ops, "_masks_at_once", lambda *_, n=at_once: n)
             options = {"threshold": 0.5, "direct": direct, **sizes}
             whole = upsample_to_binary(soft, **options)

@@ -55,7 +55,7 @@ def image_of(height: int, width: int) -> torch.Tensor:
 
 
 def record_input(model) -> list[tuple[int, ...]]:
-    """The shapes of everything that the backbone gets from now on."""
+    """The shapes of all inputs of the backbone from now on."""
     shapes: list[tuple[int, ...]] = []
     model.backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     return shapes
@@ -65,6 +65,7 @@ def record_input(model) -> list[tuple[int, ...]]:
     ("name", "size"), [("YOLACT_R50", 550), ("YOLACT_im400_R101", 400), ("YOLACT_im700_R101", 700)]
 )
 def test_under_detectron2s_predictor_the_network_sees_the_published_size(name, size):
+    torch.manual_seed(0)
     predictor = DefaultPredictor(config(name, MODEL__YOLACT__SCORE_THRESH_TEST=0.0))
     shapes = record_input(predictor.model)
     image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)

@@ -21,7 +21,7 @@ from solo_d2.modeling.yolact.targets import (
 
 
 def literal_force_match(ious: torch.Tensor) -> list[int]:
-    """One object after the other, as in the published code."""
+    """One object after another, as in the published code."""
     ious, own = ious.clone(), [-1] * len(ious)
     for _ in range(len(ious)):
         value, anchor = ious.max(dim=1)
@@ -62,7 +62,7 @@ def test_every_object_has_an_anchor_and_labels_follow_the_iou(anchors, random_bo
     assert int(forced.sum()) <= n
     assert (labels[(best < 0.4) & ~forced] == 0).all()
     assert (labels[(best >= 0.4) & (best < 0.5) & ~forced] == -1).all()
-    # where nobody was forced, an anchor goes to its best object
+    # without a forced match, an anchor goes to its best object
     plain = positive & (best >= 0.5)
     own = ious[objects, torch.arange(len(anchors))]
     assert int((own[plain] < best[plain]).sum()) <= n
@@ -109,7 +109,7 @@ def test_crowds_leave_positives_alone(anchors, random_boxes):
 def test_masks_are_shrunk_without_antialiasing_and_more_than_half_is_set():
     masks = torch.zeros(2, 8, 8, dtype=torch.bool)
     masks[0, :4] = True
-    masks[1, 1, 1] = True  # of the four pixels under a sample only one
+    masks[1, 1, 1] = True  # only one of the four pixels under a sample
     small, smaller = shrink_masks(masks, (4, 4), (1, 2))
     assert small[0].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
     assert not small[1].any()

@@ -162,7 +162,6 @@ def test_a_finished_comparison_is_only_written_again(command, finished, monkeypa
     [
         (["SOLVER.MOMENTUM", "0.5"], "SOLVER.MOMENTUM was 0.9, now it is 0.5"),
         (["MODEL.NO_SUCH_KEY", "9"], "NO_SUCH_KEY"),
-        (["SEED"], "pairs"),
     ],
 )
 def test_a_command_that_does_not_fit_the_folder_is_refused(

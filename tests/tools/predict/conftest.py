@@ -1,4 +1,4 @@
-"""A model that finds the same in every image, and files to give to it."""
+"""A model that finds the same instances in every image, and files as its input."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from solo_d2.predictor import Predictor
 
 
 class TopLeftModel(torch.nn.Module):
-    """Finds two instances in any image: the top left quarter, class 1, and nearly nothing."""
+    """Finds two instances in any image: the top left quarter, class 1, and a tiny one."""
 
     scores = (0.8, 0.1)
 

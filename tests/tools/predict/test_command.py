@@ -1,4 +1,4 @@
-"""The command: what it writes, its messages and exit codes."""
+"""The command: its files, messages and exit codes."""
 
 import json
 from pathlib import Path
@@ -88,7 +88,7 @@ def files_of(folder):
 
 
 def error_of(capsys):
-    """The one line of ours: the log of an earlier test may complain that its output is closed."""
+    """Our only line: the log of an earlier test may complain that its output is closed."""
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     return line
 

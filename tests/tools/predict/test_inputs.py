@@ -1,4 +1,4 @@
-"""Which files an input stands for, and what their results are called."""
+"""The files that an input refers to, and the names of their results."""
 
 from pathlib import Path
 

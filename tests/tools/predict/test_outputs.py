@@ -1,4 +1,4 @@
-"""What is written for each format."""
+"""The files written for each format."""
 
 import json
 from pathlib import Path
@@ -136,7 +136,7 @@ def test_coco_data_set_loads_with_detectron2(tmp_path, make_predictor, save_imag
     records = load_coco_json(str(tmp_path / "out" / "annotations.json"), str(tmp_path / "in"))
     assert [Path(r["file_name"]).exists() for r in records] == [True, True]
     for record in records:
-        (annotation,) = record["annotations"]  # what scores less than 0.3 is left out
+        (annotation,) = record["annotations"]  # instances with scores below 0.3 are omitted
         assert annotation["bbox"] == [0, 0, 15, 10]
         masks = annotations_to_instances([annotation], (20, 30), "bitmask").gt_masks.tensor
         assert masks[0, :10, :15].all() and masks.sum() == 150
