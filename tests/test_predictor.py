@@ -267,7 +267,7 @@ def test_a_bare_checkpoint_finds_its_packaged_config(tmp_path):
     save("quick/solov2_shapes.yaml", "MODEL.SOLO.NUM_CLASSES", "2")
     predictor = load(file)
     assert predictor.names == ["a", "b"] and type(predictor.model).__name__ == "SOLOv2"
-    assert predictor._resize.short_edge_length == (128, 128)
+    assert predictor.resize.short_edge_length == (128, 128)
     save("quick/solov2_shapes.yaml", "MODEL.SOLO.NUM_CLASSES", "2", "MODEL.SOLO.CONV_DIM", "32")
     with pytest.raises(UserError, match=r"no config\.yaml beside .* It fits no packaged one"):
         load(file)
