@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from solo_d2.predictor import Result
 from .inputs import Source
 
 
-class Output:
+class Output(ABC):
     """Base class: receives the results of one source after another."""
 
     def __init__(self, folder: Path, score: float):
@@ -31,21 +32,21 @@ class Output:
         self.folder = folder
         self.score = score
 
+    @abstractmethod
     def add(self, source: Source, target: Path, result: Result) -> None:
         """Add an image's result. ``target``: a file name in ``folder`` for it."""
-        raise NotImplementedError
 
     def add_frame(self, source: Source, number: int, result: Result) -> None:
         """Add the result of a video's frame; ``number`` counts from 0."""
         self.add(source, Path(f"{source.name.as_posix()}#{number}"), result)
 
-    def start_video(self, target: Path, rate: float) -> None:
+    def start_video(self, target: Path, rate: float) -> None:  # noqa: B027
         """Start a video; the frames that follow belong to it."""
 
-    def end_video(self) -> None:
+    def end_video(self) -> None:  # noqa: B027
         """End the video."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Finish, after all results or after an error."""
 
 
