@@ -1,6 +1,5 @@
 """Decoupled SOLO and its light version (arXiv 1912.04488, section 5.1)."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -10,7 +9,7 @@ from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
 from .base import SOLOFamily
-from .head import CategoryHead, TowerSpec, head_options, init_output
+from .head import CategoryHead, HeadSpec, init_output
 
 
 class DecoupledSOLOOutputs(NamedTuple):
@@ -36,8 +35,8 @@ class DecoupledSOLO(SOLOFamily):
         options = super().from_config(cfg)
         shapes = options["backbone"].output_shape()
         head = DecoupledSOLOHead(
+            HeadSpec.from_config(cfg, shapes, options["num_classes"]),
             shared_tower=cfg.MODEL.DECOUPLED_SOLO.SHARED_TOWER,
-            **head_options(cfg, shapes, options["num_classes"]),
         )
         return {**options, "head": head}
 
@@ -88,42 +87,21 @@ class DecoupledSOLO(SOLOFamily):
 class DecoupledSOLOHead(CategoryHead):
     """Category tower on S x S grids; towers for columns and rows, or one for both (Light)."""
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        num_classes: int,
-        num_grids: Sequence[int],
-        tower: TowerSpec,
-        shared_tower: bool = False,
-        category_align: str = "interpolate",
-        coord_conv: bool = True,
-        prior_prob: float = 0.01,
-    ):
+    def __init__(self, spec: HeadSpec, *, shared_tower: bool = False):
         """
         Args:
-            in_channels, num_classes, num_grids, tower, category_align, coord_conv: see
-                ``CategoryHead``.
+            spec: see ``HeadSpec``.
             shared_tower: make the maps of columns and rows from the same features.
-            prior_prob: probability of each class, and of each pixel of a map, before training.
         """
-        super().__init__(
-            in_channels=in_channels,
-            num_classes=num_classes,
-            num_grids=num_grids,
-            tower=tower,
-            category_align=category_align,
-            coord_conv=coord_conv,
-            prior_prob=prior_prob,
-        )
-        coordinates = int(coord_conv)
+        super().__init__(spec)
+        coordinates = int(spec.coord_conv)
         if shared_tower:
-            self.mask_tower = tower.build(in_channels + 2 * coordinates)
+            self.mask_tower = spec.tower.build(spec.in_channels + 2 * coordinates)
         else:
-            self.x_tower = tower.build(in_channels + coordinates)
-            self.y_tower = tower.build(in_channels + coordinates)
+            self.x_tower = spec.tower.build(spec.in_channels + coordinates)
+            self.y_tower = spec.tower.build(spec.in_channels + coordinates)
         self.shared_tower = shared_tower
-        self.x_pred, self.y_pred = (self._output_convs(tower.conv_dim) for _ in "xy")
+        self.x_pred, self.y_pred = (self._output_convs(spec.tower.conv_dim) for _ in "xy")
 
     def _output_convs(self, in_channels: int) -> nn.ModuleList:
         return nn.ModuleList(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -57,47 +56,75 @@ class TowerSpec:
         return nn.Sequential(*convs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What the heads of the family have in common.
+
+    Args:
+        in_channels: channels of every level's feature.
+        num_classes, num_grids: C and S; the category output is (N, C, S, S) per level.
+        tower: the towers of the category branch and of the branch that masks are made from.
+        category_align: how a cell reads the feature, see ``align_to_grid``.
+        coord_conv: append coordinates to the input of the branch that masks are made from.
+        prior_prob: probability of each class before training; in SOLO and Decoupled SOLO of each
+            pixel of a map too.
+
+    Raises:
+        ValueError: an argument has an unsupported value.
+    """
+
+    in_channels: int
+    num_classes: int
+    num_grids: Sequence[int]
+    tower: TowerSpec
+    category_align: str = "interpolate"
+    coord_conv: bool = True
+    prior_prob: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_choice("category_align", self.category_align, tuple(ALIGNMENTS))
+        if not all(grid >= 1 for grid in self.num_grids):
+            raise ValueError(f"num_grids must all be at least 1, not {list(self.num_grids)}")
+        if not 0 < self.prior_prob < 1:
+            raise ValueError(f"prior_prob must be between 0 and 1, not {self.prior_prob!r}")
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec], num_classes: int
+    ) -> "HeadSpec":
+        solo = cfg.MODEL.SOLO
+        return cls(
+            in_channels=shared_channels(input_shape, solo.IN_FEATURES),
+            num_classes=num_classes,
+            num_grids=solo.NUM_GRIDS,
+            tower=TowerSpec(
+                num_convs=solo.NUM_CONVS,
+                conv_dim=solo.CONV_DIM,
+                deform=solo.DEFORM,
+                modulated=solo.DEFORM_MODULATED,
+            ),
+            category_align=solo.CATEGORY_ALIGN,
+            coord_conv=solo.COORD_CONV,
+            prior_prob=solo.PRIOR_PROB,
+        )
+
+
 class CategoryHead(nn.Module):
     """The category branch of the family: a tower and an output conv, shared by all levels.
 
     A subclass adds the branch that its masks are made from.
     """
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        num_classes: int,
-        num_grids: Sequence[int],
-        tower: TowerSpec,
-        category_align: str = "interpolate",
-        coord_conv: bool = True,
-        prior_prob: float = 0.01,
-    ):
-        """
-        Args:
-            in_channels: channels of every level's feature.
-            num_classes, num_grids: C and S; the output is (N, C, S, S) per level.
-            tower: the towers of the category branch and of the other branch.
-            category_align: how a cell reads the feature, see ``align_to_grid``.
-            coord_conv: append coordinates to the input of the other branch.
-            prior_prob: probability of each class before training.
-
-        Raises:
-            ValueError: an argument has an unsupported value.
-        """
+    def __init__(self, spec: HeadSpec):
         super().__init__()
-        check_choice("category_align", category_align, tuple(ALIGNMENTS))
-        if not all(grid >= 1 for grid in num_grids):
-            raise ValueError(f"num_grids must all be at least 1, not {list(num_grids)}")
-        if not 0 < prior_prob < 1:
-            raise ValueError(f"prior_prob must be between 0 and 1, not {prior_prob!r}")
-        self.num_grids = list(num_grids)
-        self.category_align = category_align
-        self.coord_conv = coord_conv
-        self.category_tower = tower.build(in_channels)
-        self.prior_bias = -math.log((1 - prior_prob) / prior_prob)
-        self.category_pred = output_conv(tower.conv_dim, num_classes, bias=self.prior_bias)
+        self.num_grids = list(spec.num_grids)
+        self.category_align = spec.category_align
+        self.coord_conv = spec.coord_conv
+        self.category_tower = spec.tower.build(spec.in_channels)
+        self.prior_bias = -math.log((1 - spec.prior_prob) / spec.prior_prob)
+        self.category_pred = output_conv(
+            spec.tower.conv_dim, spec.num_classes, bias=self.prior_bias
+        )
 
     def classify(self, levels: list[Tensor]) -> list[Tensor]:
         """Features (N, in_channels, h, w) -> category logits (N, C, S, S), per level."""
@@ -106,27 +133,6 @@ class CategoryHead(nn.Module):
             for feature, grid in zip(levels, self.num_grids)
         ]
         return [self.category_pred(self.category_tower(x)) for x in cells]
-
-
-def head_options(
-    cfg: CfgNode, input_shape: dict[str, ShapeSpec], num_classes: int
-) -> dict[str, Any]:
-    """Keyword arguments of ``CategoryHead`` from a config and the backbone's output shapes."""
-    solo = cfg.MODEL.SOLO
-    return {
-        "in_channels": shared_channels(input_shape, solo.IN_FEATURES),
-        "num_classes": num_classes,
-        "num_grids": solo.NUM_GRIDS,
-        "tower": TowerSpec(
-            num_convs=solo.NUM_CONVS,
-            conv_dim=solo.CONV_DIM,
-            deform=solo.DEFORM,
-            modulated=solo.DEFORM_MODULATED,
-        ),
-        "category_align": solo.CATEGORY_ALIGN,
-        "coord_conv": solo.COORD_CONV,
-        "prior_prob": solo.PRIOR_PROB,
-    }
 
 
 def conv_norm_relu(

@@ -1,6 +1,5 @@
 """SOLO: Segmenting Objects by Locations (arXiv 1912.04488)."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -10,7 +9,7 @@ from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
 from .base import SOLOFamily
-from .head import CategoryHead, TowerSpec, head_options, init_output
+from .head import CategoryHead, HeadSpec, init_output
 
 
 class SOLOOutputs(NamedTuple):
@@ -32,7 +31,7 @@ class SOLO(SOLOFamily):
     def from_config(cls, cfg) -> dict[str, Any]:
         options = super().from_config(cfg)
         shapes = options["backbone"].output_shape()
-        head = SOLOHead(**head_options(cfg, shapes, options["num_classes"]))
+        head = SOLOHead(HeadSpec.from_config(cfg, shapes, options["num_classes"]))
         return {**options, "head": head}
 
     def predict_levels(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOOutputs:
@@ -54,39 +53,15 @@ class SOLO(SOLOFamily):
 class SOLOHead(CategoryHead):
     """Category tower on S x S grids, mask tower on the feature maps, an output conv per level."""
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        num_classes: int,
-        num_grids: Sequence[int],
-        tower: TowerSpec,
-        category_align: str = "interpolate",
-        coord_conv: bool = True,
-        prior_prob: float = 0.01,
-    ):
-        """
-        Args:
-            in_channels, num_classes, num_grids, tower, category_align, coord_conv: see
-                ``CategoryHead``.
-            prior_prob: probability of each class, and of each mask pixel, before training.
-        """
-        super().__init__(
-            in_channels=in_channels,
-            num_classes=num_classes,
-            num_grids=num_grids,
-            tower=tower,
-            category_align=category_align,
-            coord_conv=coord_conv,
-            prior_prob=prior_prob,
-        )
-        self.axes = "xy" if coord_conv else ""
-        self.mask_tower = tower.build(in_channels + len(self.axes))
+    def __init__(self, spec: HeadSpec):
+        super().__init__(spec)
+        self.axes = "xy" if spec.coord_conv else ""
+        self.mask_tower = spec.tower.build(spec.in_channels + len(self.axes))
         self.mask_pred = nn.ModuleList(
             init_output(
-                UpsampledConv2d(tower.conv_dim, grid * grid, kernel_size=1), self.prior_bias
+                UpsampledConv2d(spec.tower.conv_dim, grid * grid, kernel_size=1), self.prior_bias
             )
-            for grid in num_grids
+            for grid in spec.num_grids
         )
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -16,9 +16,8 @@ from ..options import check_at_least, check_channels
 from .base import SOLOFamily
 from .head import (
     CategoryHead,
-    TowerSpec,
+    HeadSpec,
     conv_norm_relu,
-    head_options,
     output_conv,
     shared_channels,
 )
@@ -48,9 +47,9 @@ class SOLOv2(SOLOFamily):
         solov2 = cfg.MODEL.SOLOV2
         shapes = options["backbone"].output_shape()
         head = SOLOv2Head(
+            HeadSpec.from_config(cfg, shapes, options["num_classes"]),
             mask_dim=solov2.MASK_DIM,
             kernel_size=solov2.KERNEL_SIZE,
-            **head_options(cfg, shapes, options["num_classes"]),
         )
         mask_branch = MaskFeatureBranch(
             shapes,
@@ -95,45 +94,24 @@ class SOLOv2(SOLOFamily):
 class SOLOv2Head(CategoryHead):
     """Category and kernel towers on S x S grids (figure 2 of the paper)."""
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        num_classes: int,
-        num_grids: Sequence[int],
-        tower: TowerSpec,
-        mask_dim: int = 256,
-        kernel_size: int = 1,
-        category_align: str = "interpolate",
-        coord_conv: bool = True,
-        prior_prob: float = 0.01,
-    ):
+    def __init__(self, spec: HeadSpec, *, mask_dim: int = 256, kernel_size: int = 1):
         """
         Args:
-            in_channels, num_classes, num_grids, tower, category_align, coord_conv, prior_prob: see
-                ``CategoryHead``.
+            spec: see ``HeadSpec``.
             mask_dim: E, channels of the mask feature.
             kernel_size: side of the dynamic kernels, odd.
 
         Raises:
             ValueError: an argument has an unsupported value.
         """
-        super().__init__(
-            in_channels=in_channels,
-            num_classes=num_classes,
-            num_grids=num_grids,
-            tower=tower,
-            category_align=category_align,
-            coord_conv=coord_conv,
-            prior_prob=prior_prob,
-        )
+        super().__init__(spec)
         check_at_least(1, mask_dim=mask_dim)
         if kernel_size % 2 != 1:
             raise ValueError(f"kernel_size must be odd, not {kernel_size!r}")
         self.kernel_size = kernel_size
-        self.axes = "xy" if coord_conv else ""
-        self.kernel_tower = tower.build(in_channels + len(self.axes))
-        self.kernel_pred = output_conv(tower.conv_dim, mask_dim * kernel_size**2)
+        self.axes = "xy" if spec.coord_conv else ""
+        self.kernel_tower = spec.tower.build(spec.in_channels + len(self.axes))
+        self.kernel_pred = output_conv(spec.tower.conv_dim, mask_dim * kernel_size**2)
 
     def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """

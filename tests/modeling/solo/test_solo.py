@@ -17,7 +17,7 @@ from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.frozen_bn import FoldedConv2d
 from solo_d2.layers.resample import UpsampledConv2d
 from solo_d2.modeling.solo.decoupled_solo import DecoupledSOLOHead
-from solo_d2.modeling.solo.head import TowerSpec
+from solo_d2.modeling.solo.head import HeadSpec, TowerSpec
 from solo_d2.modeling.solo.solo import SOLOHead
 from solo_d2.modeling.solo.solov2 import MaskFeatureBranch, SOLOv2Head
 
@@ -46,18 +46,13 @@ def python_model(name: str, tower: dict | None = None, **options):
     torch.manual_seed(0)
     backbone = build_backbone(tiny_config())
     tower = TowerSpec(**{"num_convs": 1, "conv_dim": 64, **(tower or {})})
-    head_options = {
-        "in_channels": 32,
-        "num_classes": 3,
-        "num_grids": [12, 10, 8, 6, 4],
-        "tower": tower,
-    }
+    spec = HeadSpec(in_channels=32, num_classes=3, num_grids=[12, 10, 8, 6, 4], tower=tower)
     if name == "SOLOv2":
-        head = SOLOv2Head(mask_dim=64, **head_options)
+        head = SOLOv2Head(spec, mask_dim=64)
         shapes = backbone.output_shape()
         options["mask_branch"] = MaskFeatureBranch(shapes, conv_dim=64, out_dim=64, norm=tower.norm)
     else:
-        head = {"SOLO": SOLOHead, "DecoupledSOLO": DecoupledSOLOHead}[name](**head_options)
+        head = {"SOLO": SOLOHead, "DecoupledSOLO": DecoupledSOLOHead}[name](spec)
     arguments = {
         "pixel_mean": [103.53, 116.28, 123.675],
         "pixel_std": [1.0, 1.0, 1.0],
