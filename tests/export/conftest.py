@@ -4,20 +4,18 @@ import re
 from collections.abc import Callable
 
 import pytest
+import tiny_models
 import torch
 from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from torch import nn
 
-from solo_d2.config import load_config
 from solo_d2.export.check import raw_instances
 from solo_d2.export.files import build_graph, describe
 from solo_d2.export.graph import Graph
 from solo_d2.export.metadata import Metadata
-from solo_d2.modeling.num_classes import num_classes_keys
 
-NUM_CLASSES = 3
 CHANNELS = 32  # GroupNorm has 32 groups
 
 
@@ -123,20 +121,11 @@ SETTINGS = {
 
 def tiny_config(name: str, **options):
     """Its config; options have "__" for "."."""
-    cfg = load_config()
-    settings = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.MASK_ON": True,
+    pyramid = {
         "MODEL.BACKBONE.NAME": "build_tiny_pyramid",
         "MODEL.PIXEL_STD": [58.0, 57.0, 57.0],
-        **SETTINGS[name],
-        **{key.replace("__", "."): value for key, value in options.items()},
     }
-    cfg.merge_from_list([x for item in settings.items() for x in item])
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    for key in num_classes_keys(cfg):
-        cfg.merge_from_list([key, NUM_CLASSES])
-    return cfg
+    return tiny_models.tiny_config({**pyramid, **SETTINGS[name]}, **options)
 
 
 def tiny_model(name: str, **options) -> nn.Module:
