@@ -29,11 +29,7 @@ class AdaptISEncoder(Graph):
         return {
             "stride": model.stride,
             "mask_threshold": model.mask_threshold,
-            "flip": model.flip,
-            "flip_original": model.flip_original,
-            "proposal_selection": asdict(model.proposal_selection),
-            "random_selection": asdict(model.random_selection),
-            "assembler": asdict(model.assembler),
+            "inference": asdict(model.options),
         }
 
     def forward(self, image: Tensor, image_size: Tensor) -> tuple[Tensor, ...]:
@@ -48,10 +44,10 @@ class AdaptISEncoder(Graph):
             squared probabilities of proposals (1, H, W).
         """
         model = self.model
-        feature = model.fuse(model.backbone(self.normalized(image)))
+        feature = model.feature_map(model.backbone(self.normalized(image)))
         map_size = (feature.shape[-2], feature.shape[-1])
         valid = valid_cells(image_size[None], map_size, 1 / model.stride)
-        _, control, selection, _ = model.embedding_of(feature, valid)
+        control, selection, _ = model.embedding_of(feature, valid)
         semantic, proposals = model.maps(feature, (image.shape[-2], image.shape[-1]))
         results = (control, selection, valid, semantic)
         return results if proposals is None else (*results, proposals)
@@ -77,4 +73,4 @@ class AdaptISDecoder(Graph):
         Returns:
             (P, 1, h, w) mask logits.
         """
-        return self.model.decode(ImageEmbedding(None, control, selection, cells), points)
+        return self.model.decode(ImageEmbedding(control, selection, cells), points)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from solo_d2.errors import UserError, one_line
 from solo_d2.modeling.adaptis import ObjectFinder
 from solo_d2.modeling.adaptis.automatic import ProposalSelection, RandomSelection
-from solo_d2.modeling.adaptis.embedded import EncodedImages, ImageEmbedding
+from solo_d2.modeling.adaptis.embedded import ImageEmbedding
+from solo_d2.modeling.adaptis.finder import EncodedImage, InferenceOptions, output_size
 from solo_d2.modeling.adaptis.panoptic import PanopticAssembler
 from solo_d2.modeling.yolact.inference import YOLACTDetector
 from solo_d2.postprocessing import postprocess
@@ -177,20 +178,24 @@ class ExportedAdaptIS(ExportedModel, ObjectFinder):
         options = metadata.options
         self.stride = options["stride"]
         self.mask_threshold = options["mask_threshold"]
-        self.flip, self.flip_original = options["flip"], options["flip_original"]
-        self.proposal_selection = ProposalSelection(**options["proposal_selection"])
-        self.random_selection = RandomSelection(**options["random_selection"])
-        self.assembler = PanopticAssembler(**options["assembler"])
+        inference = dict(options["inference"])
+        for name, part in (
+            ("proposals", ProposalSelection),
+            ("random", RandomSelection),
+            ("assembler", PanopticAssembler),
+        ):
+            inference[name] = part(**inference[name])
+        self.options = InferenceOptions(**inference)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         (inputs,) = batched_inputs
         image = inputs["image"]
         return ImageList(self.pad(image), [(image.shape[-2], image.shape[-1])])
 
-    def encode(self, images: Tensor, image_sizes: list[tuple[int, int]]) -> EncodedImages:
-        found = self.run({"image": images, "image_size": torch.tensor(image_sizes[0])})
-        embedding = ImageEmbedding(None, found["control"], found["selection"], found["cells"])
-        return EncodedImages(embedding, found["semantic"], found.get("proposals"))
+    def encode(self, image: Tensor, image_size: tuple[int, int]) -> EncodedImage:
+        found = self.run({"image": image, "image_size": torch.tensor(image_size)})
+        embedding = ImageEmbedding(found["control"], found["selection"], found["cells"])
+        return EncodedImage(embedding, found["semantic"], found.get("proposals"))
 
     def decode(self, embedding: ImageEmbedding, points: Tensor) -> Tensor:
         inputs = {
@@ -202,13 +207,10 @@ class ExportedAdaptIS(ExportedModel, ObjectFinder):
         return self.decoder(inputs)["logits"]
 
     def predict(self, inputs: dict) -> dict[str, Any]:
-        image = self.embed_image(inputs["image"])
-        height = inputs.get("height", image.size[0])
-        width = inputs.get("width", image.size[1])
         if "points" in inputs:
-            probs = image.prompt(inputs["points"], height, width)
-            return {"instances": self.describe(image, probs)}
-        return self.assembler(self.find(image), (height, width), image.padded_size).output()
+            return self.prompt(inputs)
+        image = self.embed_image(inputs["image"])
+        return self.options.assembler(self.find(image), output_size(inputs), image.padded_size)
 
 
 def open_exported(path: str | Path, *, allow_pickle: bool = False) -> ExportedModel:

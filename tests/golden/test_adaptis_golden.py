@@ -13,7 +13,7 @@ from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
 from solo_d2.config import load_config
 from solo_d2.layers.points import read_at_points
 from solo_d2.modeling.adaptis import AdaptIS
-from solo_d2.modeling.adaptis.automatic import ProposalSelection, proposal_map
+from solo_d2.modeling.adaptis.automatic import ProposalSelection
 from solo_d2.modeling.adaptis.panoptic import PanopticAssembler
 
 pytestmark = pytest.mark.golden
@@ -110,20 +110,23 @@ def scenes(golden) -> list[str]:
 
 
 def embed(model: AdaptIS, inputs: list[dict]):
+    """(feature map, embedding)"""
     images = model.preprocess_image(inputs)
+    feature = model.feature_map(model.backbone(images.tensor))
     size = tuple(images.tensor.shape[-2:])
-    return model.embed(model.backbone(images.tensor), images.image_sizes, size)
+    return feature, model.embed(feature, images.image_sizes, size)
 
 
 # ---- forward
 
 
 @pytest.fixture(scope="module")
+@torch.no_grad()
 def embeddings(golden, model):
-    """scene -> (embedding, points (1, P, 2))."""
+    """scene -> (feature map, embedding, points (1, P, 2))."""
     return {
         name: (
-            model.embed_image(image_of(golden[f"{name}_image"])).views[0],
+            *embed(model, [{"image": image_of(golden[f"{name}_image"])}]),
             golden[f"{name}_points"][None],
         )
         for name in scenes(golden)
@@ -131,8 +134,8 @@ def embeddings(golden, model):
 
 
 def test_features_are_the_originals(golden, embeddings):
-    for name, (embedding, _) in embeddings.items():
-        feature = embedding.feature[0]
+    for name, (features, _, _) in embeddings.items():
+        feature = features[0]
         check(feature[:, 2::8, 2::8], golden[f"{name}_features_sub"])
         check(feature.flatten(1).mean(1), golden[f"{name}_features_mean"])
         check(feature.flatten(1).std(1), golden[f"{name}_features_std"])
@@ -140,19 +143,19 @@ def test_features_are_the_originals(golden, embeddings):
 
 @torch.no_grad()
 def test_control_vectors_are_the_originals(golden, model, embeddings):
-    for name, (embedding, points) in embeddings.items():
+    for name, (_, embedding, points) in embeddings.items():
         vectors = model.controller(embedding.control, points, 1 / model.stride)
         check(vectors, golden[f"{name}_controller_w"])
 
 
 @torch.no_grad()
 def test_logits_are_the_originals(golden, model, embeddings):
-    for name, (embedding, points) in embeddings.items():
+    for name, (feature, embedding, points) in embeddings.items():
         expected = golden[f"{name}_instances"]
         logits = model.decode(embedding, points)[: len(expected), 0]
         check(logits, expected)
-        check(model.semantic_head(embedding.feature)[0], golden[f"{name}_semantic"])
-        proposals = model.proposal_head(embedding.feature)
+        check(model.semantic_head(feature)[0], golden[f"{name}_semantic"])
+        proposals = model.proposal_head(feature)
         check(proposals[0, 0], golden[f"{name}_proposals_map_logits"])
         at_points = read_at_points(proposals, points, 1 / model.stride)
         check(at_points, golden[f"{name}_proposals"])
@@ -174,10 +177,10 @@ def test_point_prompts_of_a_scene_are_its_logits(golden, model):
 @torch.no_grad()
 def test_a_batch_of_images_is_the_originals(golden, model):
     images = [{"image": image_of(image)} for image in golden["batch_images"]]
-    embedding = embed(model, images)
+    feature, embedding = embed(model, images)
     points = golden["batch_points"]
     check(model.decode(embedding, points)[:, 0], golden["batch_instances"])
-    at_points = read_at_points(model.proposal_head(embedding.feature), points, 1 / model.stride)
+    at_points = read_at_points(model.proposal_head(feature), points, 1 / model.stride)
     check(at_points, golden["batch_proposals"])
 
 
@@ -191,23 +194,17 @@ def automatic(golden, build):
     assert golden.meta["auto_cases"]
     image = {"image": image_of(golden["scene0_image"])}
     model = build("proposals")
-    # the file was made with the original's mirrored points
-    model.flip_original = True
     for k, case in enumerate(golden.meta["auto_cases"]):
         options = {PARAMETERS[name]: value for name, value in case["params"].items()}
-        model.proposal_selection = selection = ProposalSelection(**options)
-        model.flip = case["use_flip"]
+        selection = ProposalSelection(**options)
+        # the file was made with the original's mirrored points
+        model.options = replace(
+            model.options, proposals=selection, flip=case["use_flip"], flip_original=True
+        )
         embedded = model.embed_image(image["image"])
         proposals, semantic = embedded.proposals, embedded.semantic
-        things = semantic[1:]
         occupied = torch.zeros(proposals.shape, dtype=torch.bool)
-        values = proposal_map(
-            proposals,
-            things,
-            occupied,
-            min_things_prob=selection.min_things_prob,
-            blur=selection.blur,
-        )
+        values = selection.search_map(proposals, semantic[1:], occupied)
         # all of them, as recorded
         candidates = replace(selection, max_candidates=10**6).candidates(values)
         images = model.preprocess_image([image])
@@ -396,10 +393,11 @@ def test_labels_of_the_second_stage_are_the_originals(golden, build, second_stag
     images = model.preprocess_image(inputs)
     ground_truth = model.prepare_ground_truth(inputs, images)
     with torch.no_grad():
-        embedding = embed(model, inputs)
+        feature, embedding = embed(model, inputs)
         points, masks = model.point_targets(ground_truth)
         logits = model.decode(embedding, points)[:, 0]
-        targets, _ = model.proposal_criterion.targets_of(logits.sigmoid(), masks, points)
-        at_points = read_at_points(model.proposal_head(embedding.feature), points)
+        count = points.shape[1]
+        targets, _ = model.proposal_criterion.targets_of(logits.sigmoid(), masks, count)
+        at_points = read_at_points(model.proposal_head(feature), points)
     check(targets, golden[f"{prefix}_labels"])
     check(at_points, golden[f"{prefix}_proposals"])

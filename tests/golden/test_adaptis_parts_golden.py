@@ -1,6 +1,7 @@
 """The pieces of AdaptIS against the original functions."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from solo_d2.layers.adain import AdaIN
 from solo_d2.layers.points import read_at_points, relative_coordinates
-from solo_d2.modeling.adaptis.automatic import find_peaks, proposal_map, select_greedily
+from solo_d2.modeling.adaptis.automatic import ProposalSelection, find_peaks
 from solo_d2.modeling.adaptis.criterion import (
     AdaptiveThreshold,
     mask_iou,
@@ -18,13 +19,7 @@ from solo_d2.modeling.adaptis.criterion import (
     normalized_focal_loss_softmax,
     proposal_loss,
 )
-from solo_d2.modeling.adaptis.head import (
-    DenseHead,
-    MapController,
-    SelectionHead,
-    VectorController,
-    resize_corners,
-)
+from solo_d2.modeling.adaptis.head import Controller, DenseHead, SelectionHead, resize_corners
 from solo_d2.modeling.adaptis.panoptic import PanopticAssembler, vote
 from solo_d2.modeling.adaptis.targets import dual_targets, score_targets, top20_targets
 
@@ -284,7 +279,7 @@ def check_statistics(golden, module: nn.Module, name: str) -> None:
 def test_map_controller_is_the_originals(golden):
     weights = our_names(weights_of(golden, "ctrlconv"))
     dim, channels = weights["layers.0.weight"].shape[:2]
-    controller = load(MapController(channels, dim, norm="BN"), weights)
+    controller = load(Controller(channels, dim, variant="toy"), weights)
     check(controller.prepare(golden["head_feat"]), golden["ctrlconv_eval"])
     controller.train()
     check(controller.prepare(golden["head_feat"]), golden["ctrlconv_train"])
@@ -295,7 +290,7 @@ def test_map_controller_is_the_originals(golden):
 def test_vector_controller_is_the_originals(golden):
     weights = our_names(weights_of(golden, "ctrlfc"))
     dim, channels = weights["layers.0.weight"].shape
-    controller = load(VectorController(channels, dim), weights)
+    controller = load(Controller(channels, dim, variant="cityscapes"), weights)
     check(controller.layers(golden["ctrlfc_in"]), golden["ctrlfc_eval"])
     controller.train()
     check(controller.layers(golden["ctrlfc_in"]), golden["ctrlfc_train"])
@@ -332,11 +327,8 @@ def test_toy_selection_head_is_the_originals(golden):
     weights = toy_weights(all_weights)
     control = our_names({k: v for k, v in all_weights.items() if k.startswith("controller.")})
     dim, channels = control["layers.0.weight"].shape[:2]
-    controller = load(MapController(channels, dim, norm="BN"), control)
-    head = load(
-        SelectionHead(channels, dim, norm_radius=9.0, rescale=(0.2, -1.7)),
-        weights,
-    )
+    controller = load(Controller(channels, dim, variant="toy"), control)
+    head = load(SelectionHead(channels, dim, norm_radius=9.0), weights)
     feature, points = golden["head_feat"], golden["head_points"]
 
     def run() -> torch.Tensor:
@@ -399,16 +391,17 @@ def test_stride_4_selection_head_is_the_port(golden, city, formula):
         }
     )
     dim, channels = control["layers.0.weight"].shape
-    controller = load(VectorController(channels, dim), control)
+    controller = load(Controller(channels, dim, variant="cityscapes"), control)
     up0 = golden["city_inst_mx_up0"]
     stride = up0.shape[-1] // feature.shape[-1]
     vectors = controller(controller.prepare(feature), points, 1 / stride)
     check(vectors, golden["city_w"], "city")
-    options = {"adain_eps": 0.0, "adain_bias_plus_one": False} if formula == "mx" else {}
     head = SelectionHead(
-        channels, dim, variant="cityscapes", norm_radius=280.0, rescale=(1.0, 0.0), **options
+        channels, dim, variant="cityscapes", norm_radius=280.0, bias_plus_one=formula == "pt"
     )
     load(head, city_weights(city, "adaptis_head"))
+    if formula == "mx":
+        head.adain[0].eps = 1e-12  # the original has none
     logits = head(head.prepare(feature), points, vectors, 1 / stride)
     check(logits, golden[f"city_inst_{formula}"], "city")
     if formula == "mx":
@@ -464,17 +457,17 @@ class CannedNetwork:
         return masks
 
 
-# parameter of a case -> (function, keyword), with the default of the published code
+# parameter of a case -> option of ``ProposalSelection``, which has the published code's defaults
 PARAMETERS = {
-    "thresh1": ("greedy", "mask_threshold", 0.4),
-    "thresh2": ("greedy", "max_occupied", 0.4),
-    "max_iters": ("peaks", "max_peaks", 500),
-    "cut_radius": ("greedy", "cut_radius", 0),
-    "ithresh": ("map", "min_things_prob", 0.6),
-    "fl_blur": ("map", "blur", 5),
-    "fl_prob": ("peaks", "min_value", 0.35),
-    "fl_eps": ("peaks", "eps", 0.003),
-    "fl_step": ("peaks", "step", 0.025),
+    "thresh1": "mask_threshold",
+    "thresh2": "max_occupied",
+    "max_iters": "max_candidates",
+    "cut_radius": "cut_radius",
+    "ithresh": "min_things_prob",
+    "fl_blur": "blur",
+    "fl_prob": "min_value",
+    "fl_eps": "eps",
+    "fl_step": "step",
 }
 
 
@@ -482,26 +475,25 @@ def test_automatic_mode_on_canned_outputs_is_the_originals(golden):
     assert golden.meta["greedy_cases"]
     for k, case in enumerate(golden.meta["greedy_cases"]):
         prefix = f"greedy{k}"
-        options = {"greedy": {}, "map": {}, "peaks": {}}
-        for name, (group, keyword, default) in PARAMETERS.items():
-            options[group][keyword] = case["params"].get(name, default)
+        options = {PARAMETERS[name]: value for name, value in case["params"].items()}
+        selection = ProposalSelection(**options)
         things, stuff = golden[f"{prefix}_things_prob"], golden[f"{prefix}_stuff_prob"]
         ignored = torch.zeros(things.shape[-2:], dtype=torch.bool)
         if f"{prefix}_ignore_mask" in golden:
             ignored = golden[f"{prefix}_ignore_mask"].bool()
 
-        values = proposal_map(golden[f"{prefix}_proposals_map"], things, ignored, **options["map"])
+        values = selection.search_map(golden[f"{prefix}_proposals_map"], things, ignored)
         check(torch.from_numpy(values), golden[f"{prefix}_pmap_blurred"])
-        max_peaks = options["peaks"].pop("max_peaks")
-        candidates = find_peaks(values, **options["peaks"])[0]
+        # all of them, as recorded
+        candidates = replace(selection, max_candidates=10**6).candidates(values)
         assert np.array_equal(candidates, golden[f"{prefix}_candidates"].numpy()), k
-        candidates = candidates[:max_peaks]
 
         network = CannedNetwork(golden, prefix)
-        masks = select_greedily(candidates, network, ignored, batch_size=1, **options["greedy"])
+        candidates = candidates[: selection.max_candidates]
+        masks = selection.select(candidates, network, ignored, batch_size=1)
         assert network.asked == case["n_masks_requested"], k
         accepted = network.masks[golden[f"{prefix}_accepted"].long()].float() / 256
-        if options["greedy"]["cut_radius"] == 0:
+        if selection.cut_radius == 0:
             assert torch.equal(masks, accepted), k
         else:
             assert len(masks) == len(accepted), k
@@ -515,8 +507,7 @@ def test_automatic_mode_on_canned_outputs_is_the_originals(golden):
         expected = golden[f"{prefix}_instances_mask"]
         assert torch.equal(segmentation.ids, expected.int()), k
         assert torch.equal(segmentation.semantic, golden[f"{prefix}_semantic"].long()), k
-        threshold = options["greedy"]["mask_threshold"]
-        classes, scores = vote(masks, things, mask_threshold=threshold)
+        classes, scores = vote(masks, things, mask_threshold=selection.mask_threshold)
         expected = golden[f"{prefix}_instance_class"].long()
         assert torch.equal(classes + case["n_stuff"], expected), k
 

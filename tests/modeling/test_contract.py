@@ -56,9 +56,13 @@ def excite_adaptis(model):
         model.semantic_head.predictor.bias[1] += 1.0
     model.selection_head.rescale = (3.0, 1.0)
     low = {"mask_threshold": 0.5, "max_occupied": 0.99, "min_things_prob": 0.1, "min_value": 0.01}
-    model.proposal_selection = replace(model.proposal_selection, **low)
-    model.random_selection = replace(model.random_selection, min_things_prob=0.1, min_free=0.05)
-    model.assembler = replace(model.assembler, stuff_prob_mult=0.5)
+    options = model.options
+    model.options = replace(
+        options,
+        proposals=replace(options.proposals, **low),
+        random=replace(options.random, min_things_prob=0.1, min_free=0.05),
+        assembler=replace(options.assembler, stuff_prob_mult=0.5),
+    )
 
 
 SOLO_LOSSES = {"loss_category", "loss_mask"}

@@ -1,12 +1,12 @@
 """Finding objects without a user: which points to decode and which masks to keep.
 
 Points are (row, column) in pixels of the network's input without padding, which has size (H, W).
-Soft masks (M, h, w) have the size of the feature map, which covers the padding too; ``Decoder``
-enlarges them to (M, H, W).
+Soft masks (M, h, w) have the size of the feature map, which covers the padding too;
+``EmbeddedImage.enlarge`` brings them to (M, H, W). Masks are chosen on the CPU, so that a GPU is
+waited for once per batch of points.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -15,31 +15,15 @@ from torch import Tensor
 
 from solo_d2.layers.masks import CHUNK_BYTES
 
+from ..options import check_at_least, check_fractions
+from .embedded import EmbeddedImage
+
 # Smaller masks are not accepted.
 _MIN_MASK_AREA = 10
 # Pixels above this probability count for the score of a mask from a random point.
 _FOREGROUND = 0.2
 # Size of the masks decoded at once on the CPU; the fastest one measured.
 _CPU_BATCH_BYTES = 512 * 1024
-
-
-class Decoder(Protocol):
-    """The network for one image, for example an ``EmbeddedImage``."""
-
-    @property
-    def stride(self) -> int:
-        """Stride of the feature map."""
-
-    def soft_masks(self, points: Tensor) -> Tensor:
-        """Points (M, 2) float32 -> (M, h, w)."""
-
-    def enlarge(self, masks: Tensor) -> Tensor:
-        """(M, h, w) -> (M, H, W)."""
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be within 0 and 1, not {value}")
 
 
 @dataclass(frozen=True)
@@ -57,55 +41,109 @@ class ProposalSelection:
     # Lowest probability of a thing class, and lowest proposal value, at a candidate.
     min_things_prob: float = 0.6
     min_value: float = 0.35
-    # Side of the box blur of the proposal map; up to 1: none.
+    # Side of the box blur of the proposal map, in pixels; up to 1: none.
     blur: int = 5
     # See ``find_peaks``.
     eps: float = 0.003
     step: float = 0.025
-    flood: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_occupied", "min_things_prob", "min_value"):
-            _check_share(name, getattr(self, name))
-        for name in ("cut_radius", "max_candidates", "blur"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        check_fractions(
+            max_occupied=self.max_occupied,
+            min_things_prob=self.min_things_prob,
+            min_value=self.min_value,
+        )
+        check_at_least(
+            0, cut_radius=self.cut_radius, max_candidates=self.max_candidates, blur=self.blur
+        )
         if self.step <= 0:
             raise ValueError(f"step must be positive, not {self.step}")
 
-    def candidates(self, values: np.ndarray) -> np.ndarray:
-        """(K, 2) rows and columns, best first, in a map (H, W) of ``proposal_map``."""
-        return find_peaks(
-            values,
-            min_value=self.min_value,
-            eps=self.eps,
-            step=self.step,
-            flood=self.flood,
-            max_peaks=self.max_candidates,
-        )[0]
-
-    def __call__(self, proposals: Tensor, things: Tensor, decoder: Decoder) -> Tensor:
+    def __call__(self, proposals: Tensor, things: Tensor, image: EmbeddedImage) -> Tensor:
         """
         Args:
             proposals: (H, W) squared probabilities of the proposal head.
             things: (T, H, W) probabilities of the thing classes.
-            decoder: decoder of the image.
+            image: decodes the points.
 
         Returns:
             (M, h, w) soft masks, in the order in which they were accepted.
         """
         occupied = torch.zeros_like(proposals, dtype=torch.bool)
-        values = proposal_map(
-            proposals, things, occupied, min_things_prob=self.min_things_prob, blur=self.blur
-        )
-        return select_greedily(
-            self.candidates(values),
-            decoder,
-            occupied,
-            mask_threshold=self.mask_threshold,
-            max_occupied=self.max_occupied,
-            cut_radius=self.cut_radius,
-        )
+        values = self.search_map(proposals, things, occupied)
+        return self.select(self.candidates(values), image, occupied)
+
+    def search_map(self, proposals: Tensor, things: Tensor, occupied: Tensor) -> np.ndarray:
+        """(H, W) float32 that is searched for candidates.
+
+        Args:
+            proposals, things: see ``__call__``.
+            occupied: (H, W) bool, pixels without candidates.
+        """
+        likely = (things * ~occupied).amax(dim=0) >= self.min_things_prob
+        values = torch.where(likely, proposals, 0).float().cpu().numpy()
+        return cv2.blur(values, (self.blur, self.blur)) if self.blur > 1 else values
+
+    def candidates(self, values: np.ndarray) -> np.ndarray:
+        """(K, 2) rows and columns, best first, in a result of ``search_map``."""
+        return find_peaks(
+            values,
+            min_value=self.min_value,
+            eps=self.eps,
+            step=self.step,
+            max_peaks=self.max_candidates,
+        )[0]
+
+    def select(
+        self,
+        candidates: np.ndarray,
+        image: EmbeddedImage,
+        occupied: Tensor,
+        *,
+        batch_size: int | None = None,
+    ) -> Tensor:
+        """Masks of candidates, in order, that do not lie on earlier ones.
+
+        A candidate is skipped if its pixel is already occupied. Masks are decoded in batches before
+        the decisions; the result is the same as when each candidate is decided on before the next
+        is decoded.
+
+        Args:
+            candidates: (K, 2) rows and columns.
+            image: decodes the points.
+            occupied: (H, W) bool, pixels that are occupied from the start.
+            batch_size: number of candidates decoded at once; by default it depends on the size.
+
+        Returns:
+            (M, h, w) soft masks.
+        """
+        if batch_size is None:
+            # A larger batch decodes more masks that turn out to be occupied, which costs time on
+            # the CPU; a smaller one waits more often for a GPU.
+            budget = _CPU_BATCH_BYTES if occupied.device.type == "cpu" else CHUNK_BYTES
+            batch_size = max(1, budget // (4 * occupied.numel()))
+        taken = occupied.cpu().numpy().copy()
+        free = candidates
+        accepted: list[Tensor] = []
+        while True:
+            free = free[~taken[free[:, 0], free[:, 1]]]
+            batch, free = free[:batch_size], free[batch_size:]
+            if len(batch) == 0 and accepted:
+                return torch.cat(accepted)
+            points = torch.from_numpy(batch).float()
+            masks = image.soft_masks(points)
+            if self.cut_radius > 0:
+                masks = _cut(masks, points, self.cut_radius, image.stride)
+            binary = (image.enlarge(masks) > self.mask_threshold).cpu().numpy()
+            areas = np.count_nonzero(binary, axis=(1, 2))
+            kept = []
+            for number, ((row, column), mask, area) in enumerate(zip(batch, binary, areas)):
+                if taken[row, column] or area < _MIN_MASK_AREA:
+                    continue
+                if np.count_nonzero(mask & taken) / area < self.max_occupied:
+                    taken |= mask
+                    kept.append(number)
+            accepted.append(masks[kept])
 
 
 @dataclass(frozen=True)
@@ -123,67 +161,39 @@ class RandomSelection:
     num_candidates: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("min_free", "min_things_prob"):
-            _check_share(name, getattr(self, name))
-        for name in ("num_rounds", "num_candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_fractions(min_free=self.min_free, min_things_prob=self.min_things_prob)
+        check_at_least(1, num_rounds=self.num_rounds, num_candidates=self.num_candidates)
 
     def __call__(
-        self, things: Tensor, decoder: Decoder, generator: torch.Generator | None = None
+        self, things: Tensor, image: EmbeddedImage, generator: torch.Generator | None = None
     ) -> Tensor:
         """
         Args:
             things: (T, H, W) probabilities of the thing classes.
-            decoder: decoder of the image.
+            image: decodes the points.
             generator: a CPU generator.
 
         Returns:
             (M, H, W) soft masks: 0 up to the threshold, on earlier masks, and on background.
         """
-        free = things.amax(dim=0) >= self.min_things_prob
+        free = (things.amax(dim=0) >= self.min_things_prob).cpu().numpy()
         accepted = [things.new_zeros((0, *free.shape))]
         for _ in range(self.num_rounds):
-            pixels = free.nonzero()
+            pixels = np.flatnonzero(free)
             if len(pixels) == 0:
                 break
             chosen = torch.randperm(len(pixels), generator=generator)[: self.num_candidates]
-            points = pixels[chosen.to(pixels.device)].float()
-            masks = decoder.enlarge(decoder.soft_masks(points))
-            mask = masks[_certainty(masks).argmax()]
-            binary = mask > self.mask_threshold
-            area, unknown = torch.stack([binary.sum(), (binary & free).sum()]).tolist()
+            points = np.stack(np.unravel_index(pixels[chosen.numpy()], free.shape), axis=1)
+            masks = image.enlarge(image.soft_masks(torch.from_numpy(points).float()))
+            mask = masks.index_select(0, _certainty(masks).argmax()[None])
+            binary = (mask > self.mask_threshold)[0].cpu().numpy()
+            area = np.count_nonzero(binary)
             # the published code divides by the area even if it is 0
-            if area == 0 or unknown / area < self.min_free:
+            if area == 0 or np.count_nonzero(binary & free) / area < self.min_free:
                 continue
-            accepted.append((mask * (binary & free))[None])
-            free = free & ~binary
+            accepted.append(mask * torch.from_numpy(binary & free).to(mask.device))
+            free &= ~binary
         return torch.cat(accepted)
-
-
-def proposal_map(
-    proposals: Tensor,
-    things: Tensor,
-    occupied: Tensor,
-    *,
-    min_things_prob: float = 0.6,
-    blur: int = 5,
-) -> np.ndarray:
-    """The map that is searched for candidates.
-
-    Args:
-        proposals: (H, W) squared probabilities of the proposal head.
-        things: (T, H, W) probabilities of the thing classes.
-        occupied: (H, W) bool, pixels to exclude.
-        min_things_prob: lowest probability of a thing class at a candidate.
-        blur: side of a box blur; up to 1: none.
-
-    Returns:
-        (H, W) float32.
-    """
-    likely = (things * ~occupied).amax(dim=0) >= min_things_prob
-    values = torch.where(likely, proposals, 0).float().cpu().numpy()
-    return cv2.blur(values, (blur, blur)) if blur > 1 else values
 
 
 def find_peaks(
@@ -192,7 +202,6 @@ def find_peaks(
     min_value: float,
     eps: float = 0.003,
     step: float = 0.025,
-    flood: bool = True,
     max_peaks: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Local maxima, best first, without those on the slope of a better one.
@@ -207,12 +216,11 @@ def find_peaks(
         min_value: lower limit on a peak and on each of its neighbors.
         eps: a flood climbs less than this in one step.
         step: distance between levels.
-        flood: False keeps every local maximum, faster.
         max_peaks: stop after this many.
 
     Returns:
         (K, 2) int64 rows and columns, and (H, W) int64 the index of the peak that flooded each
-        pixel, -1 where none did (without ``flood``, everywhere except at the peaks).
+        pixel, -1 where none did.
     """
     h, w = values.shape
     # a border that is never higher, never too low and never flooded
@@ -231,25 +239,19 @@ def find_peaks(
     labels[1:-1, 1:-1] = -1
     flat_labels, flat_values = labels.reshape(-1), padded.reshape(-1)
     offsets = np.array([(y - 1) * (w + 2) + x - 1 for y, x in shifts])
-    visited = np.empty(flat_labels.shape, dtype=np.int64)
     peaks: list[tuple[int, int]] = []
     for row, column in zip(rows[order].tolist(), columns[order].tolist()):
         if labels[row + 1, column + 1] != -1:
             continue
         if max_peaks is not None and len(peaks) >= max_peaks:
             break
-        labels[row + 1, column + 1] = len(peaks)
-        if flood:
-            front = np.array([(row + 1) * (w + 2) + column + 1])
-            while len(front):
-                around = front[:, None] + offsets
-                climb = flat_values[front, None] + np.float32(eps) > flat_values[around]
-                front = around[climb & (flat_labels[around] == -1)]
-                flat_labels[front] = len(peaks)
-                # keep each pixel once: the last of equal writes wins
-                index = np.arange(len(front))
-                visited[front] = index
-                front = front[visited[front] == index]
+        front = np.array([(row + 1) * (w + 2) + column + 1])
+        flat_labels[front] = len(peaks)
+        while len(front):
+            around = front[:, None] + offsets
+            climb = flat_values[front, None] + np.float32(eps) > flat_values[around]
+            front = np.unique(around[climb & (flat_labels[around] == -1)])
+            flat_labels[front] = len(peaks)
         peaks.append((row, column))
     found = np.array(peaks, dtype=np.int64).reshape(-1, 2)
     return found, labels[1:-1, 1:-1].copy()
@@ -266,64 +268,6 @@ def _order_by_level(heights: np.ndarray, min_value: float, step: float) -> np.nd
     reached = np.searchsorted(-np.array(levels, dtype=np.float32), -heights)
     order = np.argsort(reached, kind="stable")
     return order[reached[order] < len(levels)]
-
-
-def select_greedily(
-    candidates: np.ndarray,
-    decoder: Decoder,
-    occupied: Tensor,
-    *,
-    mask_threshold: float = 0.4,
-    max_occupied: float = 0.4,
-    cut_radius: int = 0,
-    batch_size: int | None = None,
-) -> Tensor:
-    """Masks of candidates, in order, that do not lie on earlier ones.
-
-    A candidate is skipped if its pixel is already occupied. Masks are decoded in batches
-    before the decisions; the result is the same as when each candidate is decided on before the
-    next is decoded.
-
-    Args:
-        candidates: (K, 2) rows and columns.
-        decoder: decoder of the image.
-        occupied: (H, W) bool, pixels that are occupied from the start.
-        mask_threshold: a pixel belongs to a mask where its probability exceeds this.
-        max_occupied: a mask is dropped if this share of it or more is occupied.
-        cut_radius: half the side of a window around the point outside of which a mask is 0; 0: off.
-        batch_size: number of candidates decoded at once; by default it depends on the masks' size.
-
-    Returns:
-        (M, h, w) soft masks.
-    """
-    if batch_size is None:
-        # A larger batch decodes more masks that turn out to be occupied, which costs time on the
-        # CPU; a smaller one synchronizes more often with a GPU.
-        budget = _CPU_BATCH_BYTES if occupied.device.type == "cpu" else CHUNK_BYTES
-        batch_size = max(1, budget // (4 * occupied.numel()))
-    # decisions are made on the CPU, with one synchronization per batch
-    taken = occupied.cpu().numpy().copy()
-    free = candidates
-    accepted: list[Tensor] = []
-    while True:
-        free = free[~taken[free[:, 0], free[:, 1]]]
-        batch, free = free[:batch_size], free[batch_size:]
-        if len(batch) == 0 and accepted:
-            return torch.cat(accepted)
-        points = torch.from_numpy(batch).float()
-        masks = decoder.soft_masks(points)
-        if cut_radius > 0:
-            masks = _cut(masks, points, cut_radius, decoder.stride)
-        binary = (decoder.enlarge(masks) > mask_threshold).cpu().numpy()
-        areas = np.count_nonzero(binary, axis=(1, 2))
-        kept = []
-        for number, ((row, column), mask, area) in enumerate(zip(batch.tolist(), binary, areas)):
-            if taken[row, column] or area < _MIN_MASK_AREA:
-                continue
-            if np.count_nonzero(mask & taken) / area < max_occupied:
-                taken |= mask
-                kept.append(number)
-        accepted.append(masks[kept])
 
 
 def _cut(masks: Tensor, points: Tensor, radius: int, stride: int) -> Tensor:

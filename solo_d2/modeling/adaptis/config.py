@@ -1,10 +1,13 @@
 """Config keys of AdaptIS. The defaults are those of the published toy models."""
 
 from detectron2.config import CfgNode as CN
+from detectron2.projects.deeplab import add_deeplab_config
 
 
 def add_adaptis_config(cfg: CN) -> None:
     """Add the keys to ``cfg``, in place."""
+    # keys of the dilated ResNet and of the learning rate of the Cityscapes models
+    add_deeplab_config(cfg)
     # The U-Net of the toy models: one feature, "unet", of the image's size. WIDTH channels at the
     # finest level and in the output; they double from level to level, up to 512.
     cfg.MODEL.UNET = CN()
@@ -19,10 +22,14 @@ def add_adaptis_config(cfg: CN) -> None:
     cfg.MODEL.ADAPTIS.NUM_STUFF = 1
     # -1: the number of thing classes of the training set.
     cfg.MODEL.ADAPTIS.NUM_THINGS = -1
+    # Number the thing classes of results after those of stuff, as Detectron2's Cityscapes does.
+    cfg.MODEL.ADAPTIS.THINGS_AFTER_STUFF = False
 
     # Features of the backbone, finest first. Several features are fused into one map with FUSE_DIM
-    # channels at the stride of the first.
+    # channels at the stride of the first: "pyramid" (convolved, upsampled and summed) or "deeplab"
+    # (DeepLabV3+, of two features).
     cfg.MODEL.ADAPTIS.IN_FEATURES = ["unet"]
+    cfg.MODEL.ADAPTIS.FUSION = "pyramid"
     cfg.MODEL.ADAPTIS.FUSE_DIM = 256
     # The published heads: "toy" (3x3 convolutions, for the toy tasks) or "cityscapes" (depthwise
     # separable ones, for Cityscapes and COCO; the next three keys are 128, 192 and 128 there).
@@ -40,6 +47,9 @@ def add_adaptis_config(cfg: CN) -> None:
     cfg.MODEL.ADAPTIS.NUM_POINTS = 12
     # Objects with fewer visible pixels in the network's input get no points.
     cfg.MODEL.ADAPTIS.MIN_OBJECT_AREA = 0
+    # Probability that a point lies in an ignored region (a crowd or too small an object), whose
+    # pixels do not count in the loss, while all others are background. Cityscapes: 0.025.
+    cfg.MODEL.ADAPTIS.IGNORED_PROB = 0.0
     # Weight of an object's pixels in the loss of its mask; the others have 1 - LOSS_ALPHA.
     # Cityscapes: 0.25.
     cfg.MODEL.ADAPTIS.LOSS_ALPHA = 0.5

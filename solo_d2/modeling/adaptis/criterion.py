@@ -11,28 +11,24 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from solo_d2.layers.distributed import normalizer
-from solo_d2.layers.points import read_at_points
-
 from ..options import check_choice
-from .head import resize_corners
-from .targets import IGNORE, PROPOSAL_TARGETS, dense_targets, set_padding
+from .targets import IGNORE, PROPOSAL_TARGETS
+
+_SEMANTIC_WEIGHT = 0.75
 
 
 @dataclass(frozen=True)
 class InstanceCriterion:
     """The losses of the first stage: masks of points, and semantic labels."""
 
-    # Weight of an object's pixels in the loss of its mask; the others have 1 - alpha. Cityscapes:
-    # 0.25.
+    # Weight of an object's pixels in the loss of its mask; the others have 1 - alpha.
     alpha: float = 0.5
-    # Focusing parameters of the two focal losses, and the weight of the second.
-    gamma: float = 2.0
-    semantic_gamma: float = 1.0
-    semantic_weight: float = 0.75
+    # For the logged IoU: a pixel belongs to a mask where its probability exceeds this.
+    mask_threshold: float = 0.4
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -54,88 +50,75 @@ class InstanceCriterion:
             labels: (N, H, W) int64, -1 ignored.
             image_sizes: heights and widths without padding.
         """
+        if _is_logged():
+            # the loss is rescaled in every step and hardly shows whether the masks improve
+            iou = mask_iou(logits[:, 0].detach().float().sigmoid(), targets, self.mask_threshold)
+            known = targets.flatten(1).amax(dim=1) > 0
+            mean = (iou * known).sum() / known.sum().clamp(min=1)
+            get_event_storage().put_scalar("adaptis/mask_iou", mean.item())
         pixels = torch.tensor([h * w for h, w in image_sizes], dtype=torch.float32)
         pixels = pixels.repeat_interleave(len(logits) // len(pixels))
         masks_loss = normalized_focal_loss(
             logits,
             targets[:, None],
             alpha=self.alpha,
-            gamma=self.gamma,
             num_pixels=pixels.to(logits.device, non_blocking=True),
         )
-        semantic_loss = normalized_focal_loss_softmax(semantic, labels, gamma=self.semantic_gamma)
+        semantic_loss = normalized_focal_loss_softmax(semantic, labels)
         return {
             "loss_instance": masks_loss.mean(),
-            "loss_semantic": self.semantic_weight * semantic_loss.mean(),
+            "loss_semantic": _SEMANTIC_WEIGHT * semantic_loss.mean(),
         }
 
 
 class ProposalCriterion:
     """The loss of the second stage: the quality of the mask that each point on an object gives."""
 
-    def __init__(
-        self, *, targets: str = "score", dense: bool = False, initial_threshold: float = 0.35
-    ):
+    def __init__(self, *, targets: str = "score"):
         """
         Args:
-            targets: name of the rule, one of ``targets.PROPOSAL_TARGETS``.
-            dense: train on all pixels of the objects that have points, instead of at the points.
-            initial_threshold: initial mask threshold; it adapts in training.
+            targets: name of the rule, one of ``PROPOSAL_TARGETS``.
 
         Raises:
             ValueError: ``targets`` has an unsupported value.
         """
         check_choice("targets", targets, tuple(PROPOSAL_TARGETS))
         self.rule = PROPOSAL_TARGETS[targets]
-        self.dense = dense
         # the model registers it, too, as a part of its state
-        self.iou_threshold = AdaptiveThreshold(initial_threshold)
+        self.iou_threshold = AdaptiveThreshold(0.35)
 
-    def __call__(
-        self,
-        logits: Tensor,
-        points: Tensor,
-        targets: Tensor,
-        masks: Tensor,
-        image_sizes: Sequence[tuple[int, int]],
-        scale: float,
-    ) -> Tensor:
+    def __call__(self, proposals: Tensor, probs: Tensor, masks: Tensor) -> Tensor:
         """
         Args:
-            logits: (N, 1, h, w), output of the proposal head.
-            points: (N, P, 2).
-            targets: (N, P), result of ``targets_of``.
-            masks: (N * P, H, W), the objects under the points, as for ``targets_of``.
-            image_sizes: heights and widths without padding.
-            scale: cells of the map per image pixel.
+            proposals: (N, P) logits of the proposal head at the points.
+            probs, masks: see ``targets_of``.
         """
-        if not self.dense:
-            at_points = read_at_points(logits, points, scale)
-            return proposal_loss(at_points[:, 0], targets.flatten()).mean()
-        sampled = (masks > 0).unflatten(0, points.shape[:2])[:, 0]
-        maps = dense_targets(points, targets, sampled)
-        set_padding(maps, image_sizes, IGNORE)
-        enlarged = resize_corners(logits, (maps.shape[-2], maps.shape[-1]))[:, 0]
-        return proposal_loss(enlarged, maps).sum() / normalizer((maps != IGNORE).sum())
+        targets, iou = self.targets_of(probs, masks, proposals.shape[1])
+        if _is_logged():
+            get_event_storage().put_scalar("adaptis/mask_iou", iou.item())
+            threshold = self.iou_threshold.value.item()
+            get_event_storage().put_scalar("adaptis/mask_threshold", threshold)
+        return proposal_loss(proposals, targets).mean()
 
-    def targets_of(self, probs: Tensor, masks: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    def targets_of(self, probs: Tensor, masks: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
         """Update the adaptive threshold, then compute the points' targets with it.
 
         Args:
-            probs: (N * P, H, W) soft masks, 0 in the padding.
-            masks: (N * P, H, W): 1 object, 0 rest, -1 ignored.
-            points: (N, P, 2).
+            probs: (N * P, H, W) soft masks of points, 0 in the padding.
+            masks: (N * P, H, W), the objects under the points: 1 object, 0 rest, -1 ignored.
+            num_points: P.
 
         Returns:
             (N, P) targets of the points, and the mean IoU.
         """
         mean_iou = self.iou_threshold.update(probs, masks)
-        shape = points.shape[:2]
-        targets = self.rule(
-            mask_iou(probs, masks, self.iou_threshold.value).view(shape),
-            mask_quality(probs, masks).view(shape),
-        )
-        return targets, mean_iou
+        iou = mask_iou(probs, masks, self.iou_threshold.value).view(-1, num_points)
+        return self.rule(iou, mask_quality(probs, masks).view(-1, num_points)), mean_iou
+
+
+def _is_logged() -> bool:
+    """Detectron2 writes its log this often; logging in each step would wait for the device."""
+    return has_event_storage() and get_event_storage().iter % 20 == 0
 
 
 def normalized_focal_loss(

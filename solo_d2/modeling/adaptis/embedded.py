@@ -18,27 +18,18 @@ _CPU_CHUNK_BYTES = 4 * 1024**2
 
 
 class ImageEmbedding(NamedTuple):
-    """Everything that is computed once for a batch of images, independent of points."""
+    """Everything that the decoder needs besides points, for a batch of images."""
 
-    feature: Tensor | None  # (N, channels, h, w); None for an exported encoder
     control: Tensor  # (N, ., h, w), result of ``controller.prepare``
     selection: Tensor  # (N, ., h, w), result of ``selection_head.prepare``
     valid: Tensor | None  # (N, 1, h, w) bool, cells that are not padding; None: no padding
-
-
-class EncodedImages(NamedTuple):
-    """What the network says about a batch before points are known."""
-
-    embedding: ImageEmbedding
-    semantic: Tensor  # (N, C, H, W) probabilities
-    proposals: Tensor | None  # (N, H, W) squared probabilities, if they are used
 
 
 @dataclass(frozen=True)
 class EmbeddedImage:
     """One embedded image, and its mirror image if results are averaged over both."""
 
-    decode: Callable[[ImageEmbedding, Tensor], Tensor]  # see ``AdaptIS.decode``
+    decode: Callable[[ImageEmbedding, Tensor], Tensor]  # see ``ObjectFinder.decode``
     views: list[ImageEmbedding]  # each of one image
     semantic: Tensor  # (C, H, W) probabilities, without padding
     proposals: Tensor | None  # (H, W) squared probabilities, without padding, if they are used
@@ -94,7 +85,7 @@ class EmbeddedImage:
         Raises:
             ValueError: see ``to_input_frame``.
         """
-        masks = self.soft_masks(to_input_frame(points, (height, width), self.size))
-        chunks = masks.split(chunk_length(max(height * width, self.semantic[0].numel())))
         size = (height, width)
+        masks = self.soft_masks(to_input_frame(points, size, self.size))
+        chunks = masks.split(chunk_length(max(height * width, self.semantic[0].numel())))
         return torch.cat([resize(self.enlarge(x)[:, None], size)[:, 0] for x in chunks])

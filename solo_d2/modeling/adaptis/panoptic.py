@@ -11,68 +11,27 @@ from torch import Tensor
 from solo_d2.layers.masks import tight_boxes
 from solo_d2.layers.resample import resize
 
-from ..options import check_choice
+from ..options import check_at_least
 from .head import resize_corners
+from .targets import label_areas
 
 
 class FoundInstances(Instances):
     """Instances in the network's frame, with soft masks in the order of acceptance."""
 
-    def __init__(
-        self,
-        image_size: tuple[int, int],
-        *,
-        semantic: Tensor,
-        mask_threshold: float,
-        **fields: Tensor,
-    ):
+    def __init__(self, image_size: tuple[int, int], *, semantic: Tensor, **fields: Tensor):
         """
         Args:
             image_size: height and width of the network's input without padding.
             semantic: (C, H, W) probabilities, without padding.
-            mask_threshold: threshold of ``pred_masks``.
             fields: see ``InstanceSegmentor.inference``.
         """
         super().__init__(image_size, **fields)
-        self._semantic, self._mask_threshold = semantic, mask_threshold
+        self._semantic = semantic  # not a field, which has an entry for each instance
 
     @property
     def semantic(self) -> Tensor:
         return self._semantic
-
-    @property
-    def mask_threshold(self) -> float:
-        return self._mask_threshold
-
-
-class PanopticInstances(Instances):
-    """Instances in the output frame, together with the segmentation of the whole image."""
-
-    def __init__(
-        self,
-        image_size: tuple[int, int],
-        *,
-        panoptic_seg: tuple[Tensor, list[dict[str, Any]]],
-        sem_seg: Tensor,
-        **fields: Tensor | Boxes,
-    ):
-        """
-        Args:
-            image_size: output size, height and width.
-            panoptic_seg: see ``PanopticAssembler.segments``.
-            sem_seg: (C, height, width) probabilities.
-            fields: see ``InstanceSegmentor.forward``.
-        """
-        super().__init__(image_size, **fields)
-        self._panoptic_seg, self._sem_seg = panoptic_seg, sem_seg
-
-    def output(self) -> dict[str, Any]:
-        """The output dict of Detectron2's panoptic models."""
-        return {
-            "instances": Instances(self.image_size, **self.get_fields()),
-            "panoptic_seg": self._panoptic_seg,
-            "sem_seg": self._sem_seg,
-        }
 
 
 class Segmentation(NamedTuple):
@@ -83,34 +42,26 @@ class Segmentation(NamedTuple):
     background: Tensor  # (H, W) float32, the probability that masks compete with
 
 
-def vote(
-    masks: Tensor, things: Tensor, *, mask_threshold: float = 0.4, class_vote: str = "mean"
-) -> tuple[Tensor, Tensor]:
+def vote(masks: Tensor, things: Tensor, *, mask_threshold: float = 0.4) -> tuple[Tensor, Tensor]:
     """Class and score of soft masks.
 
-    The published code has no scores. Ours is the mean mask probability inside the mask times the
-    mean probability of its class there; 0 for an empty mask.
+    A mask has the class with the highest mean probability inside. The published code has no scores.
+    Ours is that mean times the mean mask probability inside; 0 for an empty mask.
 
     Args:
         masks: (M, H, W) soft.
         things: (T, H, W) probabilities of the thing classes.
         mask_threshold: a pixel is inside where its probability exceeds this.
-        class_vote: "mean" of the class probabilities over the mask, or "majority" of its pixels.
 
     Returns:
-        (M,) int64 classes and (M,) float32 scores.
+        (M,) int64 classes in [0, T), and (M,) float32 scores.
     """
     inside = (masks > mask_threshold).flatten(1).float()
     area = inside.sum(dim=1).clamp(min=1)
     with torch.autocast(masks.device.type, enabled=False):
-        means = inside @ things.flatten(1).float().T / area[:, None]
-        ballots = means
-        if class_vote == "majority":
-            winners = torch.zeros_like(things).scatter_(0, things.argmax(dim=0)[None], 1)
-            ballots = inside @ winners.flatten(1).float().T
-    classes = ballots.argmax(dim=1)
+        means, classes = (inside @ things.flatten(1).float().T / area[:, None]).max(dim=1)
     certainty = (masks.flatten(1).float() * inside).sum(dim=1) / area
-    return classes, certainty * means.gather(1, classes[:, None])[:, 0]
+    return classes, certainty * means
 
 
 @dataclass(frozen=True)
@@ -118,8 +69,9 @@ class PanopticAssembler:
     """Lets soft masks and the background compete for every pixel, and lists the segments."""
 
     num_stuff: int = 1
-    # See ``vote``.
-    class_vote: str = "mean"
+    # Added to the thing classes of results: 0 where they are counted from 0, ``num_stuff`` where
+    # they continue the numbers of stuff.
+    thing_offset: int = 0
     # Pixels whose best mask has a lower probability belong to no instance.
     min_things_prob: float = 0.0
     # Pixels whose best stuff class has a lower probability have no semantic label.
@@ -128,66 +80,56 @@ class PanopticAssembler:
     stuff_prob_mult: float = 1.0
     # Smaller segments are void.
     min_segment_area: int = 1
-    # Instances have the pixels that they won. False: all their pixels above the threshold, which
-    # may overlap.
-    disjoint_masks: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("class_vote", self.class_vote, ("mean", "majority"))
-        if self.num_stuff < 1:
-            raise ValueError(f"num_stuff must be at least 1, not {self.num_stuff}")
+        check_at_least(1, num_stuff=self.num_stuff, min_segment_area=self.min_segment_area)
 
     def __call__(
-        self, found: Instances, size: tuple[int, int], padded_size: tuple[int, int]
-    ) -> PanopticInstances:
+        self, found: FoundInstances, size: tuple[int, int], padded_size: tuple[int, int]
+    ) -> dict[str, Any]:
         """
         Args:
-            found: ``FoundInstances``. Their probabilities, not binary masks, are resized, one mask
-                at a time.
+            found: probabilities, not binary masks, are resized, one mask at a time.
             size: output size, height and width.
             padded_size: height and width of the network's padded input.
 
         Returns:
-            The instances that have a pixel, best first. Because their masks do not overlap, AP is
-            lower than it could be.
+            "instances" that have a pixel, best first, with the pixels that they won: their masks do
+            not overlap, so that AP is lower than it could be; "panoptic_seg" of ``segments``; and
+            "sem_seg" (C, *size) probabilities.
         """
-        overlapping: list[Tensor] = []
 
         def resized() -> Iterator[Tensor]:
             h, w = found.image_size
             for mask in found.pred_masks[:, None, None]:
-                mask = resize(resize_corners(mask, padded_size)[..., :h, :w], size)[0, 0]
-                if not self.disjoint_masks:
-                    overlapping.append(mask > found.mask_threshold)
-                yield mask
+                yield resize(resize_corners(mask, padded_size)[..., :h, :w], size)[0, 0]
 
         semantic = resize(found.semantic[None], size)[0]
         segmentation = self.compete(resized(), semantic)
-        scores, classes = found.scores, found.pred_classes
-        numbers = torch.arange(1, len(scores) + 1, device=scores.device)[:, None, None]
-        masks = torch.stack(overlapping) if overlapping else segmentation.ids == numbers
-        order = scores.argsort(descending=True, stable=True)
-        order = order[masks.flatten(1).any(dim=1)[order]]
-        masks = masks[order]
-        return PanopticInstances(
+        order = found.scores.argsort(descending=True, stable=True)
+        won = label_areas(segmentation.ids.long(), len(order) + 1)[1:]
+        order = order[won[order] > 0]
+        masks = segmentation.ids == order[:, None, None] + 1
+        instances = Instances(
             size,
-            panoptic_seg=self.segments(segmentation, classes, scores),
-            sem_seg=semantic,
             pred_masks=masks,
             pred_boxes=Boxes(tight_boxes(masks)),
-            scores=scores[order],
-            pred_classes=classes[order],
+            scores=found.scores[order],
+            pred_classes=found.pred_classes[order],
         )
+        return {
+            "instances": instances,
+            "panoptic_seg": self.segments(segmentation, found.pred_classes, found.scores),
+            "sem_seg": semantic,
+        }
 
     def vote(
         self, chunks: Iterable[Tensor], things: Tensor, mask_threshold: float
     ) -> tuple[Tensor, Tensor]:
-        """Classes and scores (M,) of soft masks that come in chunks; see the function ``vote``."""
-        votes = [
-            vote(x, things, mask_threshold=mask_threshold, class_vote=self.class_vote)
-            for x in chunks
-        ]
-        return torch.cat([classes for classes, _ in votes]), torch.cat([s for _, s in votes])
+        """Classes of results and scores (M,) of soft masks that come in chunks; see ``vote``."""
+        votes = [vote(x, things, mask_threshold=mask_threshold) for x in chunks]
+        classes = torch.cat([classes for classes, _ in votes]) + self.thing_offset
+        return classes, torch.cat([scores for _, scores in votes])
 
     def compete(
         self, masks: Iterable[Tensor], semantic_probs: Tensor, ignored: Tensor | None = None
@@ -228,27 +170,29 @@ class PanopticAssembler:
 
         Returns:
             (H, W) int32 segment ids, 0 for void, and per segment its "id", "isthing", "category_id"
-            (the stuff class, or the thing class counted from 0), "area", and for things "score".
+            (the stuff class, or the thing class), "area", and for things "score".
         """
         ids, semantic = segmentation.ids, segmentation.semantic
         is_stuff = (ids == 0) & (semantic >= 0) & (semantic < self.num_stuff)
         # 0 void, then stuff classes, then instances
         number = torch.where(is_stuff, semantic + 1, 0)
         number = torch.where(ids > 0, ids.long() + self.num_stuff, number)
-        areas = number.flatten().bincount(minlength=1 + self.num_stuff + len(scores))
-        kept = areas >= max(1, self.min_segment_area)
+        areas = label_areas(number, 1 + self.num_stuff + len(scores))
+        kept = areas >= self.min_segment_area
         kept[0] = False
         lookup = torch.where(kept, kept.cumsum(0), 0).int()
+        # one copy from the device for both
+        _, *area_list = torch.cat([areas, classes]).tolist()
+        class_list, score_list = area_list[len(areas) - 1 :], scores.tolist()
         segments: list[dict[str, Any]] = []
-        class_list, score_list = classes.tolist(), scores.tolist()
-        for index, area in enumerate(areas.tolist()):
-            if index == 0 or area < max(1, self.min_segment_area):
+        for index, area in enumerate(area_list[: len(areas) - 1]):
+            if area < self.min_segment_area:
                 continue
-            thing = index - 1 - self.num_stuff
+            thing = index - self.num_stuff
             segment = {"id": len(segments) + 1, "isthing": thing >= 0, "area": area}
             if thing >= 0:
                 segment |= {"category_id": class_list[thing], "score": score_list[thing]}
             else:
-                segment["category_id"] = index - 1
+                segment["category_id"] = index
             segments.append(segment)
         return lookup[number], segments

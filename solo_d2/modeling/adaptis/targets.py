@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..options import check_at_least, check_fractions
+from ..segmentor import GroundTruth
+
 IGNORE = -1
 
 # Smaller ignored regions are never sampled (as published for Cityscapes).
@@ -98,10 +101,8 @@ class PointSampler:
     ignored_prob: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_points < 1:
-            raise ValueError(f"num_points must be at least 1, not {self.num_points}")
-        if not 0 <= self.ignored_prob <= 1:
-            raise ValueError(f"ignored_prob must be within 0 and 1, not {self.ignored_prob}")
+        check_at_least(1, num_points=self.num_points)
+        check_fractions(ignored_prob=self.ignored_prob)
 
     def __call__(
         self, masks: Tensor, crowds: Tensor, *, generator: torch.Generator | None = None
@@ -114,12 +115,12 @@ class PointSampler:
         """
         # sampled on the CPU, so that a seed gives the same points on every device
         shape = (self.num_points, 3)
-        random = torch.rand(shape, generator=generator, dtype=torch.float64).to(masks.device)
+        random = torch.rand(shape, generator=generator).to(masks.device, non_blocking=True)
         which, pixel, swap = random.unbind(1)
         if self.from_one_object:
             which = which[:1].expand(self.num_points)
         owner = topmost(masks)
-        area = _visible_area(owner, len(masks))
+        area = label_areas(owner + 1, len(masks) + 1)[1:]
         points, chosen, found = _draw(owner, area, area >= max(1, self.min_area), which, pixel)
         targets = torch.where(found, _rows(masks, chosen).to(torch.int8), IGNORE)
         if self.ignored_prob > 0:
@@ -128,7 +129,7 @@ class PointSampler:
             regions = torch.cat([crowds, small])
             regions &= (regions.flatten(1).sum(dim=1) >= _MIN_IGNORED_AREA)[:, None, None]
             owner = topmost(regions)
-            area = _visible_area(owner, len(regions))
+            area = label_areas(owner + 1, len(regions) + 1)[1:]
             in_regions, chosen, any_region = _draw(owner, area, area > 0, which, pixel)
             swapped = (swap < self.ignored_prob) & found & any_region
             points = torch.where(swapped[:, None], in_regions, points)
@@ -137,11 +138,15 @@ class PointSampler:
         return PointTargets(points, targets)
 
 
-def _visible_area(owner: Tensor, num_masks: int) -> Tensor:
-    """(M,) int64: number of visible pixels of each mask in a result of ``topmost``."""
-    area = owner.new_zeros(num_masks + 1)
-    area.scatter_add_(0, owner.flatten() + 1, owner.new_ones(owner.numel()))
-    return area[1:]
+def label_areas(labels: Tensor, count: int) -> Tensor:
+    """(count,) int64: number of pixels of each label in [0, count); ``bincount`` reads its input.
+
+    Args:
+        labels: int64, any shape.
+        count: number of labels.
+    """
+    flat = labels.flatten()
+    return flat.new_zeros(count).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _draw(
@@ -151,7 +156,7 @@ def _draw(
 
     Args:
         owner: (H, W), result of ``topmost``.
-        area: (M,), result of ``_visible_area``.
+        area: (M,), number of visible pixels of each mask.
         eligible: (M,) bool, masks that may be sampled; each has a visible pixel.
         which, pixel: (P,) in [0, 1).
 
@@ -160,14 +165,16 @@ def _draw(
         eligible. If not, points are (0, 0) and indices mean nothing.
     """
     count = eligible.sum()
-    chosen = torch.searchsorted(eligible.cumsum(0), (which * count).long(), right=True)
+    # the product may round up to the count
+    number = (which * count).long().minimum(count - 1)
+    chosen = torch.searchsorted(eligible.cumsum(0), number, right=True)
     # the pixels grouped by mask, in raster order; those without a mask come first
     pixels = owner.flatten().short().sort(stable=True).indices
     # a 0 after the last mask, for an index that means nothing
     area = torch.cat([area, area.new_zeros(1)])
     first = owner.numel() - area.sum() + area.cumsum(0) - area
-    place = first[chosen] + (pixel * area[chosen]).long()
-    index = pixels[place.clamp(max=owner.numel() - 1)]
+    place = first[chosen] + (pixel * area[chosen]).long().minimum(area[chosen] - 1)
+    index = pixels[place.clamp(0, owner.numel() - 1)]
     points = torch.stack([index // owner.shape[1], index % owner.shape[1]], dim=1)
     return torch.where(count > 0, points, 0).float(), chosen, count > 0
 
@@ -193,21 +200,29 @@ def targets_of_points(points: Tensor, masks: Tensor) -> PointTargets:
     return PointTargets(points, torch.cat([masks.to(torch.int8), nothing])[index])
 
 
-def paint_semantic(masks: Tensor, classes: Tensor, crowds: Tensor, *, num_stuff: int) -> Tensor:
-    """Semantic labels from instances; class 0, a stuff class, is the background.
+def semantic_labels(gt: GroundTruth, given: Tensor | None, *, num_classes: int) -> Tensor:
+    """Semantic labels of an image in its batch: given ones, or painted from the instances.
 
     Args:
-        masks: (M, H, W) bool, of the objects.
-        classes: (M,) in [0, number of thing classes).
-        crowds: (number of crowds, H, W) bool; ignored where no object is visible.
-        num_stuff: label of the first thing class.
+        gt: annotations; masks are (M, H, W).
+        given: (h, w) labels of the unpadded image, stuff before things; others than the classes are
+            ignored, such as Detectron2's 255. None: class 0 where there is no object, then things.
+        num_classes: number of stuff and thing classes.
 
     Returns:
-        (H, W) int64.
+        (H, W) int64, -1 in the padding, and for painted ones in crowds where no object is visible.
     """
-    owner = topmost(masks)
-    labels = torch.cat([classes.long() + num_stuff, classes.new_zeros(1).long()])[owner]
-    return labels.masked_fill((owner < 0) & crowds.any(dim=0), IGNORE)
+    h, w = gt.image_size
+    labels = torch.full(gt.masks.shape[1:], IGNORE, dtype=torch.long, device=gt.masks.device)
+    if given is None:
+        owner = topmost(gt.masks)
+        labels_of = torch.cat([gt.classes.long() + 1, gt.classes.new_zeros(1).long()])
+        painted = labels_of[owner].masked_fill((owner < 0) & gt.crowd_masks.any(dim=0), IGNORE)
+        labels[:h, :w] = painted[:h, :w]
+    else:
+        given = given.to(labels.device).long()
+        labels[:h, :w] = given.where((given >= 0) & (given < num_classes), IGNORE)
+    return labels
 
 
 def score_targets(iou: Tensor, quality: Tensor) -> Tensor:
@@ -237,20 +252,22 @@ def score_targets(iou: Tensor, quality: Tensor) -> Tensor:
 
 def top20_targets(iou: Tensor, quality: Tensor | None = None) -> Tensor:
     """The paper's rule: 1 for the best fifth of the points by IoU, 0 for the rest."""
-    rank = iou.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
-    num_positive = max(1, -(-iou.shape[1] // 5))
-    return _skip_unknown((rank < num_positive).to(iou.dtype), iou)
+    rank, num_best = _rank(iou)
+    return _skip_unknown((rank < num_best).to(iou.dtype), iou)
 
 
 def dual_targets(iou: Tensor, quality: Tensor | None = None) -> Tensor:
     """Like ``top20_targets``, but only the worst half is 0; points in between are -1."""
-    rank = iou.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
-    p = iou.shape[1]
-    num_positive = max(1, -(-p // 5))
-    targets = torch.full_like(iou, IGNORE)
-    targets[rank >= max(num_positive, p - p // 2)] = 0
-    targets[rank < num_positive] = 1
+    rank, num_best = _rank(iou)
+    is_worst = rank >= iou.shape[1] - iou.shape[1] // 2
+    targets = torch.where(is_worst, 0.0, float(IGNORE)).masked_fill(rank < num_best, 1)
     return _skip_unknown(targets, iou)
+
+
+def _rank(iou: Tensor) -> tuple[Tensor, int]:
+    """(N, P) ranks, 0 for the best; and a fifth of P, rounded up."""
+    rank = iou.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    return rank, -(-iou.shape[1] // 5)
 
 
 PROPOSAL_TARGETS = {"score": score_targets, "top20": top20_targets, "dual": dual_targets}
@@ -259,25 +276,3 @@ PROPOSAL_TARGETS = {"score": score_targets, "top20": top20_targets, "dual": dual
 def _skip_unknown(targets: Tensor, iou: Tensor) -> Tensor:
     unknown = (iou.amin(dim=1) < 0) | (iou.amax(dim=1) < 1e-5)
     return targets.masked_fill(unknown[:, None], IGNORE)
-
-
-def dense_targets(points: Tensor, targets: Tensor, sampled: Tensor) -> Tensor:
-    """Paint the targets of points into maps that are 0 elsewhere on the points' objects.
-
-    All other pixels are ignored: an object without points is not a negative example.
-
-    Args:
-        points: (N, P, 2) rows and columns.
-        targets: (N, P) in [0, 1] or -1.
-        sampled: (N, H, W) bool, the objects that have points.
-
-    Returns:
-        (N, H, W): targets, -1 where ignored.
-    """
-    maps = torch.zeros(sampled.shape, dtype=targets.dtype, device=targets.device)
-    rows, columns = points.long().unbind(-1)
-    image = torch.arange(len(points), device=points.device)[:, None]
-    maps[image, rows, columns] = targets
-    # an image without targets at its points has no dense targets either
-    unknown = (targets == IGNORE).all(dim=1)
-    return maps.masked_fill(~sampled | unknown[:, None, None], IGNORE)

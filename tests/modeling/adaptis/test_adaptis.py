@@ -15,7 +15,6 @@ from solo_d2.config import load_config
 from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.points import relative_coordinates
 from solo_d2.modeling.adaptis import AdaptIS
-from solo_d2.modeling.adaptis.head import SelectionHead
 from solo_d2.modeling.adaptis.targets import to_input_frame
 
 SIZE = (40, 56)
@@ -72,15 +71,14 @@ def finds_all(model: AdaptIS) -> AdaptIS:
     with torch.no_grad():
         model.semantic_head.predictor.bias[1] += 1.0
     model.selection_head.rescale = (3.0, 1.0)
-    model.proposal_selection = replace(
-        model.proposal_selection,
-        mask_threshold=0.5,
-        max_occupied=0.99,
-        min_things_prob=0.1,
-        min_value=0.01,
+    options = model.options
+    low = {"mask_threshold": 0.5, "max_occupied": 0.99, "min_things_prob": 0.1, "min_value": 0.01}
+    model.options = replace(
+        options,
+        proposals=replace(options.proposals, **low),
+        random=replace(options.random, min_things_prob=0.1, min_free=0.05),
+        assembler=replace(options.assembler, stuff_prob_mult=0.5),
     )
-    model.random_selection = replace(model.random_selection, min_things_prob=0.1, min_free=0.05)
-    model.assembler = replace(model.assembler, stuff_prob_mult=0.5)
     return model
 
 
@@ -283,29 +281,13 @@ def test_a_checkpoint_of_the_first_stage_has_all_but_the_proposal_head():
 
 
 @pytest.mark.parametrize("target", ["score", "top20", "dual"])
-@pytest.mark.parametrize("dense", [False, True])
-def test_every_rule_trains_the_proposal_head(target, dense):
+def test_every_rule_trains_the_proposal_head(target):
     rule = {"MODEL.ADAPTIS.PROPOSAL_TARGETS": target, "MODEL.ADAPTIS.NUM_POINTS": 10}
     model = tiny_model(UNET, PROPOSALS, rule).train()
-    model.proposal_criterion.dense = dense
     with torch.no_grad():
         model.selection_head.predictor.bias += 8.0  # masks that fit a little
     loss = check_step(model, batch())["loss_proposal"]
     assert loss > 0
-
-
-def test_objects_without_points_are_no_negatives_of_the_dense_loss():
-    model = tiny_model(UNET, PROPOSALS).train()
-    model.proposal_criterion.dense = True
-    with torch.no_grad():
-        model.selection_head.predictor.bias += 8.0
-    seen = {}
-    model.proposal_head.register_forward_hook(lambda m, a, out: seen.update(logits=out))
-    inputs = batch(SIZE)
-    loss = losses_of(model, inputs)["loss_proposal"]
-    reached = torch.autograd.grad(loss, seen["logits"])[0][0, 0] != 0
-    masks = inputs[0]["instances"].gt_masks.tensor
-    assert any(torch.equal(reached, mask) for mask in masks)
 
 
 # ---- points
@@ -410,17 +392,6 @@ def test_the_random_mode_is_an_option_of_a_model_with_proposals():
     assert not ran
 
 
-def test_raw_masks_may_overlap_and_have_the_same_scores():
-    model = finds_all(tiny_model(UNET, PROPOSALS))
-    disjoint = model([{"image": image()}])[0]["instances"]
-    model.assembler = replace(model.assembler, disjoint_masks=False)
-    raw = model([{"image": image()}])[0]["instances"]
-    assert len(raw) >= len(disjoint)
-    for score, mask in zip(disjoint.scores, disjoint.pred_masks):
-        assert (raw.scores == score).any()
-        assert mask.any()
-
-
 def test_no_objects_are_found_where_there_are_none():
     for stage in ({}, PROPOSALS):
         model = tiny_model(UNET, stage).eval()
@@ -456,8 +427,8 @@ def test_padding_does_not_enter_the_statistics_of_masks():
     images = model.preprocess_image([{"image": image((40, 56))}, {"image": image((24, 32), 1)}])
     points = torch.tensor([[[3.0, 4.0]], [[9.0, 20.0]]])
     with torch.no_grad():
-        features = model.backbone(images.tensor)
-        embedding = model.embed(features, images.image_sizes, (40, 56))
+        feature = model.feature_map(model.backbone(images.tensor))
+        embedding = model.embed(feature, images.image_sizes, (40, 56))
         assert embedding.valid.flatten(1).sum(1).tolist() == [40 * 56, 24 * 32]
         x = torch.rand(2, 8, 40, 56)
         control = model.controller(embedding.control, points, 1.0)
@@ -508,7 +479,7 @@ def test_the_published_mirror_point_is_one_pixel_off():
     model = finds_all(tiny_model(UNET, {"MODEL.ADAPTIS.TEST.FLIP": True}))
     points = torch.tensor([[10.0, 20.0]])
     right = model.embed_image(image()).soft_masks(points)
-    model.flip_original = True
+    model.options = replace(model.options, flip_original=True)
     assert not torch.allclose(model.embed_image(image()).soft_masks(points), right)
 
 
@@ -518,27 +489,10 @@ def test_the_published_mirror_point_is_one_pixel_off():
 @pytest.mark.parametrize(
     "options",
     [
-        {"append_distance": False},
-        {"adain_after": [1, 2, 4]},
-        {"adain_bias_plus_one": False, "adain_eps": 0.0},
-        {"variant": "cityscapes", "adain_after": [6]},
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_options_of_the_selection_head_train_and_predict(options):
-    model = tiny_model(UNET)
-    model.selection_head = SelectionHead(8, 8, norm_radius=20.0, **options)
-    check_step(model.train(), batch(SIZE, (35, 51)))
-    instances = model.eval()([{"image": image(), "points": [[3.0, 4.0]]}])[0]["instances"]
-    assert instances.mask_probabilities.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
         {"MODEL.ADAPTIS.HEAD": "cityscapes"},
         {"MODEL.UNET.LEVELS": 5, "MODEL.UNET.WIDTH": 4},
         {"MODEL.ADAPTIS.MIN_OBJECT_AREA": 100},
+        {"MODEL.ADAPTIS.IGNORED_PROB": 0.5},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -554,16 +508,18 @@ def test_options_of_the_config_train_and_predict(options):
     [
         ("STAGE", "both", "STAGE must be one of instance, proposals, not 'both'"),
         ("HEAD", "city", "variant must be one of toy, cityscapes, not 'city'"),
-        ("TEST.MODE", "grid", "test_mode must be one of auto, proposals, random, not 'grid'"),
-        ("TEST.MODE", "proposals", "test_mode 'proposals' needs a proposal head"),
+        ("TEST.MODE", "grid", "mode must be one of auto, proposals, random, not 'grid'"),
+        ("TEST.MODE", "proposals", "mode 'proposals' needs a proposal head"),
         ("IN_FEATURES", ["p2"], r"in_features is \['p2'\], but the backbone has \['unet'\]"),
         ("IN_FEATURES", [], r"in_features is \[\]"),
+        ("FUSION", "sum", "fusion must be one of pyramid, deeplab, not 'sum'"),
+        ("IGNORED_PROB", 1.5, "ignored_prob must be from 0 to 1, not 1.5"),
         ("NUM_STUFF", 0, "num_stuff must be at least 1, not 0"),
         ("SEMANTIC_DIM", 0, "semantic_dim must be at least 1, not 0"),
         ("CONV_DIM", 1, "conv_dim must be at least 2, not 1"),
         ("NORM_RADIUS", 0.0, "norm_radius must be positive, not 0.0"),
         ("NUM_POINTS", 0, "num_points must be at least 1, not 0"),
-        ("TEST.PROPOSAL_THRESH", 2.0, "min_value must be within 0 and 1, not 2"),
+        ("TEST.PROPOSAL_THRESH", 2.0, "min_value must be from 0 to 1, not 2"),
     ],
 )
 def test_a_wrong_option_fails_when_the_model_is_built(key, value, message):
@@ -574,12 +530,6 @@ def test_a_wrong_option_fails_when_the_model_is_built(key, value, message):
 def test_a_wrong_rule_fails_when_the_model_is_built():
     with pytest.raises(ValueError, match="targets must be one of score, top20, dual, not 'best'"):
         tiny_model(UNET, PROPOSALS, {"MODEL.ADAPTIS.PROPOSAL_TARGETS": "best"})
-
-
-@pytest.mark.parametrize("numbers", [[0], [5]])
-def test_adain_follows_a_layer_that_exists(numbers):
-    with pytest.raises(ValueError, match="adain_after must be numbers from 1 to 4"):
-        SelectionHead(8, 8, adain_after=numbers)
 
 
 def test_the_first_selection_layer_is_that_of_the_concatenated_map():

@@ -12,8 +12,6 @@ from solo_d2.modeling.adaptis.automatic import (
     ProposalSelection,
     RandomSelection,
     find_peaks,
-    proposal_map,
-    select_greedily,
 )
 
 H, W = 24, 32
@@ -117,13 +115,11 @@ def test_peaks_are_those_of_the_definition(seed, h, w, levels, eps, min_value):
     assert np.array_equal(actual[1], expected[1])
 
 
-def test_the_search_can_stop_early_and_go_without_floods():
+def test_the_search_can_stop_early():
     values = np.random.default_rng(0).random((20, 30), dtype=np.float32) * 0.3 + 0.6
     every = find_peaks(values, min_value=0.1)[0]
     assert len(every) > 5
     assert np.array_equal(find_peaks(values, min_value=0.1, max_peaks=5)[0], every[:5])
-    unflooded = find_peaks(values, min_value=0.1, flood=False)[0]
-    assert {tuple(p) for p in every} <= {tuple(p) for p in unflooded}
 
 
 def test_nothing_is_found_in_an_empty_map():
@@ -136,7 +132,8 @@ def test_proposals_count_only_on_likely_things_that_are_free():
     things[:, :, :4] = 0.5
     occupied = torch.zeros(H, W, dtype=torch.bool)
     occupied[:3] = True
-    values = proposal_map(proposals, things, occupied, min_things_prob=0.6, blur=1)
+    selection = ProposalSelection(min_things_prob=0.6, blur=1)
+    values = selection.search_map(proposals, things, occupied)
     assert not values[:3].any() and not values[:, :4].any() and (values[3:, 4:] == 1).all()
 
 
@@ -195,7 +192,8 @@ def test_batches_change_nothing(seed, count, batch_size, max_occupied, cut_radiu
     options = {"mask_threshold": 0.4, "max_occupied": max_occupied, "cut_radius": cut_radius}
     expected = greedily_one_by_one(candidates, answer, occupied, **options)
     before, network = occupied.clone(), Network(answer)
-    actual = select_greedily(candidates, network, occupied, batch_size=batch_size, **options)
+    selection = ProposalSelection(**options)
+    actual = selection.select(candidates, network, occupied, batch_size=batch_size)
     assert torch.equal(actual, expected)
     assert torch.equal(occupied, before)
     assert all(len(points) <= batch_size for points in network.asked)
@@ -204,7 +202,8 @@ def test_batches_change_nothing(seed, count, batch_size, max_occupied, cut_radiu
 def test_of_each_object_one_mask_is_taken():
     candidates = np.concatenate([centers(), centers() + 1, [[0, 0]]])
     network = Network(rectangles)
-    assert len(select_greedily(candidates, network, nothing_occupied(), batch_size=3)) == 3
+    masks = ProposalSelection().select(candidates, network, nothing_occupied(), batch_size=3)
+    assert len(masks) == 3
     # none of the second candidates is decoded: they are occupied
     assert [len(points) for points in network.asked] == [3, 1]
 
@@ -218,13 +217,15 @@ def test_a_mask_that_lies_on_others_or_is_tiny_is_dropped():
     }
     network = Network(lambda points: torch.stack([masks[int(row)] for row, _ in points]))
     candidates = np.array([[0, 0], [11, 0], [12, 0], [13, 0]])
-    found = select_greedily(candidates, network, nothing_occupied(), max_occupied=0.4)
+    selection = ProposalSelection(max_occupied=0.4)
+    found = selection.select(candidates, network, nothing_occupied())
     assert (found > 0.4).sum(dim=(1, 2)).tolist() == [100, 300]
 
 
 def test_a_mask_is_cut_to_a_window_around_its_point():
     network = Network(lambda points: torch.ones(1, H, W))
-    (mask,) = select_greedily(np.array([[1, 16]]), network, nothing_occupied(), cut_radius=3)
+    selection = ProposalSelection(cut_radius=3)
+    (mask,) = selection.select(np.array([[1, 16]]), network, nothing_occupied())
     rows, columns = mask.nonzero().unbind(1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 3, 13, 18)
 
@@ -269,10 +270,10 @@ def test_random_points_stop_without_things_and_after_their_rounds():
 @pytest.mark.parametrize(
     "kind, options, message",
     [
-        (ProposalSelection, {"max_occupied": 1.5}, "max_occupied must be within 0 and 1, not 1.5"),
-        (ProposalSelection, {"blur": -1}, "blur must not be negative, not -1"),
+        (ProposalSelection, {"max_occupied": 1.5}, "max_occupied must be from 0 to 1, not 1.5"),
+        (ProposalSelection, {"blur": -1}, "blur must be at least 0, not -1"),
         (ProposalSelection, {"step": 0.0}, "step must be positive, not 0"),
-        (RandomSelection, {"min_free": -0.1}, "min_free must be within 0 and 1, not -0.1"),
+        (RandomSelection, {"min_free": -0.1}, "min_free must be from 0 to 1, not -0.1"),
         (RandomSelection, {"num_rounds": 0}, "num_rounds must be at least 1, not 0"),
     ],
 )

@@ -34,7 +34,6 @@ def found(masks, probs, *, padded=(0, 0)) -> FoundInstances:
     return FoundInstances(
         (H, W),
         semantic=probs,
-        mask_threshold=0.4,
         pred_masks=masks,
         scores=scores,
         pred_classes=classes,
@@ -91,21 +90,27 @@ def test_masks_are_resized_as_probabilities_without_their_padding():
     small = PanopticAssembler()(found(masks, semantic_probs()), (H, W), (H, W))
     size, padded = (2 * H, 2 * W), (H + 8, W + 4)
     large = PanopticAssembler()(found(masks, semantic_probs(), padded=(8, 4)), size, padded)
-    assert large.image_size == size
-    same = large.pred_masks[:, ::2, ::2] == small.pred_masks
+    assert large["instances"].image_size == size
+    same = large["instances"].pred_masks[:, ::2, ::2] == small["instances"].pred_masks
     assert same.float().mean() > 0.98
 
 
-def test_the_class_is_the_mean_vote_or_the_majority():
+def test_the_class_has_the_highest_mean_probability_inside():
     things = torch.zeros(2, H, W)
     # most pixels lean to class 1, a few are sure of class 0
     things[0], things[1] = 0.45, 0.5
     things[:, :2, :10] = torch.tensor([1.0, 0.0])[:, None, None]
     mask = rectangle(0, 0, 10, 10)[None]
-    assert vote(mask, things)[0].tolist() == [0]
-    classes, scores = vote(mask, things, class_vote="majority")
-    assert classes.tolist() == [1]
-    assert float(scores) == pytest.approx(0.9 * 0.8 * 0.5)
+    classes, scores = vote(mask, things)
+    assert classes.tolist() == [0]
+    assert float(scores) == pytest.approx(0.9 * (0.2 * 1 + 0.8 * 0.45))
+
+
+def test_classes_of_things_may_follow_those_of_stuff():
+    things = torch.rand(2, H, W)
+    classes, scores = vote(torch.ones(3, H, W), things)
+    shifted = PanopticAssembler(thing_offset=11).vote([torch.ones(3, H, W)], things, 0.4)
+    assert torch.equal(shifted[0], classes + 11) and torch.equal(shifted[1], scores)
 
 
 def test_an_empty_mask_has_score_zero():
@@ -115,8 +120,8 @@ def test_an_empty_mask_has_score_zero():
 
 def test_nothing_found_is_an_ordinary_result():
     result = PanopticAssembler()(found([], semantic_probs()), (H, W), (H, W))
-    assert len(result) == 0 and result.pred_masks.shape == (0, H, W)
-    ids, segments = result.output()["panoptic_seg"]
+    assert result["instances"].pred_masks.shape == (0, H, W)
+    ids, segments = result["panoptic_seg"]
     assert [s["isthing"] for s in segments] == [False]
     # thing pixels without an instance are void
     assert torch.equal(ids == 0, semantic_probs().argmax(0) > 0)
@@ -152,21 +157,17 @@ def test_instances_are_sorted_by_score_and_have_their_own_pixels():
     hidden = rectangle(5, 5, 10, 10, 0.7)
     probs = torch.full((2, H, W), 0.1)
     probs[1] = 0.9
-    result = PanopticAssembler()(found([weak, strong, hidden], probs), (H, W), (H, W))
+    every = found([weak, strong, hidden], probs)
+    result = PanopticAssembler()(every, (H, W), (H, W))["instances"]
     assert result.scores.tolist() == pytest.approx([0.81, 0.72])
     assert result.pred_masks.flatten(1).sum(1).tolist()[1] == 64 - 16
     assert result.pred_masks.sum(0).max() == 1
-    raw = PanopticAssembler(disjoint_masks=False)(
-        found([weak, strong, hidden], probs), (H, W), (H, W)
-    )
-    assert raw.scores.tolist() == pytest.approx([0.81, 0.72, 0.63])
-    assert raw.pred_masks.flatten(1).sum(1).tolist() == [64, 64, 25]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"class_vote": "max"}, "class_vote must be one of mean, majority, not 'max'"),
+        ({"min_segment_area": 0}, "min_segment_area must be at least 1, not 0"),
         ({"num_stuff": 0}, "num_stuff must be at least 1, not 0"),
     ],
 )

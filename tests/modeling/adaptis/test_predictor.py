@@ -13,6 +13,7 @@ from solo_d2.modeling import SOLOv2
 from solo_d2.modeling.adaptis import AdaptIS, AdaptISPredictor
 from solo_d2.modeling.adaptis.automatic import ProposalSelection, RandomSelection
 from solo_d2.modeling.adaptis.criterion import InstanceCriterion
+from solo_d2.modeling.adaptis.finder import InferenceOptions
 from solo_d2.modeling.adaptis.head import build_heads
 from solo_d2.modeling.adaptis.panoptic import PanopticAssembler
 from solo_d2.modeling.adaptis.predictor import merge_masks
@@ -34,12 +35,11 @@ def tiny_model() -> AdaptIS:
         backbone=AdaptISUNet(width=8, num_levels=3),
         in_features=["unet"],
         heads=heads,
-        num_things=3,
         sampler=PointSampler(4),
         instance_criterion=InstanceCriterion(),
-        proposal_selection=ProposalSelection(mask_threshold=0.5),
-        random_selection=RandomSelection(),
-        assembler=PanopticAssembler(),
+        inference_options=InferenceOptions(
+            ProposalSelection(mask_threshold=0.5), RandomSelection(), PanopticAssembler()
+        ),
         pixel_mean=[127.5] * 3,
         pixel_std=[127.5] * 3,
     ).eval()

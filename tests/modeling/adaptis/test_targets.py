@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from solo_d2.modeling.adaptis.targets import (
     PointSampler,
-    dense_targets,
     dual_targets,
-    paint_semantic,
     score_targets,
+    semantic_labels,
     targets_of_points,
     top20_targets,
     topmost,
 )
+from solo_d2.modeling.segmentor import GroundTruth
 
 NOTHING = torch.zeros((0, 12, 16), dtype=torch.bool)
 
@@ -49,14 +49,32 @@ def test_of_equally_large_masks_the_last_is_seen():
     assert topmost(boxes(SMALL, SMALL, SMALL))[3, 3] == 2
 
 
-def test_semantic_labels_are_painted_from_instances_and_crowds_are_ignored():
-    labels = paint_semantic(
-        boxes(LARGE, SMALL), torch.tensor([0, 2]), boxes((0, 0, 12, 16)), num_stuff=1
+def ground_truth(masks: torch.Tensor, classes: list[int], crowds: torch.Tensor) -> GroundTruth:
+    """Of an image of 12 x 14 pixels in a batch of 12 x 16."""
+    return GroundTruth(
+        boxes=torch.zeros(len(masks), 4),
+        classes=torch.tensor(classes, dtype=torch.long),
+        masks=masks,
+        image_size=(12, 14),
+        crowd_boxes=torch.zeros(len(crowds), 4),
+        crowd_masks=crowds,
     )
-    assert labels[0, 0] == 1 and labels[3, 3] == 3  # an object in a crowd region is an object
-    assert labels[11, 15] == -1
-    without = paint_semantic(NOTHING, torch.zeros(0).long(), NOTHING, num_stuff=1)
-    assert without.unique().tolist() == [0]
+
+
+def test_semantic_labels_are_painted_from_instances_and_crowds_are_ignored():
+    gt = ground_truth(boxes(LARGE, SMALL), [0, 2], boxes((6, 0, 12, 16)))
+    labels = semantic_labels(gt, None, num_classes=4)
+    assert labels[7, 7] == 1 and labels[3, 3] == 3  # an object in a crowd region is an object
+    assert labels[0, 13] == 0 and labels[11, 13] == -1 and (labels[:, 14:] == -1).all()
+    without = semantic_labels(ground_truth(NOTHING, [], NOTHING), None, num_classes=4)
+    assert (without[:, :14] == 0).all()
+
+
+def test_semantic_labels_that_are_no_class_are_ignored():
+    given = torch.full((12, 14), 3)
+    given[0, :3] = torch.tensor([255, -1, 4])
+    labels = semantic_labels(ground_truth(boxes(LARGE), [0], NOTHING), given, num_classes=4)
+    assert labels[0, :4].tolist() == [-1, -1, -1, 3] and (labels[:, 14:] == -1).all()
 
 
 # ---- points
@@ -180,20 +198,11 @@ def test_an_object_whose_masks_tell_nothing_has_no_targets(rule):
     assert (targets[:2] == -1).all() and (targets[2] >= 0).any()
 
 
-def test_dense_targets_leave_out_all_but_the_objects_with_points():
-    points = torch.tensor([[[1.0, 1.0], [2.0, 2.0]]])
-    targets = torch.tensor([[0.9, 0.0]])
-    maps = dense_targets(points, targets, boxes(LARGE))[0]
-    assert maps[1, 1] == pytest.approx(0.9) and maps[0, 0] == 0
-    assert maps[9, 12] == -1 and maps[11, 0] == -1
-    assert (dense_targets(points, torch.full((1, 2), -1.0), boxes(LARGE)) == -1).all()
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"num_points": 0}, "num_points must be at least 1, not 0"),
-        ({"ignored_prob": 1.5}, "ignored_prob must be within 0 and 1, not 1.5"),
+        ({"ignored_prob": 1.5}, "ignored_prob must be from 0 to 1, not 1.5"),
     ],
 )
 def test_a_wrong_option_of_the_sampler_is_named(options, message):
