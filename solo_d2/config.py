@@ -121,7 +121,9 @@ def _add_data(cfg: CN) -> None:
 def _add_input(cfg: CN) -> None:
     # "default": Detectron2's (CROP, resize, RANDOM_FLIP). "ssd": CROP, the augmentation of SSD with
     # YOLACT's parameters (photometric, expand, crop), RANDOM_FLIP, resize; an image that loses all
-    # of its objects is replaced by another one.
+    # of its objects is replaced by another one. "cityscapes": CROP, resize, RANDOM_FLIP, then
+    # AdaptIS's for Cityscapes (shift and rotation, a crop of 400 x 720, colors); an image that
+    # loses all of its objects is replaced with probability 0.95.
     cfg.INPUT.AUGMENTATION = "default"
     # Also pass crowd regions to the model, as instances with the field gt_crowd. Only for
     # architectures that do not train on them as objects (YOLACT, AdaptIS, the SOLO family).

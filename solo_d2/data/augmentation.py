@@ -1,7 +1,8 @@
 """The augmentations that ``cfg.INPUT`` selects.
 
 Detectron2's crop, resize and flip; or the augmentation of SSD (arXiv 1512.02325) with YOLACT's
-published parameters. Random numbers come from numpy's global state, as in Detectron2.
+published parameters; or that of AdaptIS for Cityscapes. Random numbers come from numpy's global
+state, as in Detectron2.
 """
 
 # Detectron2's augmentations use numpy's legacy global state.
@@ -14,7 +15,9 @@ from detectron2.config import CfgNode
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-KINDS = ("default", "ssd")
+from .cityscapes import cityscapes_augmentations
+
+KINDS = ("default", "ssd", "cityscapes")
 
 # RGB; the mean color of ImageNet, as published
 _CANVAS_COLOR = (124, 117, 104)
@@ -38,6 +41,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T
     crop = [T.RandomCrop(options.CROP.TYPE, options.CROP.SIZE)] if options.CROP.ENABLED else []
     if options.AUGMENTATION == "default":
         return [*crop, resize, *flips]
+    if options.AUGMENTATION == "cityscapes":
+        return [*crop, resize, *flips, *cityscapes_augmentations()]
     return [*crop, *_build_ssd(options.FORMAT, options.MASK_FORMAT), *flips, resize]
 
 

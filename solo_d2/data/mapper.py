@@ -1,14 +1,14 @@
 """From a data set record to a training example."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -18,7 +18,11 @@ from solo_d2.errors import UserError, one_line
 from solo_d2.modeling.num_classes import get_value, num_classes_keys
 
 from .augmentation import build_augmentations
+from .cityscapes import panoptic_annotations
 from .images import read_image
+
+# INPUT.AUGMENTATION -> see ``reject_emptied``
+_REJECT_EMPTIED = {"default": 0.0, "ssd": 1.0, "cityscapes": 0.95}
 
 
 class InstanceMapper(DatasetMapper):
@@ -43,8 +47,9 @@ class InstanceMapper(DatasetMapper):
         precomputed_proposal_topk: int | None = None,
         recompute_boxes: bool = False,
         keep_crowd: bool = False,
-        reject_emptied: bool = False,
+        reject_emptied: float = 0.0,
         num_classes: int | None = None,
+        panoptic_things: Collection[int] = (),
     ):
         """
         Args:
@@ -53,10 +58,12 @@ class InstanceMapper(DatasetMapper):
             recompute_boxes: see ``DatasetMapper``.
             keep_crowd: also return crowd regions, after the objects; they are marked in a field
                 ``gt_crowd`` (N,) bool of the instances.
-            reject_emptied: return None if augmentation removed all objects of an image; the loader
-                then takes another image.
+            reject_emptied: probability of returning None if augmentation removed all objects of an
+                image; the loader then takes another image.
             num_classes: number of classes of the model; a class out of range is an error. None:
                 not checked.
+            panoptic_things: the classes of things in records that have a panoptic picture and no
+                annotations, which are then made from it.
 
         Raises:
             ValueError: ``keep_crowd`` is set with polygon masks; COCO stores crowds as RLE.
@@ -79,6 +86,7 @@ class InstanceMapper(DatasetMapper):
         self.keep_crowd = keep_crowd
         self.reject_emptied = reject_emptied
         self.num_classes = num_classes
+        self.panoptic_things = panoptic_things
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -89,15 +97,18 @@ class InstanceMapper(DatasetMapper):
                     f"INPUT.KEEP_CROWD: {cfg.MODEL.META_ARCHITECTURE} would take crowds for objects"
                 )
         options = super().from_config(cfg, is_train)
-        is_ssd = is_train and cfg.INPUT.AUGMENTATION == "ssd"
+        kind = cfg.INPUT.AUGMENTATION if is_train else "default"
         num_classes = get_value(cfg, num_classes_keys(cfg)[0])
         return {
             **options,
             "augmentations": build_augmentations(cfg, is_train),
-            "recompute_boxes": cfg.MODEL.MASK_ON if is_ssd else options["recompute_boxes"],
+            "recompute_boxes": options["recompute_boxes"]
+            if kind == "default"
+            else cfg.MODEL.MASK_ON,
             "keep_crowd": cfg.INPUT.KEEP_CROWD,
-            "reject_emptied": is_ssd,
+            "reject_emptied": _REJECT_EMPTIED[kind],
             "num_classes": num_classes if num_classes > 0 else None,
+            "panoptic_things": _panoptic_things(cfg.DATASETS.TRAIN),
         }
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -115,7 +126,12 @@ class InstanceMapper(DatasetMapper):
             file = example.pop("sem_seg_file_name")
             with _naming({"file_name": file}):
                 semantic = utils.read_image(file, "L").squeeze(2)
+            # augmentations fill with 0, which stands for the label of ignored pixels, 255, here
+            semantic = semantic + np.uint8(1)
         annotations = example.pop("annotations", None)
+        if self.is_train and annotations is None and "pan_seg_file_name" in example:
+            with _naming({"file_name": example["pan_seg_file_name"]}):
+                annotations = panoptic_annotations(example, self.panoptic_things)
         objects = [a for a in annotations or () if not a.get("iscrowd", 0)]
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in objects]
 
@@ -126,7 +142,8 @@ class InstanceMapper(DatasetMapper):
         pixels = augmented.image.transpose(2, 0, 1).copy()
         example["image"] = torch.as_tensor(pixels)
         if augmented.sem_seg is not None:
-            example["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+            labels = augmented.sem_seg - np.uint8(1)
+            example["sem_seg"] = torch.as_tensor(labels.astype("long"))
         if self.proposal_topk is not None:
             utils.transform_proposals(
                 example, image_shape, transforms, proposal_topk=self.proposal_topk
@@ -139,7 +156,9 @@ class InstanceMapper(DatasetMapper):
             instances = self._instances([*objects, *crowds], len(objects), transforms, image_shape)
         example["instances"] = instances
         found = len(instances) - (int(instances.gt_crowd.sum()) if self.keep_crowd else 0)
-        return None if self.reject_emptied and objects and not found else example
+        if objects and not found and np.random.rand() < self.reject_emptied:  # noqa: NPY002
+            return None
+        return example
 
     def _instances(
         self,
@@ -192,6 +211,12 @@ class InstanceMapper(DatasetMapper):
                 )
             if self.use_instance_mask and "segmentation" not in annotation:
                 raise ValueError("an annotation has no mask (segmentation); see MODEL.MASK_ON")
+
+
+def _panoptic_things(datasets: Sequence[str]) -> Collection[int]:
+    """Classes of things of the data sets, as their "segments_info" have them."""
+    maps = [MetadataCatalog.get(x).get("thing_dataset_id_to_contiguous_id", {}) for x in datasets]
+    return {thing for known in maps for thing in known.values()}
 
 
 @contextmanager

@@ -54,12 +54,13 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[Datas
             evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if kind == "cityscapes_sem_seg":
             evaluators.append(CityscapesSemSegEvaluator(dataset_name))
-    if not evaluators:
+    panoptic = getattr(architecture, "best_metric", "").startswith("panoptic_seg/")
+    if not evaluators and not (panoptic and kind == "cityscapes_panoptic_seg"):
         raise UserError(
             f"{cfg.MODEL.META_ARCHITECTURE} cannot be evaluated on data set {dataset_name!r} of "
             f"evaluator_type {kind!r}"
         )
-    if getattr(architecture, "best_metric", "").startswith("panoptic_seg/"):
+    if panoptic:
         evaluators.append(PanopticEvaluator(dataset_name))
     if cfg.TEST.VIS_IMAGES > 0:
         pictures = PredictionPictures(

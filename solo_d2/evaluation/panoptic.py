@@ -11,18 +11,16 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BitMasks
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
 
+from solo_d2.data.cityscapes import read_segment_ids
 from solo_d2.errors import UserError
 
 VOID = -1
@@ -55,6 +53,8 @@ class PanopticEvaluator(DatasetEvaluator):
         metadata = MetadataCatalog.get(dataset_name)
         self._things = len(metadata.get("thing_classes") or ())
         self._stuff = len(metadata.get("stuff_classes") or ("background",))
+        # Cityscapes does not say which segments are things, and counts all classes in both lists
+        self._thing_ids = {*metadata.get("thing_dataset_id_to_contiguous_id", {}).values()}
         self._dataset_name = dataset_name
         self._records = {r["file_name"]: r for r in records}
         self.reset()
@@ -87,7 +87,9 @@ class PanopticEvaluator(DatasetEvaluator):
     def ground_truth(self, record: dict[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
         """(H, W) ids and the segments that they stand for; ids without a segment are void."""
         if "pan_seg_file_name" in record:
-            return _read_panoptic(record)
+            ids = torch.from_numpy(read_segment_ids(record["pan_seg_file_name"]))
+            segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
+            return ids, [{"isthing": s["category_id"] in self._thing_ids, **s} for s in segments]
         size = record["height"], record["width"]
         return paint_ground_truth(record.get("annotations", ()), size)
 
@@ -189,10 +191,3 @@ def _masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tens
         return torch.zeros((0, *size), dtype=torch.bool)
     masks: BitMasks = annotations_to_instances(annotations, size, mask_format="bitmask").gt_masks
     return masks.tensor
-
-
-def _read_panoptic(record: dict[str, Any]) -> tuple[Tensor, list[dict[str, Any]]]:
-    with PathManager.open(record["pan_seg_file_name"], "rb") as file:
-        rgb = np.asarray(Image.open(file).convert("RGB"), dtype=np.int64)
-    ids = torch.from_numpy(rgb @ np.array([1, 256, 256**2]))
-    return ids, [s for s in record["segments_info"] if not s.get("iscrowd", 0)]

@@ -77,6 +77,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         proposal_criterion: ProposalCriterion | None = None,
         freeze_bn: bool = True,
         inference_options: InferenceOptions,
+        backbone_lr_factor: float = 1.0,
         pixel_mean: list[float],
         pixel_std: list[float],
         freeze_bn_stats: bool = False,
@@ -92,10 +93,12 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
             freeze_bn: in the second stage, keep the frozen parts in eval mode. False: let the
                 statistics of their batch norms drift, as the published code does.
             inference_options: how objects are found.
+            backbone_lr_factor: factor on the learning rate of the backbone.
 
         Raises:
             ValueError: an option has an unsupported value, or the parts do not fit together.
         """
+        assembler = inference_options.assembler
         super().__init__(
             backbone=backbone,
             pixel_mean=pixel_mean,
@@ -103,7 +106,8 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
             freeze_bn_stats=freeze_bn_stats,
             mask_threshold=inference_options.proposals.mask_threshold,
             num_classes=heads.semantic.predictor.out_channels
-            - inference_options.assembler.num_stuff,
+            - assembler.num_stuff
+            + assembler.thing_offset,
         )
         if (fusion is None) != (len(in_features) == 1):
             raise ValueError(f"fusion is needed for several features, not for {in_features}")
@@ -121,6 +125,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         self.proposal_criterion = proposal_criterion
         self.freeze_bn = freeze_bn
         self.options = inference_options
+        self.backbone_lr_factor = backbone_lr_factor
         if self.proposal_head is not None and proposal_criterion is not None:
             self.iou_threshold = proposal_criterion.iou_threshold
             self.requires_grad_(False)
@@ -132,6 +137,9 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         adaptis = cfg.MODEL.ADAPTIS
         check_choice("MODEL.ADAPTIS.STAGE", adaptis.STAGE, ("instance", "proposals"))
         second_stage = adaptis.STAGE == "proposals"
+        num_classes = resolve_num_classes(cfg, cls.num_classes_key)
+        if not adaptis.THINGS_AFTER_STUFF:
+            num_classes += adaptis.NUM_STUFF
         shapes, names = options["backbone"].output_shape(), adaptis.IN_FEATURES
         if not names or not set(names) <= set(shapes):
             raise ValueError(f"in_features is {names}, but the backbone has {[*shapes]}")
@@ -142,7 +150,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
             "heads": build_heads(
                 adaptis.HEAD,
                 shapes[names[0]].channels if len(names) == 1 else adaptis.FUSE_DIM,
-                adaptis.NUM_STUFF + resolve_num_classes(cfg, cls.num_classes_key),
+                num_classes,
                 conv_dim=adaptis.CONV_DIM,
                 semantic_dim=adaptis.SEMANTIC_DIM,
                 proposal_dim=adaptis.PROPOSAL_DIM if second_stage else None,
@@ -161,7 +169,12 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
             if second_stage
             else None,
             "inference_options": InferenceOptions.from_config(cfg),
+            "backbone_lr_factor": adaptis.BACKBONE_LR_FACTOR,
         }
+
+    def lr_factor(self, name: str) -> float:
+        """Of the learning rate of a parameter; see ``build_optimizer``."""
+        return self.backbone_lr_factor if name.startswith("backbone.") else 1.0
 
     def modules_with_frozen_statistics(self) -> list[nn.Module]:
         modules = super().modules_with_frozen_statistics()

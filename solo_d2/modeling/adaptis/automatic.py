@@ -69,18 +69,22 @@ class ProposalSelection:
         Returns:
             (M, h, w) soft masks, in the order in which they were accepted.
         """
-        occupied = torch.zeros_like(proposals, dtype=torch.bool)
-        values = self.search_map(proposals, things, occupied)
-        return self.select(self.candidates(values), image, occupied)
+        occupied = torch.zeros(proposals.shape, dtype=torch.bool)
+        candidates = self.candidates(self.search_map(proposals, things, occupied))
+        # A larger batch decodes more masks that turn out to be occupied, which costs time on the
+        # CPU; a smaller one waits more often for a GPU.
+        budget = _CPU_BATCH_BYTES if proposals.device.type == "cpu" else CHUNK_BYTES
+        batch_size = max(1, budget // (4 * proposals.numel()))
+        return self.select(candidates, image, occupied, batch_size=batch_size)
 
     def search_map(self, proposals: Tensor, things: Tensor, occupied: Tensor) -> np.ndarray:
         """(H, W) float32 that is searched for candidates.
 
         Args:
             proposals, things: see ``__call__``.
-            occupied: (H, W) bool, pixels without candidates.
+            occupied: (H, W) bool on the CPU, pixels without candidates.
         """
-        likely = (things * ~occupied).amax(dim=0) >= self.min_things_prob
+        likely = (things * ~occupied.to(things.device)).amax(dim=0) >= self.min_things_prob
         values = torch.where(likely, proposals, 0).float().cpu().numpy()
         return cv2.blur(values, (self.blur, self.blur)) if self.blur > 1 else values
 
@@ -100,7 +104,7 @@ class ProposalSelection:
         image: EmbeddedImage,
         occupied: Tensor,
         *,
-        batch_size: int | None = None,
+        batch_size: int,
     ) -> Tensor:
         """Masks of candidates, in order, that do not lie on earlier ones.
 
@@ -111,18 +115,13 @@ class ProposalSelection:
         Args:
             candidates: (K, 2) rows and columns.
             image: decodes the points.
-            occupied: (H, W) bool, pixels that are occupied from the start.
-            batch_size: number of candidates decoded at once; by default it depends on the size.
+            occupied: (H, W) bool on the CPU, pixels that are occupied from the start.
+            batch_size: number of candidates decoded at once.
 
         Returns:
             (M, h, w) soft masks.
         """
-        if batch_size is None:
-            # A larger batch decodes more masks that turn out to be occupied, which costs time on
-            # the CPU; a smaller one waits more often for a GPU.
-            budget = _CPU_BATCH_BYTES if occupied.device.type == "cpu" else CHUNK_BYTES
-            batch_size = max(1, budget // (4 * occupied.numel()))
-        taken = occupied.cpu().numpy().copy()
+        taken = occupied.numpy().copy()
         free = candidates
         accepted: list[Tensor] = []
         while True:
@@ -179,12 +178,11 @@ class RandomSelection:
         free = (things.amax(dim=0) >= self.min_things_prob).cpu().numpy()
         accepted = [things.new_zeros((0, *free.shape))]
         for _ in range(self.num_rounds):
-            pixels = np.flatnonzero(free)
+            pixels = torch.from_numpy(np.argwhere(free))
             if len(pixels) == 0:
                 break
             chosen = torch.randperm(len(pixels), generator=generator)[: self.num_candidates]
-            points = np.stack(np.unravel_index(pixels[chosen.numpy()], free.shape), axis=1)
-            masks = image.enlarge(image.soft_masks(torch.from_numpy(points).float()))
+            masks = image.enlarge(image.soft_masks(pixels[chosen].float()))
             mask = masks.index_select(0, _certainty(masks).argmax()[None])
             binary = (mask > self.mask_threshold)[0].cpu().numpy()
             area = np.count_nonzero(binary)

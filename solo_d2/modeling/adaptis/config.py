@@ -22,7 +22,8 @@ def add_adaptis_config(cfg: CN) -> None:
     cfg.MODEL.ADAPTIS.NUM_STUFF = 1
     # -1: the number of thing classes of the training set.
     cfg.MODEL.ADAPTIS.NUM_THINGS = -1
-    # Number the thing classes of results after those of stuff, as Detectron2's Cityscapes does.
+    # The data set counts stuff among its thing classes, before the things, as Detectron2's
+    # Cityscapes does. So do NUM_THINGS and the classes of results.
     cfg.MODEL.ADAPTIS.THINGS_AFTER_STUFF = False
 
     # Features of the backbone, finest first. Several features are fused into one map with FUSE_DIM
@@ -53,6 +54,8 @@ def add_adaptis_config(cfg: CN) -> None:
     # Weight of an object's pixels in the loss of its mask; the others have 1 - LOSS_ALPHA.
     # Cityscapes: 0.25.
     cfg.MODEL.ADAPTIS.LOSS_ALPHA = 0.5
+    # Factor on the learning rate of the backbone. Cityscapes: 0.1.
+    cfg.MODEL.ADAPTIS.BACKBONE_LR_FACTOR = 1.0
     # Targets of the points on an object in the second stage: "score" (published code: graded, for
     # all points but the worst), "top20" (paper: the best fifth by IoU against the rest) or "dual"
     # (the best fifth against the worst half).

@@ -218,14 +218,14 @@ def test_a_mask_that_lies_on_others_or_is_tiny_is_dropped():
     network = Network(lambda points: torch.stack([masks[int(row)] for row, _ in points]))
     candidates = np.array([[0, 0], [11, 0], [12, 0], [13, 0]])
     selection = ProposalSelection(max_occupied=0.4)
-    found = selection.select(candidates, network, nothing_occupied())
+    found = selection.select(candidates, network, nothing_occupied(), batch_size=4)
     assert (found > 0.4).sum(dim=(1, 2)).tolist() == [100, 300]
 
 
 def test_a_mask_is_cut_to_a_window_around_its_point():
     network = Network(lambda points: torch.ones(1, H, W))
     selection = ProposalSelection(cut_radius=3)
-    (mask,) = selection.select(np.array([[1, 16]]), network, nothing_occupied())
+    (mask,) = selection.select(np.array([[1, 16]]), network, nothing_occupied(), batch_size=1)
     rows, columns = mask.nonzero().unbind(1)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 3, 13, 18)
 
