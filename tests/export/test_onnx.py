@@ -8,7 +8,7 @@ from solo_d2 import load
 from solo_d2.errors import UserError
 from solo_d2.export.check import compare, raw_instances
 from solo_d2.export.exported import ExportedAdaptIS, open_exported
-from solo_d2.export.files import build_graph, export, round_weights
+from solo_d2.export.files import FORMATS, build_graph, export, round_weights
 from solo_d2.export.metadata import decoder_path
 
 onnx = pytest.importorskip("onnx")
@@ -132,14 +132,40 @@ def test_one_size_and_half_weights(tiny, tmp_path):
     assert found.equal and found.eager > 0
 
 
+def unet(tiny):
+    """The U-Net crops its maps by amounts that depend on the image's size."""
+    backbone = {
+        "BACKBONE__NAME": "build_adaptis_unet_backbone",
+        "UNET__LEVELS": 3,
+        "UNET__WIDTH": 4,
+    }
+    options = {"ADAPTIS__IN_FEATURES": ["unet"], "ADAPTIS__HEAD": "toy"} | backbone
+    return tiny.model("AdaptIS", **{f"MODEL__{key}": value for key, value in options.items()})
+
+
 def test_a_network_that_depends_on_the_size_needs_one(tiny, tmp_path):
-    unet = {"BACKBONE__NAME": "build_adaptis_unet_backbone", "UNET__LEVELS": 3, "UNET__WIDTH": 4}
-    options = {"ADAPTIS__IN_FEATURES": ["unet"], "ADAPTIS__HEAD": "toy"} | unet
-    model = tiny.model("AdaptIS", **{f"MODEL__{key}": value for key, value in options.items()})
-    graph = build_graph(model)
+    graph = build_graph(unet(tiny))
     with pytest.raises(UserError, match="--size H W"):
         export(graph, tiny.metadata(graph), tmp_path / "model.onnx")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_with_one_it_answers_points_and_searches(tiny, tmp_path, format):
+    model = unet(tiny)
+    graph, path = build_graph(model), tmp_path / f"model{FORMATS[format]}"
+    # odd, so that maps are cropped
+    export(graph, tiny.metadata(graph, size=(45, 62)), path, format=format)
+    exported = open_exported(path, allow_pickle=True)
+    image = tiny.noise((45, 62))
+    found = compare(raw_instances(model, image), raw_instances(exported, image), in_order=True)
+    assert found.equal and found.eager == 25
+    (eager,), (output,) = model([{"image": image}]), exported([{"image": image}])
+    assert torch.equal(eager["panoptic_seg"][0], output["panoptic_seg"][0])
+    # smaller images are padded
+    assert exported([{"image": tiny.noise((40, 50))}])[0]["panoptic_seg"][0].shape == (40, 50)
+    with pytest.raises(UserError, match="takes 45 x 62 pixels"):
+        exported([{"image": tiny.noise((46, 62))}])
 
 
 def test_what_is_no_exported_file_is_one_line(tmp_path):
