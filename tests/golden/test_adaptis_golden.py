@@ -299,7 +299,7 @@ def test_the_points_have_the_objects_under_them(golden, build):
     inputs = training_inputs(golden, "instance")
     images = model.preprocess_image(inputs)
     ground_truth = model.prepare_ground_truth(inputs, images)
-    _, masks = model.point_targets(ground_truth)
+    masks = torch.cat([x.masks for x in ground_truth])
     expected = torch.cat(
         [
             ids == objects.long()[:, None, None]
@@ -394,7 +394,8 @@ def test_labels_of_the_second_stage_are_the_originals(golden, build, second_stag
     ground_truth = model.prepare_ground_truth(inputs, images)
     with torch.no_grad():
         feature, embedding = embed(model, inputs)
-        points, masks = model.point_targets(ground_truth)
+        points = torch.stack([x.points for x in ground_truth])
+        masks = torch.cat([x.masks for x in ground_truth])
         logits = model.decode(embedding, points)[:, 0]
         count = points.shape[1]
         targets, _ = model.proposal_criterion.targets_of(logits.sigmoid(), masks, count)

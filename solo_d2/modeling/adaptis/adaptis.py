@@ -28,7 +28,7 @@ from solo_d2.layers.points import read_at_points
 
 from ..num_classes import resolve_num_classes
 from ..options import check_choice
-from ..segmentor import GroundTruth, InstanceSegmentor
+from ..segmentor import InstanceSegmentor
 from .criterion import InstanceCriterion, ProposalCriterion
 from .embedded import ImageEmbedding
 from .finder import EncodedImage, InferenceOptions, ObjectFinder, output_size
@@ -47,9 +47,9 @@ from .targets import (
 class PointGroundTruth(NamedTuple):
     """Ground truth of one image."""
 
-    objects: GroundTruth
+    points: Tensor  # (P, 2) float32
+    masks: Tensor  # (P, H, W) int8, under the points: 1 object, 0 rest, -1 ignored
     semantic: Tensor  # (H, W) int64 in [0, C), -1 ignored
-    points: Tensor | None  # (P, 2) rows and columns given by the user instead of random ones
 
 
 @META_ARCH_REGISTRY.register()
@@ -283,24 +283,30 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         """A ``PointGroundTruth`` for each image.
 
         Raises:
-            ValueError: see ``InstanceSegmentor``; or a point is outside its image, or there are
-                several stuff classes and no "sem_seg".
+            ValueError: see ``InstanceSegmentor``; or a point is outside its image, images have
+                different numbers of points, or there are several stuff classes and no "sem_seg".
         """
         result = []
         num_stuff = self.options.assembler.num_stuff
         num_classes = self.semantic_head.predictor.out_channels
         for gt, inputs in zip(super().prepare_ground_truth(batched_inputs, images), batched_inputs):
-            points = None
             if "points" in inputs:
                 points = to_input_frame(inputs["points"], output_size(inputs), gt.image_size)
-                points = points.to(self.device)
+                drawn = targets_of_points(points.to(self.device), gt.masks)
+            else:
+                drawn = self.sampler(gt.masks, gt.crowd_masks)
             if "sem_seg" not in inputs and num_stuff != 1:
                 raise ValueError(
                     f"num_stuff is {num_stuff}, but image {inputs.get('file_name', '?')} has no "
                     "'sem_seg'"
                 )
             semantic = semantic_labels(gt, inputs.get("sem_seg"), num_classes=num_classes)
-            result.append(PointGroundTruth(gt, semantic, points))
+            result.append(PointGroundTruth(*drawn, semantic))
+        if len({len(x.points) for x in result}) != 1:
+            raise ValueError(
+                "all images of a training batch need the same number of points, not "
+                + ", ".join(str(len(x.points)) for x in result)
+            )
         return result
 
     def losses(
@@ -308,7 +314,8 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
     ) -> dict[str, Tensor]:
         """First stage: masks of points and semantic labels. Second stage: quality of points."""
         sizes, padded = images.image_sizes, (images.tensor.shape[-2], images.tensor.shape[-1])
-        points, masks = self.point_targets(ground_truth)
+        points = torch.stack([x.points for x in ground_truth])
+        masks = torch.cat([x.masks for x in ground_truth])
         feature = self.feature_map(features)
         logits = resize_corners(self.decode(self.embed(feature, sizes, padded), points), padded)
         if self.proposal_head is not None and self.proposal_criterion is not None:
@@ -322,43 +329,23 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         labels = torch.stack([x.semantic for x in ground_truth])
         return self.instance_criterion(logits, masks, semantic, labels, sizes)
 
-    def point_targets(self, ground_truth: list[PointGroundTruth]) -> tuple[Tensor, Tensor]:
-        """Points (N, P, 2), and the masks under them (N * P, H, W) int8, -1 ignored.
-
-        Raises:
-            ValueError: the images have different numbers of points.
-        """
-        drawn = [
-            self.sampler(gt.objects.masks, gt.objects.crowd_masks)
-            if gt.points is None
-            else targets_of_points(gt.points, gt.objects.masks)
-            for gt in ground_truth
-        ]
-        if len({len(x.points) for x in drawn}) != 1:
-            raise ValueError(
-                "all images of a training batch need the same number of points, not "
-                + ", ".join(str(len(x.points)) for x in drawn)
-            )
-        masks = torch.stack([x.masks for x in drawn])
-        return torch.stack([x.points for x in drawn]), masks.flatten(0, 1)
-
     # ---- inference; see ``ObjectFinder``
 
-    def encode(self, image: Tensor, image_size: tuple[int, int]) -> EncodedImage:
-        return self._encode_features(self.backbone(image), image, image_size)
-
-    def _encode_features(
-        self, features: dict[str, Tensor], image: Tensor, image_size: tuple[int, int]
+    def encode(
+        self,
+        image: Tensor,
+        image_size: tuple[int, int],
+        features: dict[str, Tensor] | None = None,
     ) -> EncodedImage:
         padded = (image.shape[-2], image.shape[-1])
-        feature = self.feature_map(features)
+        feature = self.feature_map(self.backbone(image) if features is None else features)
         embedding = self.embed(feature, [image_size], padded)
         return EncodedImage(embedding, *self.maps(feature, padded))
 
     def inference(self, images: ImageList, features: dict[str, Tensor]) -> list[Instances]:
         """``FoundInstances`` of a single image; ``forward`` passes one at a time."""
         (image_size,) = images.image_sizes
-        encoded = self._encode_features(features, images.tensor, image_size)
+        encoded = self.encode(images.tensor, image_size, features)
         return [self.find(self.embedded_image(images, encoded))]
 
     def postprocess_batch(

@@ -147,14 +147,11 @@ def normalized_focal_loss(
     counted = labels != IGNORE
     positive = labels > 0
     probs = logits.sigmoid()
-    truth = torch.where(positive, probs, 1 - probs).masked_fill(~counted, 1.0)
-    beta = (1 - truth) ** gamma
+    truth = torch.where(positive, probs, 1 - probs)
     if num_pixels is None:
         num_pixels = torch.full_like(logits[:, 0], logits.shape[1])
-    factor = num_pixels / (beta.detach().sum(dim=1) + 1e-12)
-    weight = torch.where(positive, alpha, 1 - alpha) * counted * factor[:, None]
-    total = -(weight * beta * (truth + 1e-12).clamp(max=1).log()).sum(dim=1)
-    return total / (counted.sum(dim=1) + 1e-12)
+    weight = torch.where(positive, alpha, 1 - alpha)
+    return _normalized_focal(truth, counted, weight, num_pixels, gamma=gamma, eps=1e-12)
 
 
 def normalized_focal_loss_softmax(logits: Tensor, labels: Tensor, *, gamma: float = 1.0) -> Tensor:
@@ -170,15 +167,27 @@ def normalized_focal_loss_softmax(logits: Tensor, labels: Tensor, *, gamma: floa
     Returns:
         (N,): the mean over the pixels that are not ignored; 0 if all are.
     """
-    counted = labels != IGNORE
+    counted = (labels != IGNORE).flatten(1)
     probs = logits.float().softmax(dim=1)
-    truth = probs.gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(~counted, 1.0)
-    truth, counted = truth.flatten(1), counted.flatten(1)
+    truth = probs.gather(1, labels.clamp(min=0)[:, None]).flatten(1)
+    return _normalized_focal(truth, counted, 1.0, counted.sum(dim=1), gamma=gamma, eps=1e-10)
+
+
+def _normalized_focal(
+    truth: Tensor,
+    counted: Tensor,
+    weight: Tensor | float,
+    num_pixels: Tensor,
+    *,
+    gamma: float,
+    eps: float,
+) -> Tensor:
+    """(M,) mean over the counted pixels of probabilities (M, pixels) of the true labels."""
+    truth = truth.masked_fill(~counted, 1.0)
     beta = (1 - truth) ** gamma
-    count = counted.sum(dim=1)
-    factor = count / (beta.detach().sum(dim=1) + 1e-10)
-    total = -(factor[:, None] * beta * (truth + 1e-10).clamp(max=1).log() * counted).sum(dim=1)
-    return total / (count + 1e-10)
+    factor = num_pixels / (beta.detach().sum(dim=1) + eps)
+    loss = weight * factor[:, None] * beta * (truth + eps).clamp(max=1).log() * counted
+    return -loss.sum(dim=1) / (counted.sum(dim=1) + eps)
 
 
 def proposal_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -198,19 +207,13 @@ def proposal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class AdaptiveThreshold(nn.Module):
     """A mask threshold that follows the best mean IoU in small steps; its value is a buffer."""
 
+    STEP = 0.025  # distance to the two other thresholds that are tried
+    MOMENTUM = 0.99  # share of the old value in the new value
     value: Tensor
 
-    def __init__(self, initial: float, *, step: float = 0.025, momentum: float = 0.99):
-        """
-        Args:
-            initial: threshold before the first update.
-            step: distance to the two other thresholds that are tried.
-            momentum: share of the old value in the new value.
-        """
+    def __init__(self, initial: float):
         super().__init__()
         self.register_buffer("value", torch.tensor(initial, dtype=torch.float64))
-        self.step = step
-        self.momentum = momentum
 
     @torch.no_grad()
     def update(self, probs: Tensor, targets: Tensor) -> Tensor:
@@ -224,7 +227,7 @@ class AdaptiveThreshold(nn.Module):
             The mean IoU at the best threshold. If no sample has a pixel of an object, it is 0 and
             the threshold does not change.
         """
-        rivals = torch.stack([self.value, self.value - self.step, self.value + self.step])
+        rivals = torch.stack([self.value, self.value - self.STEP, self.value + self.STEP])
         iou = torch.stack([mask_iou(probs, targets, rival) for rival in rivals])
         known = iou >= 0
         sums = torch.stack([(iou * known).sum(dim=1), known.sum(dim=1).float()])
@@ -234,7 +237,7 @@ class AdaptiveThreshold(nn.Module):
         total, count = sums[:-1].view(2, 3)
         mean = total / count.clamp(min=1)
         best = rivals.gather(0, mean.argmax()[None])[0]  # the first of equal ones
-        moved = self.momentum * self.value + (1 - self.momentum) * best
+        moved = self.MOMENTUM * self.value + (1 - self.MOMENTUM) * best
         self.value.copy_(torch.where(sums[-1] > 0, moved, self.value))
         return torch.where(sums[-1] > 0, mean.amax(), 0.0)
 

@@ -188,9 +188,9 @@ def test_given_points_take_the_place_of_drawn_ones():
         x["points"] = torch.tensor([[8.0, 6.0], [8.0, 6.0]])
     images = model.preprocess_image(inputs)
     ground_truth = model.prepare_ground_truth(inputs, images)
-    points, masks = model.point_targets(ground_truth)
-    assert points.shape == (2, 2, 2) and points[0, 0].tolist() == [6, 8]
-    assert torch.equal(masks[0] == 1, ground_truth[0].objects.masks[0])
+    assert [x.points.tolist() for x in ground_truth] == 2 * [[[6, 8], [6, 8]]]
+    object_mask = inputs[0]["instances"].gt_masks.tensor[0]
+    assert torch.equal(ground_truth[0].masks[0] == 1, object_mask)
     inputs[0]["points"] = torch.tensor([[8.0, 6.0]])
     with pytest.raises(ValueError, match="same number of points, not 1, 2"):
         model(inputs)
