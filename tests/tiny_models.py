@@ -82,6 +82,19 @@ ADAPTIS = {
     "MODEL.ADAPTIS.SEMANTIC_DIM": 8,
     "MODEL.ADAPTIS.PROPOSAL_DIM": 8,
 }
+ADAPTIS_DEEPLAB = {
+    **ADAPTIS,
+    "MODEL.BACKBONE.NAME": "build_resnet_deeplab_backbone",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 4,
+    "MODEL.RESNETS.RES4_DILATION": 2,
+    "MODEL.RESNETS.RES5_DILATION": 4,
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res5"],
+    "MODEL.ADAPTIS.IN_FEATURES": ["res2", "res5"],
+    "MODEL.ADAPTIS.FUSION": "deeplab",
+}
 
 
 def tiny_config(settings: dict[str, object], **options) -> CfgNode:

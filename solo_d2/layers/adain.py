@@ -58,7 +58,7 @@ class AdaIN(nn.Module):
         bias = self.bias(control).float() + float(self.bias_plus_one)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
-            if valid is None:
+            if valid is None and h * w > 1:
                 # Batch norm of one sample that holds the channels of all samples. In channels-last
                 # memory, the CPU's sums would be off in the second digit.
                 maps = wide.contiguous().view(1, n * channels, h, w)
@@ -67,6 +67,8 @@ class AdaIN(nn.Module):
                 )
                 # in the type and memory format of the convolutions around it
                 return torch.empty_like(x).copy_(y.view(x.shape))
+            if valid is None:
+                valid = torch.ones_like(wide[:, :1], dtype=torch.bool)
             centered = wide - _mean(wide, valid)
             scale = scale[:, :, None, None] * (_mean(centered**2, valid) + self.eps).rsqrt()
             return torch.addcmul(bias[:, :, None, None], centered, scale).to(x.dtype)

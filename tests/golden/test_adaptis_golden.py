@@ -362,7 +362,7 @@ def test_loss_of_the_second_stage_is_the_originals(golden, second_stage):
     expected = float(golden[f"{prefix}_loss"].mean())
     assert loss.item() == pytest.approx(expected, rel=LOSSES)
     threshold = float(golden[f"{prefix}_iou_thresh"])
-    assert float(model.proposal_criterion.iou_threshold.value) == pytest.approx(threshold, abs=1e-9)
+    assert float(model.criterion.iou_threshold.value) == pytest.approx(threshold, abs=1e-9)
 
 
 def test_only_the_proposal_head_has_gradients_and_they_are_the_originals(
@@ -398,7 +398,7 @@ def test_labels_of_the_second_stage_are_the_originals(golden, build, second_stag
         masks = torch.cat([x.masks for x in ground_truth])
         logits = model.decode(embedding, points)[:, 0]
         count = points.shape[1]
-        targets, _ = model.proposal_criterion.targets_of(logits.sigmoid(), masks, count)
+        targets, _ = model.criterion.targets_of(logits.sigmoid(), masks, count)
         at_points = read_at_points(model.proposal_head(feature), points)
     check(targets, golden[f"{prefix}_labels"])
     check(at_points, golden[f"{prefix}_proposals"])

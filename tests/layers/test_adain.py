@@ -40,6 +40,12 @@ def test_a_constant_channel_is_finite_without_an_eps_too():
     assert y.isfinite().all() and x.grad.isfinite().all()
 
 
+def test_a_single_cell_has_no_variance_and_becomes_the_bias(adain):
+    x, control = torch.rand(2, 6, 1, 1), torch.rand(2, 4)
+    expected = adain.bias(control)[:, :, None, None] + adain.bias_plus_one
+    torch.testing.assert_close(adain(x, control), expected)
+
+
 def test_half_precision_stays_but_the_statistics_are_exact(adain):
     x = 1000 + torch.rand(1, 6, 5, 7)
     with torch.autocast("cpu", torch.bfloat16):

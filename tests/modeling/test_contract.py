@@ -11,7 +11,16 @@ import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from example_inputs import BATCHES, NUM_CLASSES, ORDINARY, SIZE, example
-from tiny_models import ADAPTIS, CENTERMASK, FCOS, SOLO, YOLACT, YOLACT_PLUS, tiny_model
+from tiny_models import (
+    ADAPTIS,
+    ADAPTIS_DEEPLAB,
+    CENTERMASK,
+    FCOS,
+    SOLO,
+    YOLACT,
+    YOLACT_PLUS,
+    tiny_model,
+)
 from torch import nn
 
 from solo_d2.layers import masks as mask_ops
@@ -110,6 +119,9 @@ ARCHITECTURES = {
     ),
     "AdaptIS": Architecture(
         ADAPTIS, {"loss_instance", "loss_semantic"}, excite_adaptis, random=True
+    ),
+    "AdaptIS DeepLab": Architecture(
+        ADAPTIS_DEEPLAB, {"loss_instance", "loss_semantic"}, excite_adaptis, random=True
     ),
     "AdaptIS proposals": Architecture(
         {**ADAPTIS, "MODEL.ADAPTIS.STAGE": "proposals"}, {"loss_proposal"}, excite_adaptis

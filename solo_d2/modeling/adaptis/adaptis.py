@@ -73,8 +73,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         fusion: nn.Module | None = None,
         heads: Heads,
         sampler: PointSampler,
-        instance_criterion: InstanceCriterion,
-        proposal_criterion: ProposalCriterion | None = None,
+        criterion: InstanceCriterion | ProposalCriterion,
         freeze_bn: bool = True,
         inference_options: InferenceOptions,
         backbone_lr_factor: float = 1.0,
@@ -89,7 +88,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
             fusion: combines several features into one map; None for a single feature.
             heads: with a proposal head for the second stage, which trains that head only.
             sampler: samples the points of a training step.
-            instance_criterion, proposal_criterion: losses of the two stages.
+            criterion: loss of the stage.
             freeze_bn: in the second stage, keep the frozen parts in eval mode. False: let the
                 statistics of their batch norms drift, as the published code does.
             inference_options: how objects are found.
@@ -98,36 +97,31 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         Raises:
             ValueError: an option has an unsupported value, or the parts do not fit together.
         """
-        assembler = inference_options.assembler
+        assembler, num_labels = inference_options.assembler, heads.semantic.predictor.out_channels
         super().__init__(
             backbone=backbone,
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
             freeze_bn_stats=freeze_bn_stats,
             mask_threshold=inference_options.proposals.mask_threshold,
-            num_classes=heads.semantic.predictor.out_channels
-            - assembler.num_stuff
-            + assembler.thing_offset,
+            num_classes=num_labels - assembler.num_stuff + assembler.thing_offset,
         )
         if (fusion is None) != (len(in_features) == 1):
             raise ValueError(f"fusion is needed for several features, not for {in_features}")
         second_stage = heads.proposal is not None
         if inference_options.mode == "proposals" and not second_stage:
             raise ValueError("mode 'proposals' needs a proposal head")
-        if second_stage != (proposal_criterion is not None):
-            raise ValueError("a proposal head and proposal_criterion belong together")
-        self.in_features = in_features
+        if second_stage != isinstance(criterion, ProposalCriterion):
+            raise ValueError("a proposal head and ProposalCriterion belong together")
+        self.in_features, self.fusion = in_features, fusion
         self.stride = backbone.output_shape()[in_features[0]].stride
-        self.fusion = fusion
         self.controller, self.selection_head, self.semantic_head, self.proposal_head = heads
-        self.sampler = sampler
-        self.instance_criterion = instance_criterion
-        self.proposal_criterion = proposal_criterion
+        self.sampler, self.criterion = sampler, criterion
         self.freeze_bn = freeze_bn
         self.options = inference_options
         self.backbone_lr_factor = backbone_lr_factor
-        if self.proposal_head is not None and proposal_criterion is not None:
-            self.iou_threshold = proposal_criterion.iou_threshold
+        if self.proposal_head is not None and isinstance(criterion, ProposalCriterion):
+            self.iou_threshold = criterion.iou_threshold
             self.requires_grad_(False)
             self.proposal_head.requires_grad_(True)
 
@@ -162,12 +156,9 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
                 min_area=adaptis.MIN_OBJECT_AREA,
                 ignored_prob=adaptis.IGNORED_PROB,
             ),
-            "instance_criterion": InstanceCriterion(
-                alpha=adaptis.LOSS_ALPHA, mask_threshold=adaptis.TEST.MASK_THRESH
-            ),
-            "proposal_criterion": ProposalCriterion(targets=adaptis.PROPOSAL_TARGETS)
+            "criterion": ProposalCriterion(targets=adaptis.PROPOSAL_TARGETS)
             if second_stage
-            else None,
+            else InstanceCriterion(adaptis.LOSS_ALPHA, adaptis.TEST.MASK_THRESH),
             "inference_options": InferenceOptions.from_config(cfg),
             "backbone_lr_factor": adaptis.BACKBONE_LR_FACTOR,
         }
@@ -318,16 +309,17 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         masks = torch.cat([x.masks for x in ground_truth])
         feature = self.feature_map(features)
         logits = resize_corners(self.decode(self.embed(feature, sizes, padded), points), padded)
-        if self.proposal_head is not None and self.proposal_criterion is not None:
+        if self.proposal_head is not None and isinstance(self.criterion, ProposalCriterion):
             probs = logits[:, 0].float().sigmoid()
             set_padding(probs.unflatten(0, points.shape[:2]), sizes, 0)
             proposals = read_at_points(self.proposal_head(feature), points, 1 / self.stride)
             proposals = proposals.view(points.shape[:2])
-            return {"loss_proposal": self.proposal_criterion(proposals, probs, masks)}
+            return {"loss_proposal": self.criterion(proposals, probs, masks)}
         set_padding(masks.unflatten(0, points.shape[:2]), sizes, IGNORE)
         semantic = resize_corners(self.semantic_head(feature), padded)
         labels = torch.stack([x.semantic for x in ground_truth])
-        return self.instance_criterion(logits, masks, semantic, labels, sizes)
+        assert isinstance(self.criterion, InstanceCriterion)
+        return self.criterion(logits, masks, semantic, labels, sizes)
 
     # ---- inference; see ``ObjectFinder``
 

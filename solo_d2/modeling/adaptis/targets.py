@@ -5,7 +5,7 @@ Points are (row, column) in pixels of the network's input; see the shape shortha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,6 @@ IGNORE = -1
 
 # Smaller ignored regions are never sampled (as published for Cityscapes).
 _MIN_IGNORED_AREA = 10
-
-
-class PointTargets(NamedTuple):
-    """P points of one image, and for each the mask of the object under it."""
-
-    points: Tensor  # (P, 2) float32
-    masks: Tensor  # (P, H, W) int8: 1 object, 0 rest, -1 ignored
 
 
 def to_input_frame(points: Any, original: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -106,12 +99,16 @@ class PointSampler:
 
     def __call__(
         self, masks: Tensor, crowds: Tensor, *, generator: torch.Generator | None = None
-    ) -> PointTargets:
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             masks: (M, H, W) bool, of the objects.
             crowds: (number of crowds, H, W) bool: neither object nor background.
             generator: a CPU generator; by default PyTorch's own.
+
+        Returns:
+            (P, 2) float32 points, and (P, H, W) int8 masks of the objects under them: 1 object,
+            0 rest, -1 ignored.
         """
         # sampled on the CPU, so that a seed gives the same points on every device
         shape = (self.num_points, 3)
@@ -135,7 +132,7 @@ class PointSampler:
             points = torch.where(swapped[:, None], in_regions, points)
             ignored = -_rows(regions, chosen).to(torch.int8)
             targets = torch.where(swapped[:, None, None], ignored, targets)
-        return PointTargets(points, targets)
+        return points, targets
 
 
 def label_areas(labels: Tensor, count: int) -> Tensor:
@@ -186,18 +183,21 @@ def _rows(masks: Tensor, index: Tensor) -> Tensor:
     return masks[index.clamp(max=len(masks) - 1)]
 
 
-def targets_of_points(points: Tensor, masks: Tensor) -> PointTargets:
+def targets_of_points(points: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """The topmost object under each given point; if there is none, all pixels are ignored.
 
     Args:
         points: (P, 2) rows and columns.
         masks: (M, H, W) bool.
+
+    Returns:
+        See ``PointSampler``.
     """
     owner = topmost(masks)
     rows, columns = points.round().long().unbind(1)
     index = owner[rows.clamp(0, owner.shape[0] - 1), columns.clamp(0, owner.shape[1] - 1)]
     nothing = torch.full((1, *masks.shape[1:]), IGNORE, dtype=torch.int8, device=masks.device)
-    return PointTargets(points, torch.cat([masks.to(torch.int8), nothing])[index])
+    return points, torch.cat([masks.to(torch.int8), nothing])[index]
 
 
 def semantic_labels(gt: GroundTruth, given: Tensor | None, *, num_classes: int) -> Tensor:

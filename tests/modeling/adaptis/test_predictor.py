@@ -36,7 +36,7 @@ def tiny_model() -> AdaptIS:
         in_features=["unet"],
         heads=heads,
         sampler=PointSampler(4),
-        instance_criterion=InstanceCriterion(),
+        criterion=InstanceCriterion(),
         inference_options=InferenceOptions(
             ProposalSelection(mask_threshold=0.5), RandomSelection(), PanopticAssembler()
         ),
