@@ -22,6 +22,7 @@ from torch import Tensor
 
 from solo_d2.data.cityscapes import read_segment_ids
 from solo_d2.errors import UserError
+from solo_d2.modeling.adaptis.targets import topmost
 
 VOID = -1
 
@@ -170,19 +171,14 @@ def paint_ground_truth(
         ids: (H, W) int64; the rest, id 1, is the first class of stuff.
         segments: as in ``panoptic_seg``.
     """
-    ids = torch.ones(size, dtype=torch.int64)
-    crowds = [a for a in annotations if a.get("iscrowd", 0)]
     objects = [a for a in annotations if not a.get("iscrowd", 0)]
-    for mask in _masks(crowds, size):
-        ids[mask] = 0
-    segments = [{"id": 1, "isthing": False, "category_id": 0}]
-    masks = _masks(objects, size)
-    areas = masks.flatten(1).sum(1)
-    for index in torch.argsort(areas, descending=True, stable=True).tolist():
-        category = objects[index]["category_id"]
-        ids[masks[index]] = len(segments) + 1
-        segments.append({"id": len(segments) + 1, "isthing": True, "category_id": category})
-    return ids, segments
+    crowds = _masks([a for a in annotations if a.get("iscrowd", 0)], size)
+    owner = topmost(_masks(objects, size))
+    segments = [{"id": 1, "isthing": False, "category_id": 0}] + [
+        {"id": number, "isthing": True, "category_id": a["category_id"]}
+        for number, a in enumerate(objects, start=2)
+    ]
+    return (owner + 2).masked_fill((owner < 0) & crowds.any(dim=0), 0), segments
 
 
 def _masks(annotations: Sequence[dict[str, Any]], size: tuple[int, int]) -> Tensor:
