@@ -189,18 +189,13 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         Raises:
             ValueError: see ``InstanceSegmentor``; or images are too small to train batch norm.
         """
-        if self.training:
-            return self._train_step(batched_inputs)
-        # One image at a time: padding to a common size would change AdaIN's statistics.
-        results: list[dict] = []
-        with torch.no_grad():
-            for inputs in batched_inputs:
-                results += (
-                    [self.prompt(inputs)] if "points" in inputs else super().forward([inputs])
-                )
-        return results
-
-    def _train_step(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        if not self.training:
+            results: list[dict] = []
+            with torch.no_grad():
+                # One image at a time: padding to a common size would change AdaIN's statistics.
+                for x in batched_inputs:
+                    results += [self.prompt(x)] if "points" in x else super().forward([x])
+            return results
         try:
             return super().forward(batched_inputs)
         except ValueError as error:
