@@ -25,7 +25,7 @@ def panoptic_annotations(record: dict[str, Any], things: Container[int]) -> list
 
     Args:
         record: with "pan_seg_file_name" and "segments_info".
-        things: the "category_id" of things.
+        things: the "category_id" of things, for segments without "isthing".
 
     Raises:
         OSError: the picture cannot be read.
@@ -33,7 +33,8 @@ def panoptic_annotations(record: dict[str, Any], things: Container[int]) -> list
     ids = read_segment_ids(record["pan_seg_file_name"])
     annotations = []
     for segment in record["segments_info"]:
-        if segment["category_id"] in things:
+        # COCO says which segments are things, and numbers stuff from 0 too; Cityscapes does neither
+        if segment.get("isthing", segment["category_id"] in things):
             rle = mask_util.encode(np.asfortranarray(ids == segment["id"], dtype=np.uint8))
             annotations.append(
                 {

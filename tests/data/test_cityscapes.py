@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pycocotools.mask as mask_util
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,7 +13,7 @@ from PIL import Image
 
 from solo_d2.config import load_config
 from solo_d2.data import InstanceMapper
-from solo_d2.data.cityscapes import ShiftAndRotate, StreetColors
+from solo_d2.data.cityscapes import ShiftAndRotate, StreetColors, panoptic_annotations
 from solo_d2.engine import Trainer
 from solo_d2.evaluation.panoptic import PanopticEvaluator
 
@@ -125,6 +126,14 @@ def test_a_panoptic_picture_gives_instances_crowds_and_semantic_labels(cityscape
     assert semantic.shape == (H, W) and semantic[60, 70] == CAR and semantic[95, 0] == 255
     assert semantic[0, 0] == 10 and semantic[65, 0] == 0
     assert "annotations" not in record
+
+
+def test_segments_of_coco_say_whether_they_are_things(cityscapes):
+    record = DatasetCatalog.get(TRAIN)[0]
+    for number, segment in enumerate(record["segments_info"]):
+        segment |= {"isthing": number == 3, "category_id": CAR}
+    (annotation,) = panoptic_annotations(record, things={CAR})
+    assert mask_util.area(annotation["segmentation"]) == record["segments_info"][3]["area"]
 
 
 def test_pixels_that_an_augmentation_fills_are_ignored_in_the_semantic_labels(cityscapes):
