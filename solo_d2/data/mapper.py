@@ -48,8 +48,8 @@ class InstanceMapper(DatasetMapper):
         recompute_boxes: bool = False,
         keep_crowd: bool = False,
         reject_emptied: float = 0.0,
-        num_classes: int | None = None,
         panoptic_things: Collection[int] = (),
+        num_classes: int | None = None,
     ):
         """
         Args:
