@@ -1,0 +1,98 @@
+"""Images are embedded once; masks as runs; known objects are not offered again."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from colored_boxes import BOXES, HEIGHT, WIDTH, SameColor, box_mask
+
+from solo_d2.errors import UserError
+from solo_d2.tools.click_page.segmenter import (
+    Segmenter,
+    describe,
+    rle_of,
+    tensor_bytes,
+    union,
+)
+
+
+def test_runs_go_down_the_columns_from_the_background():
+    mask = np.array([[0, 1, 1], [0, 1, 0]], bool)
+    assert describe(mask) == {"area": 3, "box": [1, 0, 2, 2], "counts": [2, 3, 1]}
+    assert describe(np.ones((2, 2), bool))["counts"] == [0, 4]
+    assert describe(mask[:, ::-1])["counts"] == [0, 1, 1, 2, 2]
+
+
+def test_runs_are_those_of_coco():
+    masks = np.random.default_rng(0).random((20, 7, 9)) < 0.4
+    for mask in masks:
+        assert (mask_util.decode(rle_of(describe(mask)["counts"], 7, 9)) == mask).all()
+    runs = [describe(mask)["counts"] for mask in masks[:2]]
+    assert (union(runs, 7, 9) == masks[:2].any(axis=0)).all()
+    assert not union([], 7, 9).any()
+
+
+@pytest.mark.parametrize("counts", [[5], [0, 64], [-1, 64], "63", None, [[0], 63], [63]])
+def test_other_runs_are_refused(counts):
+    with pytest.raises(ValueError):
+        rle_of(counts, 7, 9)
+
+
+def test_a_click_finds_an_object_and_more_clicks_change_it(segmenter, images):
+    path = images / "one.png"
+    found = segmenter.click(path, [[45, 30]], [1], [])
+    assert found == {
+        "class": "disc",
+        "score": pytest.approx(0.9),
+        **describe(box_mask(*BOXES[1])),
+    }
+    two = segmenter.click(path, [[45, 30], [10, 10]], [1, 1], [])
+    assert two["area"] == 20 * 40 + 20 * 15
+    assert segmenter.click(path, [[45, 30], [10, 10]], [1, 0], []) == found
+
+
+def test_known_objects_are_not_offered_again(segmenter, images):
+    path = images / "one.png"
+    known = describe(box_mask(*BOXES[2]))["counts"]
+    assert segmenter.click(path, [[70, 40]], [1], [known])["box"] == [65, 35, 10, 10]
+    everything = describe(np.ones((HEIGHT, WIDTH), bool))["counts"]
+    assert segmenter.click(path, [[70, 40]], [1], [everything]) is None
+
+
+def test_the_automatic_mode_adds_what_is_new_and_certain(segmenter, images):
+    found = segmenter.find_all(images / "one.png", [])
+    assert [(x["class"], x["area"]) for x in found] == [("rod", 300), ("disc", 800)]
+    left, top, right, bottom = BOXES[1]
+    known = [box_mask(left, top, right, bottom - 25), box_mask(5, 5, 7, 20)]
+    known = [describe(mask)["counts"] for mask in known]
+    # less than half of the disc is left; the rod loses what is known
+    assert [x["box"] for x in segmenter.find_all(images / "one.png", known[1:])] == [
+        [7, 5, 18, 15],
+        [40, 10, 20, 40],
+    ]
+    known[0] = describe(box_mask(left, top, right, bottom - 15))["counts"]
+    assert [x["class"] for x in segmenter.find_all(images / "one.png", known)] == ["rod"]
+
+
+def test_each_image_is_embedded_once_while_there_is_room(segmenter, images, monkeypatch):
+    one, two = images / "one.png", images / "more" / "zwei & ü.png"
+    for path in (one, two, one):
+        assert segmenter.embed(path) == (HEIGHT, WIDTH)
+        segmenter.click(path, [[45, 30]], [1], [])
+    assert SameColor.embedded == 2
+    monkeypatch.setattr(segmenter, "_cache_bytes", -1)  # room for one image
+    for path in (one, one, two, one):
+        segmenter.embed(path)
+    assert SameColor.embedded == 4
+
+
+def test_the_size_of_an_embedding_is_that_of_its_tensors():
+    pair = (torch.zeros(3, dtype=torch.float32), [torch.zeros(2, 2, dtype=torch.int64), "text"])
+    assert tensor_bytes(pair) == 12 + 32
+
+
+def test_a_model_without_points_is_refused():
+    with pytest.raises(UserError, match="needs AdaptIS, not Linear"):
+        Segmenter(SimpleNamespace(takes_points=False, model=torch.nn.Linear(1, 1)))
