@@ -26,13 +26,9 @@ class SameColor:
         self.image = image
         SameColor.embedded += 1
 
-    def predict(self, points, labels, *, exclude):
-        mask = np.zeros(self.image.shape[:2], bool)
-        for positive in (1, 0):
-            for (x, y), label in zip(points, labels):
-                if label == positive:
-                    mask[(self.image == self.image[y, x]).all(axis=2)] = positive == 1
-        return instances([mask & ~exclude], [1])
+    def predict(self, points, *, exclude):
+        masks = [(self.image == self.image[y, x]).all(axis=2) & ~exclude for x, y in points]
+        return instances(masks, [1] * len(masks))
 
 
 def instances(masks, classes):

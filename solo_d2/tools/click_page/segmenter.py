@@ -15,7 +15,9 @@ from solo_d2.data.annotations import mask_of, to_rle
 from solo_d2.errors import UserError
 from solo_d2.images import as_rgb
 from solo_d2.modeling import AdaptISPredictor
+from solo_d2.modeling.adaptis.predictor import merge_masks
 from solo_d2.predictor import Predictor
+from solo_d2.tools.click import most_interior_pixel
 
 # What the automatic mode finds is left out below this score, as in ``Result.draw``, and if known
 # objects cover more than this part of it.
@@ -63,15 +65,16 @@ class Segmenter:
             return self._embedded(path).size
 
     def click(
-        self, path: Path, points: Any, labels: Sequence[int], known: Sequence[Any]
+        self, path: Path, points: Any, labels: Any, known: Sequence[Any], base: Sequence[Any]
     ) -> dict[str, Any] | None:
-        """The one object with the points of label 1 and without those of label 0, or None.
+        """The object with some points and without others; None if nothing is left of it.
 
         Args:
             path: the image.
             points: x and y of each point.
-            labels: see ``AdaptISPredictor.predict``.
+            labels: for each point 1 (on the object) or 0 (not on it); see ``merge_masks``.
             known: runs of the masks of other objects, whose pixels are not offered again.
+            base: runs of the mask to start from, if any; it counts as that of one more point.
 
         Raises:
             UnreadableError: see ``embed``.
@@ -79,10 +82,24 @@ class Segmenter:
         """
         with self._lock:
             embedded = self._embedded(path)
-            exclude = union(known, *embedded.size)
-            found = embedded.points.predict(points, labels, exclude=exclude)
-            mask = found.pred_masks[0].numpy()
-        return self._object(mask, int(found.pred_classes[0]), float(found.scores[0]))
+            known_pixels = union(known, *embedded.size)
+            found = embedded.points.predict(points, exclude=known_pixels)
+        if len(labels) != len(found) or not set(labels) <= {0, 1}:
+            raise ValueError("labels must be 0 or 1, one for each point")
+        masks, on_object = found.pred_masks, torch.tensor(labels).bool()
+        points = torch.as_tensor(points, dtype=torch.float32)
+        if base:
+            mask = union(base, *embedded.size)
+            masks = torch.cat([torch.from_numpy(mask)[None], masks])
+            points = torch.cat([torch.tensor([most_interior_pixel(mask)]), points])
+            on_object = torch.cat([torch.tensor([True]), on_object])
+        if not on_object.any():
+            raise ValueError("a point must be on the object")
+        merged = merge_masks(masks.float(), points, on_object, mask_threshold=0.5) > 0.5
+        first = labels.index(1) if 1 in labels else 0
+        return self._object(
+            merged.numpy(), int(found.pred_classes[first]), float(found.scores[first])
+        )
 
     def find_all(self, path: Path, known: Sequence[Any]) -> list[dict[str, Any]]:
         """All objects that the model finds by itself, without the known ones; see ``click``."""

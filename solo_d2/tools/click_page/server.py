@@ -142,7 +142,7 @@ class App:
         return _json({"height": size[0], "width": size[1], "objects": found})
 
     def _click(self, request: Request) -> Response:
-        content = _content(request, image=str, points=list, labels=list, known=list)
+        content = _content(request, image=str, points=list, labels=list, known=list, base=list)
         path = self._path(content.pop("image"))
         found = self._segmenter.click(path, **content)
         return _json({"objects": [found] if found else []})

@@ -61,14 +61,14 @@ def test_a_folder_is_opened_with_a_real_model(run_folder, images, served, capsys
         assert answer.status_code == 200
         return answer.json.get("objects")
 
-    found = post("/click", points=[[45, 30], [10, 10]], labels=[1, 0], known=[])
+    found = post("/click", points=[[45, 30], [10, 10]], labels=[1, 0], known=[], base=[])
     assert all(x["class"] == "rod" and sum(x["counts"]) <= 60 * 80 for x in found)
     found += post("/automatic", known=[x["counts"] for x in found])
     post("/save", objects=found)
     document = json.loads((images / "annotations.json").read_text())
     assert len(document["annotations"]) == len(found)
     assert [c["id"] for c in document["categories"]] == [1, 2, 3]
-    outside = {"image": "one.png", "points": [[80, 0]], "labels": [1], "known": []}
+    outside = {"image": "one.png", "points": [[80, 0]], "labels": [1], "known": [], "base": []}
     answer = client.post("/click", json=outside, base_url=host, headers={"Origin": origin})
     assert answer.status_code == 422 and "80" in answer.json["error"]
 

@@ -32,6 +32,7 @@ def address(app):
 @pytest.fixture
 def open_page(browser, address):
     def open_page(width=1400, image="one.png"):
+        browser.open("about:blank", width)  # so that the page is loaded anew
         browser.open(f"{address}#{image}", width)
         browser.wait_for(READY)
         return browser
@@ -71,24 +72,35 @@ def test_a_click_shows_a_mask_and_more_clicks_change_it(open_page):
     click(browser, 10, 10)
     assert [x.splitlines()[0] for x in browser.run(ENTRIES)] == ["1 disc"]
     assert pixel(browser, 8, 16) != red and pixel(browser, 45, 45) == green
-    click(browser, 45, 30, CONTROL)  # also this
-    assert areas(browser) == [20 * 15 + 20 * 40]
-    assert pixel(browser, 45, 45) != green
-    click(browser, 10, 10, SHIFT)  # but not that
-    assert areas(browser) == [20 * 40] and pixel(browser, 45, 45) != green
-    assert browser.run("return selected.labels") == [1, 1, 0]
-    click(browser, 45, 30, ALT)
-    assert areas(browser) == [20 * 40]  # nothing would be left, so nothing changes
-    click(browser, 0, 0)  # the background, without the object
-    assert areas(browser) == [20 * 40, 80 * 60 - 20 * 15 - 2 * 20 * 40 // 2 - 2 * 100]
-    click(browser, 45, 30)
+    blue = pixel(browser, 15, 37), pixel(browser, 70, 37)
+    click(browser, 15, 40, CONTROL)  # also this, and what looks the same
+    assert areas(browser) == [20 * 15 + 2 * 100]
+    click(browser, 70, 40, SHIFT)  # but not that
+    assert areas(browser) == [20 * 15 + 100]
+    assert pixel(browser, 15, 37) != blue[0] and pixel(browser, 70, 37) == blue[1]
+    click(browser, 70, 42, ALT)
+    assert areas(browser) == [20 * 15 + 100]
+    assert browser.run("return selected.labels") == [1, 1, 0, 0]
+    click(browser, 0, 0)  # the background
+    assert areas(browser) == [400, 80 * 60 - 20 * 15 - 20 * 40 - 2 * 100]
+    click(browser, 15, 40)  # known
     assert len(areas(browser)) == 2 and browser.run("return page.objects.indexOf(selected)") == 0
+
+
+def test_what_was_not_found_by_clicks_can_be_changed_by_clicks(open_page):
+    browser = open_page()
+    use(browser, "automatic")
+    click(browser, 10, 10)
+    click(browser, 15, 40, CONTROL)
+    assert areas(browser) == [300 + 200, 800]
+    click(browser, 70, 40, SHIFT)
+    assert areas(browser) == [300 + 100, 800]
 
 
 def test_the_tools_do_what_the_keys_do(open_page):
     browser = open_page()
     click(browser, 10, 10)
-    for tool, x, expected in (("more", 45, 1100), ("less", 10, 800), ("more", 10, 800)):
+    for tool, x, expected in (("more", 45, 1100), ("less", 10, 1100 - 20 * 8), ("more", 10, 1100)):
         browser.run(f"document.querySelector('[value={tool}]').click()")
         click(browser, x, 12)
         assert areas(browser) == [expected]
@@ -126,10 +138,11 @@ def test_the_keyboard_is_enough(open_page, images):
     browser.run("crosshair = [10, 10]")
     press(browser, "Enter", modifiers=CONTROL)
     assert areas(browser) == [1100]
+    browser.run("crosshair = [10, 12]")
     press(browser, "Enter", modifiers=SHIFT)
-    assert areas(browser) == [800]
+    assert areas(browser) == [1100 - 20 * 8]
     press(browser, "a")
-    assert areas(browser) == [800, 300]
+    assert areas(browser) == [1100 - 20 * 8, 20 * 8]
     press(browser, "Delete")
     press(browser, "s", modifiers=CONTROL)
     assert len(read_coco(images / "annotations.json", images).document["annotations"]) == 1
@@ -152,7 +165,7 @@ def test_saved_objects_are_there_again(open_page, images):
     boxes = {tuple(a["bbox"]) for a in document["annotations"]}
     (left, top, right, bottom), (x1, y1, x2, y2) = BOXES[:2]
     assert (left, top, right - left, bottom - top) in boxes and (20, y1, x2 - x1, y2 - y1) in boxes
-    browser = open_page()
+    open_page()
     assert areas(browser) == [300, 800]
     assert browser.run("return $('save').disabled")
 

@@ -42,23 +42,39 @@ def test_other_runs_are_refused(counts):
 
 def test_a_click_finds_an_object_and_more_clicks_change_it(segmenter, images):
     path = images / "one.png"
-    found = segmenter.click(path, [[45, 30]], [1], [])
+    found = segmenter.click(path, [[45, 30]], [1], [], [])
     assert found == {
         "class": "disc",
         "score": pytest.approx(0.9),
         **describe(box_mask(*BOXES[1])),
     }
-    two = segmenter.click(path, [[45, 30], [10, 10]], [1, 1], [])
+    two = segmenter.click(path, [[45, 30], [10, 10]], [1, 1], [], [])
     assert two["area"] == 20 * 40 + 20 * 15
-    assert segmenter.click(path, [[45, 30], [10, 10]], [1, 0], []) == found
+    # the boxes of the same color are told apart by the point that is nearer
+    both = segmenter.click(path, [[15, 40]], [1], [], [])
+    one = segmenter.click(path, [[15, 40], [70, 40]], [1, 0], [], [])
+    assert (both["area"], one["box"]) == (200, [10, 35, 10, 10])
+
+
+def test_clicks_change_a_mask_that_is_not_from_clicks(segmenter, images):
+    path, base = images / "one.png", [describe(box_mask(0, 0, 30, 30))["counts"]]
+    assert segmenter.click(path, [[45, 30]], [1], [], base)["area"] == 30 * 30 + 20 * 40
+    without = segmenter.click(path, [[10, 10]], [0], [], base)  # another object, the red one
+    assert without["area"] == 30 * 30 - 20 * 15
+
+
+@pytest.mark.parametrize("labels", [[], [2], [0], ["1"], [1, 1]])
+def test_wrong_labels_are_refused(segmenter, images, labels):
+    with pytest.raises(ValueError, match="must be"):
+        segmenter.click(images / "one.png", [[45, 30]], labels, [], [])
 
 
 def test_known_objects_are_not_offered_again(segmenter, images):
     path = images / "one.png"
     known = describe(box_mask(*BOXES[2]))["counts"]
-    assert segmenter.click(path, [[70, 40]], [1], [known])["box"] == [65, 35, 10, 10]
+    assert segmenter.click(path, [[70, 40]], [1], [known], [])["box"] == [65, 35, 10, 10]
     everything = describe(np.ones((HEIGHT, WIDTH), bool))["counts"]
-    assert segmenter.click(path, [[70, 40]], [1], [everything]) is None
+    assert segmenter.click(path, [[70, 40]], [1], [everything], []) is None
 
 
 def test_the_automatic_mode_adds_what_is_new_and_certain(segmenter, images):
@@ -80,7 +96,7 @@ def test_each_image_is_embedded_once_while_there_is_room(segmenter, images, monk
     one, two = images / "one.png", images / "more" / "zwei & ü.png"
     for path in (one, two, one):
         assert segmenter.embed(path) == (HEIGHT, WIDTH)
-        segmenter.click(path, [[45, 30]], [1], [])
+        segmenter.click(path, [[45, 30]], [1], [], [])
     assert SameColor.embedded == 2
     monkeypatch.setattr(segmenter, "_cache_bytes", -1)  # room for one image
     for path in (one, one, two, one):

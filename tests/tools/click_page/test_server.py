@@ -54,7 +54,7 @@ def test_images_are_shown_upright_in_a_format_of_browsers(images, client):
 def test_from_a_click_to_the_file(client, images):
     path = "/objects?image=one.png"
     assert get(client, path).json == {"height": HEIGHT, "width": WIDTH, "objects": []}
-    content = {"image": "one.png", "points": [[45, 30]], "labels": [1], "known": []}
+    content = {"image": "one.png", "points": [[45, 30]], "labels": [1], "known": [], "base": []}
     (found,) = post(client, "/click", content).json["objects"]
     assert found["area"] == 20 * 40
     known = {"image": "one.png", "known": [found["counts"]]}
@@ -98,7 +98,14 @@ def test_nothing_but_the_images_can_be_read(client, images, name, tmp_path):
     for path in ("/pixels", "/objects"):
         answer = client.get(path, base_url=HOST, query_string={"image": name})
         assert answer.status_code == 404
-    content = {"image": name, "points": [[1, 1]], "labels": [1], "known": [], "objects": []}
+    content = {
+        "image": name,
+        "points": [[1, 1]],
+        "labels": [1],
+        "known": [],
+        "base": [],
+        "objects": [],
+    }
     for path in ("/click", "/automatic", "/save"):
         assert post(client, path, content).status_code == 404
 

@@ -131,15 +131,15 @@ function click(x, y, tool) {
     if (target !== page) return;
     if (tool !== "new" && !object) return say("Select an object first: click it with the first tool.", true);
     const points = [...(object?.points ?? []), [x, y]], labels = [...(object?.labels ?? []), tool === "less" ? 0 : 1];
-    if (!labels.includes(1)) return say("This object has no click yet; add to it first.", true);
+    const base = object && (object.base ?? (object.points ? null : object.counts)); // not from clicks
     const known = target.objects.filter((other) => other !== object).map((other) => other.counts);
-    const { objects: [found] } = await ask("click", { image: target.name, points, labels, known });
+    const { objects: [found] } = await ask("click", { image: target.name, points, labels, known, base: base ? [base] : [] });
     const seconds = `${((performance.now() - began) / 1000).toFixed(2)} s`;
     if (!found) return say(`Nothing found there (${seconds}).`);
     if (!object) {
       addAll(target, [{ ...found, points, labels }]);
     } else if (target.objects.includes(object)) {
-      const changed = { ...found, points, labels, class: object.class, color: object.color };
+      const changed = { ...found, points, labels, base, class: object.class, color: object.color };
       change(target, target.objects.map((other) => (other === object ? changed : other)), changed);
     }
     say(`${named(found)} (${seconds})`);
@@ -207,7 +207,9 @@ const neighbor = (offset) => open(state.images[state.images.indexOf($("image").v
 
 function fit() {
   if (!page) return;
-  const frame = $("frame"), whole = Math.min(frame.clientWidth / page.width, frame.clientHeight / page.height);
+  const frame = $("frame"), highest = parseFloat(getComputedStyle(frame).maxHeight);
+  const whole = Math.min(frame.offsetWidth / page.width, highest / page.height);
+  frame.style.height = `${Math.ceil(whole * page.height)}px`;
   canvas.style.width = `${Math.floor(whole * zoom * page.width)}px`;
   draw();
 }
@@ -285,7 +287,8 @@ function show(choice) {
     return row;
   }));
   if (focus >= 0) ($("objects").children[Math.min(focus, objects.length - 1)]?.firstChild ?? canvas).focus();
-  $("objects").querySelector("[aria-pressed=true]")?.scrollIntoView({ block: "nearest" });
+  const list = $("objects"), row = list.querySelector("[aria-pressed=true]")?.parentElement;
+  if (row) list.scrollTop = Math.max(row.offsetTop + row.offsetHeight - list.clientHeight, Math.min(row.offsetTop, list.scrollTop));
   $("number").textContent = page ? objects.length : "";
   $("class").value = selected?.class ?? "";
   $("class").disabled = $("delete").disabled = !selected;
