@@ -10,7 +10,7 @@ from typing import Any
 import pycocotools.mask as mask_util
 
 from solo_d2.data.annotations import to_rle
-from solo_d2.data.coco import read_coco
+from solo_d2.data.coco import SKIPPED, read_coco
 from solo_d2.errors import UserError
 from solo_d2.files import atomic_write
 
@@ -36,8 +36,10 @@ class AnnotationFile:
         """
         self.path = path
         self._lock = Lock()
+        self.skipped = ""  # entries of the file that are not shown
         if path.exists():
-            self._document = read_coco(path, image_root, masks=False).document
+            coco = read_coco(path, image_root, masks=False)
+            self._document, self.skipped = coco.document, coco.counts(SKIPPED)
         else:
             categories = [{"id": i, "name": name} for name, i in classes.items()]
             self._document = {"images": [], "annotations": [], "categories": categories}

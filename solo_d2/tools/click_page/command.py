@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.classes:
             classes.setdefault(name, max(classes.values()) + 1)
         file = Path(options.output or folder / "annotations.json")
-        app = App(folder, Segmenter(predictor), AnnotationFile(file, folder, classes))
+        annotations = AnnotationFile(file, folder, classes)
+        app = App(folder, Segmenter(predictor), annotations)
         if not app.images:
             raise UserError(f"no image in {folder} (links are not followed)")
         server = start_server(app, options.port)
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error, options)
         return 2
     print(f"{len(app.images)} images, annotations in {file}")
+    if annotations.skipped:
+        print(f"not shown: {annotations.skipped}")
     print(f"http://{server.host}:{server.port}/ (Ctrl-C stops)", flush=True)
     server.serve_forever()  # until Ctrl-C
     return 0

@@ -8,13 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from werkzeug.exceptions import (
-    BadRequest,
-    Forbidden,
-    HTTPException,
-    NotFound,
-    UnprocessableEntity,
-)
+from werkzeug.exceptions import Forbidden, HTTPException, NotFound, UnprocessableEntity
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
@@ -142,18 +136,23 @@ class App:
         return _json({"height": size[0], "width": size[1], "objects": found})
 
     def _click(self, request: Request) -> Response:
-        content = _content(request, image=str, points=list, labels=list, known=list, base=list)
-        path = self._path(content.pop("image"))
-        found = self._segmenter.click(path, **content)
+        content = request.get_json()
+        found = self._segmenter.click(
+            self._path(content["image"]),
+            content["points"],
+            content["labels"],
+            known=content["known"],
+            base=content["base"],
+        )
         return _json({"objects": [found] if found else []})
 
     def _automatic(self, request: Request) -> Response:
-        content = _content(request, image=str, known=list)
+        content = request.get_json()
         found = self._segmenter.find_all(self._path(content["image"]), content["known"])
         return _json({"objects": found})
 
     def _save(self, request: Request) -> Response:
-        content = _content(request, image=str, objects=list)
+        content = request.get_json()
         size = self._segmenter.embed(self._path(content["image"]))
         self._annotations.save(content["image"], size, content["objects"])
         return _json({})
@@ -182,14 +181,3 @@ def _static(name: str) -> Response:
 
 def _json(content: Any, status: int = 200) -> Response:
     return Response(json.dumps(content), status, mimetype="application/json")
-
-
-def _content(request: Request, **types: type) -> dict[str, Any]:
-    """The fields of a request; BadRequest if one is missing or of another type."""
-    content = request.get_json()
-    if not isinstance(content, dict):
-        raise BadRequest("The request is not an object.")
-    for name, kind in types.items():
-        if not isinstance(content.get(name), kind):
-            raise BadRequest(f"{name!r} is missing or not a {kind.__name__}.")
-    return {name: content[name] for name in types}
