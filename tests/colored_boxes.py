@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from detectron2.structures import Instances
 
-from solo_d2.images import as_rgb
-
 HEIGHT, WIDTH = 60, 80
 # left, top, right, bottom; the last two have the same color
 BOXES = [(5, 5, 25, 20), (40, 10, 60, 50), (10, 35, 20, 45), (65, 35, 75, 45)]
@@ -27,7 +25,10 @@ class SameColor:
         SameColor.embedded += 1
 
     def predict(self, points, *, exclude):
-        masks = [(self.image == self.image[y, x]).all(axis=2) & ~exclude for x, y in points]
+        masks = [
+            (self.image == self.image[y, x]).all(axis=2) & ~exclude
+            for x, y in np.asarray(points, int)
+        ]
         return instances(masks, [1] * len(masks))
 
 
@@ -52,7 +53,7 @@ def picture():
     return pixels
 
 
-def predict(path):
+def predict(image):
     """Stands in for ``Predictor.predict``: three boxes, the last one with a low score."""
-    assert as_rgb(path).shape == (HEIGHT, WIDTH, 3)
+    assert image.shape == (HEIGHT, WIDTH, 3)
     return SimpleNamespace(instances=instances([box_mask(*box) for box in BOXES[:3]], [0, 1, 0]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
@@ -19,6 +20,8 @@ from solo_d2.modeling.adaptis.predictor import merge_masks
 from solo_d2.predictor import Predictor
 from solo_d2.tools.click import most_interior_pixel
 
+# Larger images are reduced: networks see them smaller still, and a click would take seconds.
+_LARGEST_SIDE = 1280
 # What the automatic mode finds is left out below this score, as in ``Result.draw``, and if known
 # objects cover more than this part of it.
 _MIN_SCORE = 0.3
@@ -28,6 +31,7 @@ _MAX_KNOWN = 0.5
 class _Embedded(NamedTuple):
     points: AdaptISPredictor  # its image is set
     size: tuple[int, int]  # height and width
+    small: tuple[int, int]  # those of the image that ``points`` knows
     bytes: int
 
 
@@ -82,38 +86,53 @@ class Segmenter:
         """
         with self._lock:
             embedded = self._embedded(path)
-            known_pixels = union(known, *embedded.size)
-            found = embedded.points.predict(points, exclude=known_pixels)
+            size, small = embedded.size, embedded.small
+            known_pixels, base_pixels = union(known, *size), union(base, *size)
+            positions = (np.asarray(points) + 0.5) * np.divide(small, size)[::-1]
+            points = torch.from_numpy(np.floor(positions)).float()
+            found = embedded.points.predict(points, exclude=_resize(known_pixels, small))
         if len(labels) != len(found) or not set(labels) <= {0, 1}:
             raise ValueError("labels must be 0 or 1, one for each point")
         masks, on_object = found.pred_masks, torch.tensor(labels).bool()
-        points = torch.as_tensor(points, dtype=torch.float32)
-        if base:
-            mask = union(base, *embedded.size)
-            masks = torch.cat([torch.from_numpy(mask)[None], masks])
-            points = torch.cat([torch.tensor([most_interior_pixel(mask)]), points])
+        start = _resize(base_pixels, small)
+        if start.any():
+            masks = torch.cat([torch.from_numpy(start)[None], masks])
+            points = torch.cat([torch.tensor([most_interior_pixel(start)]), points])
             on_object = torch.cat([torch.tensor([True]), on_object])
         if not on_object.any():
             raise ValueError("a point must be on the object")
         merged = merge_masks(masks.float(), points, on_object, mask_threshold=0.5) > 0.5
+        changes = _resize(merged.numpy() ^ start, size)  # the rest stays as exact as it was
         first = labels.index(1) if 1 in labels else 0
         return self._object(
-            merged.numpy(), int(found.pred_classes[first]), float(found.scores[first])
+            (base_pixels ^ changes) & ~known_pixels,
+            int(found.pred_classes[first]),
+            float(found.scores[first]),
         )
 
     def find_all(self, path: Path, known: Sequence[Any]) -> list[dict[str, Any]]:
         """All objects that the model finds by itself, without the known ones; see ``click``."""
+        image, size = self._read(path)
         with self._lock:
-            found = self._predictor.predict(path).instances
-        free = ~union(known, *found.image_size)
+            found = self._predictor.predict(image).instances
+        free = ~union(known, *size)
         objects = []
         for mask, index, score in zip(
             found.pred_masks.numpy(), found.pred_classes.tolist(), found.scores.tolist()
         ):
+            mask = _resize(mask, size)
             rest = mask & free
             if score >= _MIN_SCORE and rest.sum() >= (1 - _MAX_KNOWN) * mask.sum():
                 objects.append(self._object(rest, index, score))
         return [found for found in objects if found]
+
+    def _read(self, path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+        """The image, smaller if it is large, and its height and width before that."""
+        image = as_rgb(path, max_pixels=self._predictor.max_pixels)
+        height, width = image.shape[:2]
+        scale = min(1.0, _LARGEST_SIDE / max(height, width))
+        small = max(1, round(scale * width)), max(1, round(scale * height))
+        return cv2.resize(image, small, interpolation=cv2.INTER_AREA), (height, width)
 
     def _embedded(self, path: Path) -> _Embedded:
         key = path, path.stat().st_mtime_ns
@@ -123,10 +142,10 @@ class Segmenter:
                 resize=self._predictor.resize,
                 input_format=self._predictor.input_format,
             )
-            image = as_rgb(path, max_pixels=self._predictor.max_pixels)
+            image, size = self._read(path)
             points.set_image(image)
-            size = image.shape[0], image.shape[1]
-            self._cache[key] = _Embedded(points, size, tensor_bytes([*vars(points).values()]))
+            used = tensor_bytes([*vars(points).values()])
+            self._cache[key] = _Embedded(points, size, image.shape[:2], used)
         self._cache.move_to_end(key)
         used = sum(embedded.bytes for embedded in self._cache.values())
         while used > self._cache_bytes and len(self._cache) > 1:
@@ -137,6 +156,13 @@ class Segmenter:
         if not mask.any():
             return None
         return {"class": self.names[index], "score": score, **describe(mask)}
+
+
+def _resize(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask (H, W) of bool in another size."""
+    if mask.shape == size:
+        return mask
+    return cv2.resize(mask.view(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_LINEAR) > 127
 
 
 def describe(mask: np.ndarray) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import numpy as np
 import pycocotools.mask as mask_util
 import pytest
 import torch
-from colored_boxes import BOXES, HEIGHT, WIDTH, SameColor, box_mask
+from colored_boxes import BOXES, HEIGHT, WIDTH, SameColor, box_mask, picture
+from PIL import Image
 
 from solo_d2.errors import UserError
+from solo_d2.tools.click_page import segmenter as module
 from solo_d2.tools.click_page.segmenter import (
     Segmenter,
     describe,
@@ -67,6 +69,26 @@ def test_clicks_change_a_mask_that_is_not_from_clicks(segmenter, images):
 def test_wrong_labels_are_refused(segmenter, images, labels):
     with pytest.raises(ValueError, match="must be"):
         segmenter.click(images / "one.png", [[45, 30]], labels, [], [])
+
+
+def test_a_large_image_is_reduced_but_its_masks_have_its_size(segmenter, images, monkeypatch):
+    path, box = images / "large.png", np.array(BOXES[1])
+    Image.fromarray(picture().repeat(10, axis=0).repeat(10, axis=1)).save(path)
+    monkeypatch.setattr(module, "_LARGEST_SIDE", WIDTH)
+    found = segmenter.click(path, [[10 * x for x in (45, 30)]], [1], [], [])
+    mask = union([found["counts"]], 10 * HEIGHT, 10 * WIDTH)
+    left, top, right, bottom = 10 * box
+    expected = np.zeros_like(mask)
+    expected[top:bottom, left:right] = True
+    assert (mask & expected).sum() / (mask | expected).sum() > 0.98
+    # where a click changes nothing, the mask stays as it is
+    fine = np.zeros_like(mask)
+    fine[50:200, 51:247] = True
+    both = segmenter.click(path, [[450, 300]], [1], [], [describe(fine)["counts"]])
+    assert (union([both["counts"]], *mask.shape) == mask | fine).all()
+    known = [describe(fine)["counts"]]
+    rest = segmenter.click(path, [[300, 100]], [1], known, [])
+    assert not (union([rest["counts"]], *mask.shape) & fine).any()
 
 
 def test_known_objects_are_not_offered_again(segmenter, images):
