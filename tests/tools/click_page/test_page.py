@@ -8,6 +8,7 @@ from chromium import AXE
 from colored_boxes import BOXES
 
 from solo_d2.data.coco import read_coco
+from solo_d2.tools import check
 from solo_d2.tools.click_page.server import start_server
 
 pytestmark = pytest.mark.browser
@@ -150,7 +151,7 @@ def test_the_keyboard_is_enough(open_page, images):
     assert browser.run("return page.name") == "more/zwei & ü.png"
 
 
-def test_saved_objects_are_there_again(open_page, images):
+def test_saved_objects_pass_the_check_and_are_there_again(open_page, images):
     browser = open_page()
     use(browser, "automatic")
     assert areas(browser) == [300, 800]
@@ -161,6 +162,8 @@ def test_saved_objects_are_there_again(open_page, images):
     use(browser, "save")
     file = images / "annotations.json"
     assert browser.run("return $('status').textContent") == f"Saved 3 objects in {file}"
+    data = 2 * [str(file), str(images)]
+    assert check.main(["--config-file", "quick/solov2_shapes.yaml", "--data", *data]) == 0
     document = read_coco(file, images).document
     boxes = {tuple(a["bbox"]) for a in document["annotations"]}
     (left, top, right, bottom), (x1, y1, x2, y2) = BOXES[:2]

@@ -12,8 +12,8 @@ let state, page, picture, selected = null;
 let zoom = 1, crosshair = null, requests = Promise.resolve(), waiting = 0;
 
 async function ask(path, content) {
-  const post = content && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) };
-  const response = await fetch(path, post);
+  const headers = { "Content-Type": "application/json" };
+  const response = await fetch(path, content && { method: "POST", headers, body: JSON.stringify(content) });
   const answer = await response.json().catch(() => ({ error: `error ${response.status}` }));
   if (!response.ok) throw new Error(answer.error);
   return answer;
@@ -54,22 +54,25 @@ function bitmap(object) {
 }
 
 function contains(object, x, y) {
-  const [left, top, width, height] = object.box;
-  return x >= left && y >= top && x < left + width && y < top + height && bitmap(object)[(y - top) * width + x - left] === 1;
+  const [left, top, width, height] = object.box, column = x - left, row = y - top;
+  const isInBox = column >= 0 && row >= 0 && column < width && row < height;
+  return isInBox && bitmap(object)[row * width + column] === 1;
 }
 
 const color = (object) => state.colors[object.color % state.colors.length];
 
 function maskPicture(object) {
   if (!pictures.has(object)) {
-    const [, , width, height] = object.box, mask = bitmap(object), image = new ImageData(width, height);
+    const [, , width, height] = object.box, mask = bitmap(object);
+    const image = new ImageData(width, height), pixels = new Uint32Array(image.data.buffer);
+    const [red, green, blue] = color(object);
     const edge = Math.max(1, Math.round(Math.sqrt(page.width * page.height) / 500));
     const inside = (x, y) => x >= 0 && y >= 0 && x < width && y < height && mask[y * width + x];
     for (let y = 0, i = 0; y < height; y++) {
       for (let x = 0; x < width; x++, i++) {
         if (!mask[i]) continue;
-        const interior = inside(x - edge, y) && inside(x + edge, y) && inside(x, y - edge) && inside(x, y + edge);
-        image.data.set([...color(object), interior ? 102 : 255], 4 * i);
+        const isInterior = inside(x - edge, y) && inside(x + edge, y) && inside(x, y - edge) && inside(x, y + edge);
+        pixels[i] = ((isInterior ? 102 : 255) << 24) | (blue << 16) | (green << 8) | red;
       }
     }
     const small = new OffscreenCanvas(width, height);
@@ -94,19 +97,14 @@ function step(from, to) {
   say(`${page.objects.length} objects`);
 }
 
-function without(object) {
-  return page.objects.filter((other) => other !== object);
+function replace(target, object, changed) {
+  change(target, target.objects.map((other) => (other === object ? changed : other)), changed);
 }
 
 function remove() {
   if (!selected) return;
-  change(page, without(selected), null);
+  change(page, page.objects.filter((other) => other !== selected), null);
   say("Deleted");
-}
-
-function setClass(name) {
-  const changed = { ...selected, class: name };
-  change(page, page.objects.map((other) => (other === selected ? changed : other)), changed);
 }
 
 function addAll(target, found) {
@@ -130,17 +128,17 @@ function click(x, y, tool) {
     const object = tool === "new" ? null : selected;
     if (target !== page) return;
     if (tool !== "new" && !object) return say("Select an object first: click it with the first tool.", true);
-    const points = [...(object?.points ?? []), [x, y]], labels = [...(object?.labels ?? []), tool === "less" ? 0 : 1];
-    const base = object && (object.base ?? (object.points ? null : object.counts)); // not from clicks
+    const points = [...(object?.points ?? []), [x, y]];
+    const labels = [...(object?.labels ?? []), tool === "less" ? 0 : 1];
+    const base = object?.base ?? (object && !object.points ? [object.counts] : []); // a mask not from clicks
     const known = target.objects.filter((other) => other !== object).map((other) => other.counts);
-    const { objects: [found] } = await ask("click", { image: target.name, points, labels, known, base: base ? [base] : [] });
+    const { objects: [found] } = await ask("click", { image: target.name, points, labels, known, base });
     const seconds = `${((performance.now() - began) / 1000).toFixed(2)} s`;
     if (!found) return say(`Nothing found there (${seconds}).`);
     if (!object) {
       addAll(target, [{ ...found, points, labels }]);
     } else if (target.objects.includes(object)) {
-      const changed = { ...found, points, labels, base, class: object.class, color: object.color };
-      change(target, target.objects.map((other) => (other === object ? changed : other)), changed);
+      replace(target, object, { ...found, points, labels, base, class: object.class, color: object.color });
     }
     say(`${named(found)} (${seconds})`);
   });
@@ -151,7 +149,8 @@ function automatic() {
   if (!target) return;
   say("Looking for objects");
   enqueue(async () => {
-    const { objects } = await ask("automatic", { image: target.name, known: target.objects.map((object) => object.counts) });
+    const known = target.objects.map((object) => object.counts);
+    const { objects } = await ask("automatic", { image: target.name, known });
     say(`${addAll(target, objects).length} more objects found`);
   });
 }
@@ -163,7 +162,8 @@ function save() {
     let number = 0;
     for (const one of unsaved()) {
       const objects = one.objects;
-      await ask("save", { image: one.name, objects: objects.map(({ id, class: name, counts }) => ({ id, class: name, counts })) });
+      const entries = objects.map(({ id, class: name, counts }) => ({ id, class: name, counts }));
+      await ask("save", { image: one.name, objects: entries });
       one.saved = objects;
       state.counts[one.name] = objects.length;
       number += objects.length;
@@ -189,8 +189,9 @@ function open(name) {
     await image.decode();
     if ($("image").value !== name) return; // another one was opened meanwhile
     if (!pages.has(name)) {
-      const objects = answer.objects.map((object, i) => ({ score: 1, ...object, color: i }));
-      pages.set(name, { name, height: answer.height, width: answer.width, objects, saved: objects, undo: [], redo: [], colors: objects.length });
+      const objects = answer.objects.map((object, i) => ({ ...object, color: i }));
+      const lists = { objects, saved: objects, undo: [], redo: [] };
+      pages.set(name, { name, height: answer.height, width: answer.width, colors: objects.length, ...lists });
     }
     page = pages.get(name);
     picture = image;
@@ -217,9 +218,14 @@ function fit() {
 function zoomBy(factor) {
   const frame = $("frame"), before = zoom;
   zoom = Math.min(LARGEST_ZOOM, Math.max(1, zoom * factor));
-  const middle = [frame.scrollLeft + frame.clientWidth / 2, frame.scrollTop + frame.clientHeight / 2];
+  const x = frame.scrollLeft + frame.clientWidth / 2, y = frame.scrollTop + frame.clientHeight / 2;
   fit();
-  frame.scrollTo(middle[0] * zoom / before - frame.clientWidth / 2, middle[1] * zoom / before - frame.clientHeight / 2);
+  center(x * zoom / before, y * zoom / before);
+}
+
+function center(x, y) {
+  const frame = $("frame");
+  frame.scrollTo(x - frame.clientWidth / 2, y - frame.clientHeight / 2);
 }
 
 // --- what is shown
@@ -270,26 +276,36 @@ function draw() {
   }
 }
 
-function show(choice) {
-  selected = choice;
-  const objects = page?.objects ?? [], focus = [...$("objects").children].findIndex((row) => row.contains(document.activeElement));
-  $("objects").replaceChildren(...objects.map((object, i) => {
-    const button = document.createElement("button"), swatch = document.createElement("i");
-    const name = document.createElement("span"), size = document.createElement("small");
+function element(tag, ...content) {
+  const made = document.createElement(tag);
+  made.append(...content);
+  return made;
+}
+
+function listObjects() {
+  const list = $("objects"), focus = [...list.children].findIndex((row) => row.contains(document.activeElement));
+  const rows = (page?.objects ?? []).map((object, i) => {
+    const swatch = element("i");
     swatch.style.background = `rgb(${color(object)})`;
-    name.textContent = `${i + 1} ${object.class}`;
-    size.textContent = `${object.area} px`;
-    button.append(swatch, name, size);
+    const name = element("span", `${i + 1} ${object.class}`), size = element("small", `${object.area} px`);
+    const button = element("button", swatch, name, size);
     button.setAttribute("aria-pressed", String(object === selected));
     button.addEventListener("click", () => show(object === selected ? null : object));
-    const row = document.createElement("li");
-    row.append(button);
-    return row;
-  }));
-  if (focus >= 0) ($("objects").children[Math.min(focus, objects.length - 1)]?.firstChild ?? canvas).focus();
-  const list = $("objects"), row = list.querySelector("[aria-pressed=true]")?.parentElement;
-  if (row) list.scrollTop = Math.max(row.offsetTop + row.offsetHeight - list.clientHeight, Math.min(row.offsetTop, list.scrollTop));
-  $("number").textContent = page ? objects.length : "";
+    return element("li", button);
+  });
+  list.replaceChildren(...rows);
+  if (focus >= 0) (rows[Math.min(focus, rows.length - 1)]?.firstChild ?? canvas).focus();
+  const row = rows[page?.objects.indexOf(selected)];
+  if (row) { // scrollIntoView would also scroll the page
+    const lowest = row.offsetTop + row.offsetHeight - list.clientHeight;
+    list.scrollTop = Math.max(lowest, Math.min(row.offsetTop, list.scrollTop));
+  }
+}
+
+function show(choice) {
+  selected = choice;
+  listObjects();
+  $("number").textContent = page ? page.objects.length : "";
   $("class").value = selected?.class ?? "";
   $("class").disabled = $("delete").disabled = !selected;
   $("undo").disabled = !page?.undo.length;
@@ -300,7 +316,8 @@ function show(choice) {
   $("next").disabled = $("image").selectedIndex === state.images.length - 1;
   for (const option of $("image").options) {
     const one = pages.get(option.value), number = one?.objects.length ?? state.counts[option.value];
-    option.textContent = option.value + (number === undefined ? "" : ` (${number})`) + (one && one.objects !== one.saved ? " •" : "");
+    const isUnsaved = one && one.objects !== one.saved;
+    option.textContent = `${option.value}${number === undefined ? "" : ` (${number})`}${isUnsaved ? " •" : ""}`;
   }
   draw();
 }
@@ -331,29 +348,32 @@ canvas.addEventListener("keydown", (event) => {
     click(...crosshair, tool(event));
   } else if (event.key in directions) {
     event.preventDefault();
-    const frame = $("frame"), scale = canvas.clientWidth / page.width;
-    const length = event.shiftKey ? 1 : Math.max(1, Math.round(12 / scale)), [dx, dy] = directions[event.key];
+    const scale = canvas.clientWidth / page.width, [dx, dy] = directions[event.key];
+    const length = event.shiftKey ? 1 : Math.max(1, Math.round(12 / scale));
     crosshair = [clamp(crosshair[0] + dx * length, page.width), clamp(crosshair[1] + dy * length, page.height)];
-    if (zoom > 1) frame.scrollTo(crosshair[0] * scale - frame.clientWidth / 2, crosshair[1] * scale - frame.clientHeight / 2);
+    if (zoom > 1) center(crosshair[0] * scale, crosshair[1] * scale);
     draw();
   }
 });
+
+const undo = () => step("undo", "redo"), redo = () => step("redo", "undo");
+const enlarge = () => zoomBy(1.5), reduce = () => zoomBy(1 / 1.5);
+const previous = () => neighbor(-1), next = () => neighbor(1);
+const keys = {
+  n: () => choose("new"), m: () => choose("more"), l: () => choose("less"), escape: () => show(null),
+  a: automatic, delete: remove, backspace: remove, "+": enlarge, "-": reduce, ",": previous, ".": next,
+};
 document.addEventListener("keydown", (event) => {
   const control = event.ctrlKey || event.metaKey, key = event.key.toLowerCase();
-  if (event.target.matches("select") && !control) return;
-  const actions = control
-    ? { z: event.shiftKey ? redo : undo, y: redo, s: save }
-    : { n: () => choose("new"), m: () => choose("more"), l: () => choose("less"), a: automatic, delete: remove, backspace: remove,
-        escape: () => show(null), "+": () => zoomBy(1.5), "-": () => zoomBy(1 / 1.5), ",": () => neighbor(-1), ".": () => neighbor(1) };
-  if (!(key in actions) || event.altKey) return;
+  if (event.altKey || (event.target.matches("select") && !control)) return;
+  const action = (control ? { z: event.shiftKey ? redo : undo, y: redo, s: save } : keys)[key];
+  if (!action) return;
   event.preventDefault();
-  actions[key]();
+  action();
 });
-function undo() { step("undo", "redo"); }
-function redo() { step("redo", "undo"); }
-const buttons = { undo, redo, automatic, save, delete: remove, in: () => zoomBy(1.5), out: () => zoomBy(1 / 1.5), previous: () => neighbor(-1), next: () => neighbor(1) };
+const buttons = { undo, redo, automatic, save, previous, next, delete: remove, in: enlarge, out: reduce };
 for (const [id, action] of Object.entries(buttons)) $(id).addEventListener("click", action);
-$("class").addEventListener("change", () => setClass($("class").value));
+$("class").addEventListener("change", () => replace(page, selected, { ...selected, class: $("class").value }));
 $("image").addEventListener("change", () => open($("image").value));
 window.addEventListener("resize", fit);
 window.addEventListener("beforeunload", (event) => { if (unsaved().length) event.preventDefault(); });
