@@ -65,6 +65,8 @@ def test_a_folder_is_opened_with_a_real_model(run_folder, images, served, capsys
     assert all(x["class"] == "rod" and sum(x["counts"]) <= 60 * 80 for x in found)
     found += post("/automatic", known=[x["counts"] for x in found])
     post("/save", objects=found)
+    (embedded,) = served[0]._segmenter._cache.values()
+    assert embedded.bytes > 60 * 80  # what bounds the cache
     document = json.loads((images / "annotations.json").read_text())
     assert len(document["annotations"]) == len(found)
     assert [c["id"] for c in document["categories"]] == [1, 2, 3]
