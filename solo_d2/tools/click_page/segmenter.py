@@ -12,7 +12,6 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 
-from solo_d2.data.annotations import mask_of, to_rle
 from solo_d2.errors import UserError
 from solo_d2.images import as_rgb
 from solo_d2.modeling import AdaptISPredictor
@@ -183,11 +182,11 @@ def rle_of(counts: Any, height: int, width: int) -> dict[str, Any]:
     Raises:
         ValueError: they are no runs of a mask of this size, or the mask is empty.
     """
-    runs = {"size": [height, width], "counts": counts}
-    segmentation, reason = mask_of(runs, height, width, [])
-    if segmentation is None:
-        raise ValueError(reason)
-    return to_rle(segmentation, height, width)
+    # pycocotools reads beyond its memory where the runs do not add up to the image
+    are_runs = isinstance(counts, list) and all(type(run) is int and run >= 0 for run in counts)
+    if not are_runs or sum(counts) != height * width or not sum(counts[1::2]):
+        raise ValueError(f"a mask is empty, or is not that of an image of {width} x {height}")
+    return mask_util.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
 def union(masks: Sequence[Any], height: int, width: int) -> np.ndarray:

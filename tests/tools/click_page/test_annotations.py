@@ -106,9 +106,9 @@ def test_a_changed_mask_replaces_its_polygon(existing, images):
     ("entry", "message"),
     [
         (item("no such", *BOXES[0]), "no class 'no such'"),
-        ({"class": "rod", "counts": [3, 4]}, "do not add up"),
-        ({"class": "rod", "counts": [HEIGHT * WIDTH]}, "an empty mask"),
-        ({"class": "rod"}, "size and counts"),
+        ({"class": "rod", "counts": [3, 4]}, "not that of an image of 80 x 60"),
+        ({"class": "rod", "counts": [HEIGHT * WIDTH]}, "a mask is empty"),
+        ({"class": "rod"}, "a mask"),
     ],
 )
 def test_invalid_objects_change_nothing(existing, images, entry, message):
