@@ -9,10 +9,10 @@ from solo_d2.tools.env import missing_requirement
 VERBS = {
     "train": "train and evaluate a model",
     "predict": "segment images, folders and videos",
+    "click-page": "annotate images on a local page: click on an object, and AdaptIS finds it",
     "check": "list every problem of a COCO json file and its images",
     "compare": "train, evaluate and time several models, and report on them",
     "report": "evaluate and time one trained model, and report on it",
-    "click-page": "annotate images on a local page: click on an object, and AdaptIS finds it",
     "click": "measure how well AdaptIS segments objects from one click each",
     "export": "write a model as ONNX or torch.export file, and compare it with the model",
     "benchmark": "time a model's parts",
