@@ -17,7 +17,7 @@ from solo_d2.files import atomic_write
 
 from .cache import cache_folder
 from .coco import REPAIRED, SKIPPED, CocoFile, read_coco, to_records
-from .images import ImageError, read_size
+from .images import ImageError, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ def check_image_headers(records: Sequence[dict[str, Any]]) -> None:
     for record in records:
         name, stated = record["file_name"], (record["width"], record["height"])
         try:
-            size = read_size(name)
+            size = read_header(name).size
         except ImageError as error:
             raise ValueError(f"image {name}: {error}") from error
         if size != stated:

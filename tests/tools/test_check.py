@@ -127,13 +127,13 @@ def test_good_data_gives_counts_and_no_finding(document, write):
     assert findings(report) == {}
     assert (report.images, report.objects, report.crowds, report.most_objects) == (2, 3, 0, 2)
     assert report.classes == {"cat": (2, 2), "dog": (1, 1)}
-    assert report.sizes["original"]["median"] == 10
+    assert report.sizes["masks"]["median"] == 10
     # 40 x 60 becomes 128 x 192
-    assert report.sizes["at test size"]["median"] == 32
-    assert report.sizes["original"]["small"] == 3
-    assert report.sizes["at test size"]["medium"] == 3
-    assert report.cells.occupancy.objects == 3
-    assert report.cells.occupancy.without_cell == 0
+    assert report.sizes["masks at test size"]["median"] == 32
+    assert report.sizes["masks"]["small"] == 3
+    assert report.sizes["masks at test size"]["medium"] == 3
+    assert report.cells.objects == 3
+    assert report.cells.without_cell == 0
 
 
 def test_nothing_is_registered_or_written(document, write, tmp_path):
@@ -346,7 +346,7 @@ def test_boxes_are_enough_for_a_detector_without_masks(document, write):
     cfg.MODEL.MASK_ON = False
     (report,) = check(cfg)
     assert findings(report) == {} and report.objects == 3
-    assert report.sizes["original"]["median"] == 10
+    assert report.sizes["masks"]["median"] == 10
 
 
 def test_images_of_more_than_8_bits(document, write):
@@ -395,7 +395,7 @@ def test_rle_needs_bitmasks_in_training_only(document, write):
     effect, what, offenders = only_finding(train)
     assert effect == REFUSED
     assert 'INPUT.MASK_FORMAT "polygon"; set it to "bitmask"' in what
-    assert offenders == ["annotation 12", "annotation 13"]
+    assert offenders == ["annotation 12 (a.png)", "annotation 13 (b.png)"]
     assert findings(val) == {}
 
 
@@ -530,7 +530,7 @@ def test_the_embedded_set_is_drawn_and_clean():
     assert [report.name for report in reports] == ["shapes_train", "shapes_val"]
     assert [report.images for report in reports] == [8, 8]
     assert all(effect == REMARK for report in reports for effect, _ in report.findings)
-    assert all(report.cells.occupancy.objects == report.objects > 0 for report in reports)
+    assert all(report.cells.objects == report.objects > 0 for report in reports)
 
 
 def test_find_sources_agrees_with_the_loader(document, write):
@@ -558,34 +558,23 @@ def crowded(document):
     return document
 
 
-def test_objects_that_lose_their_cell_and_what_would_help(crowded, write):
-    files = write(crowded)
-    overrides = ["MODEL.SOLO.NUM_GRIDS", "[8, 8, 8]", "MODEL.SOLO.CENTER_SIGMA", "0.0"]
-    cfg = config(files)
-    cfg.merge_from_list(overrides)
+def test_objects_that_lose_their_cell(crowded, write):
+    cfg = config(write(crowded))
+    cfg.merge_from_list(["MODEL.SOLO.NUM_GRIDS", "[8, 8, 8]", "MODEL.SOLO.CENTER_SIGMA", "0.0"])
     (report,) = check(cfg)
-    cells = report.cells
     # 60 pixels in 8 columns of 7.5: of the centers 4, 8; 16, 20; 28, 32; 40, 44; 52, 56
     # the second and fourth pair have a column in common
-    assert cells.occupancy.levels[0].assigned == 10
-    lost = cells.occupancy.lost
-    assert lost == cells.occupancy.levels[0].lost == 2
-    assert cells.occupancy.levels[0].shared == 4
-    best = cells.advice[0]
-    assert best.key == "MODEL.SOLO.NUM_GRIDS"
-    assert best.occupancy.lost < lost
-    # following the advice has the promised effect
-    cfg.merge_from_list([best.key, str(best.value)])
-    (after,) = check(cfg)
-    assert after.cells.occupancy == best.occupancy
+    assert report.cells.levels[0] == [10, 2]
+    assert report.cells.lost == report.cells.without_cell == 2
     assert summary([report]).endswith("; 2 objects without a grid cell")
+    assert "  2 lose all of theirs to objects that come later" in to_text(report, cfg)
 
 
 def test_only_the_family_has_cells(document, write):
     (report,) = check(config(write(document), architecture="GeneralizedRCNN"))
     assert report.cells is None
     assert "SCALE_RANGES" not in to_text(report, config())
-    assert report.sizes["at test size"]["median"] == 32
+    assert report.sizes["masks at test size"]["median"] == 32
 
 
 def test_levels_that_do_not_match(document, write, capsys):
@@ -642,8 +631,8 @@ def test_everything_is_in_the_json(document, write, tmp_path):
     assert finding["offenders"] == [
         "annotation 11 of image 1: category id 5 is not among the categories"
     ]
-    assert train["cells"]["occupancy"]["objects"] == 2
-    assert train["cells"]["occupancy"]["levels"][0]["assigned"] >= 0
+    assert train["cells"]["objects"] == 2
+    assert train["cells"]["levels"][0][0] >= 0
     assert train["classes"] == {"cat": [1, 1], "dog": [1, 1]}
 
 
