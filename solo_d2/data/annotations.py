@@ -94,9 +94,8 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
     if not any(isinstance(x, (list, dict)) for x in value):  # the numbers of one polygon
         value = [value]
         repairs.append("polygons without an enclosing list, which is added")
-    elif len(value) >= 3 and all(isinstance(x, list) and len(x) == 2 for x in value):
-        if not any(isinstance(c, list) for x in value for c in x):  # the points of one polygon
-            value = [value]
+    elif len(value) >= 3 and _are_points(value):  # of one polygon
+        value = [value]
     result = []
     for polygon in value:
         if not isinstance(polygon, list):
@@ -104,24 +103,23 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
         if polygon and all(isinstance(point, list) and len(point) == 2 for point in polygon):
             polygon = [c for point in polygon for c in point]
             repairs.append("polygons whose points are pairs, flattened")
+        numbers = polygon
         if not {*map(type, polygon)} <= {int, float}:
             numbers = [number(c) for c in polygon]
-            if None in numbers:
-                bad = polygon[numbers.index(None)]
-                raise DataError(
-                    "polygons whose coordinates are not numbers",
-                    f"segmentation has the coordinate {show(bad)}, which is not a number of pixels",
-                )
-            polygon = numbers
             repairs.append("polygons whose coordinates are texts, converted")
-        for c in polygon:
-            if not abs(c) <= _LARGEST_COORDINATE:  # NaN too
+        for c, found in zip(polygon, numbers):
+            if found is None or not abs(found) <= _LARGEST_COORDINATE:  # NaN too
                 raise DataError(
                     "polygons whose coordinates are not numbers",
                     f"segmentation has the coordinate {show(c)}, which is not a number of pixels",
                 )
-        result.append(polygon)
+        result.append(numbers)
     return result
+
+
+def _are_points(value: list) -> bool:
+    pairs = all(isinstance(x, list) and len(x) == 2 for x in value)
+    return pairs and not any(isinstance(c, list) for x in value for c in x)
 
 
 def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any, str]:
@@ -133,7 +131,7 @@ def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any,
             "masks (RLE) with another size than their image",
             f"segmentation has the size {show(size)}, but the image has [{height}, {width}]",
         )
-    runs = [whole(c) for c in counts] if isinstance(counts, list) else _decompress(counts)
+    runs = [whole(c) for c in counts] if isinstance(counts, list) else decompress(counts)
     # pycocotools fills the missing part of a truncated RLE with uninitialized memory
     numbers = [run for run in runs if run is not None and run >= 0]
     if len(numbers) < len(runs) or sum(numbers) != height * width:
@@ -150,7 +148,7 @@ def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any,
     return value | {"size": [height, width], "counts": counts}, ""
 
 
-def _decompress(counts: str) -> list[int | None]:
+def decompress(counts: str) -> list[int | None]:
     """The runs of a compressed RLE: five bits per character; from the fourth on, differences.
 
     [None] if the text is not a compressed RLE.
@@ -224,12 +222,11 @@ def _box_in_image(value: Any, height: int, width: int) -> list[float] | None:
 
 
 def _are_unlike(box: list[float], other: list[float]) -> bool:
-    a, b = np.array(box), np.array(other)
+    a, b = np.array(box, dtype=float), np.array(other, dtype=float)
+    iou = mask_util.iou(a[None], b[None], [0])[0, 0]
     a[2:] += a[:2]
     b[2:] += b[:2]
-    common = np.clip(np.minimum(a, b)[2:] - np.maximum(a, b)[:2], 0, None).prod()
-    union = box[2] * box[3] + other[2] * other[3] - common
-    return bool(common < _BOX_IOU * union and np.abs(a - b).max() > _BOX_TOLERANCE)
+    return bool(iou < _BOX_IOU and np.abs(a - b).max() > _BOX_TOLERANCE)
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict:

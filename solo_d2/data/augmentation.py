@@ -4,12 +4,9 @@ Detectron2's crop, resize and flip; or the augmentation of SSD (arXiv 1512.02325
 published parameters. Random numbers come from numpy's global state, as in Detectron2.
 """
 
-# Detectron2's augmentations use numpy's legacy global state.
-
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
@@ -47,28 +44,6 @@ def test_resize(cfg: CfgNode) -> T.Augmentation:
 
 
 test_resize.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
-
-
-def to_network_input(
-    image_rgb: np.ndarray, resize: T.Augmentation, image_format: str
-) -> torch.Tensor:
-    """Convert an image to the input of a model.
-
-    Args:
-        image_rgb: (H, W, 3) uint8.
-        resize: see ``test_resize``.
-        image_format: "RGB" or "BGR", the channel order that the model expects.
-
-    Returns:
-        (3, H', W') float32.
-    """
-    image = image_rgb if image_format == "RGB" else image_rgb[:, :, ::-1]
-    transform = resize.get_transform(image)
-    if isinstance(transform, T.ResizeTransform):
-        # a very elongated image would be resized to a side of 0 pixels
-        transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
-    image = transform.apply_image(image)
-    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float32)
 
 
 def _build_ssd(image_format: str, mask_format: str) -> list[T.Augmentation | T.Transform]:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,16 @@ class Loader:
 class CocoLoader(Loader):
     """Loads a COCO json. If the file needs repairs, the evaluator reads a repaired copy."""
 
-    def __init__(
-        self,
-        name: str,
-        source: Callable[[], tuple[Path, Path]],
-        *,
-        masks: bool = True,
-        crowd_is_object: bool = False,
-    ):
+    def __init__(self, name: str, source: Callable[[], tuple[Path, Path]], **options: bool):
         """
         Args:
             name: name of the data set.
             source: returns the json file and the image folder when the set is loaded.
-            masks, crowd_is_object: see ``read_coco``.
+            options: masks, crowd_is_object; see ``read_coco``.
         """
         super().__init__(name)
         self.source = source
-        self.options = {"masks": masks, "crowd_is_object": crowd_is_object}
+        self.options = options
         self._read: tuple[Any, CocoFile] | None = None  # (identity of the file, its content)
 
     def __call__(self) -> list[dict[str, Any]]:
@@ -80,11 +74,11 @@ class CocoLoader(Loader):
         json_file, image_root = self.source()
         stat = json_file.stat() if json_file.exists() else None
         key = (json_file, image_root, stat and (stat.st_mtime_ns, stat.st_size))
-        read_by_evaluator = MetadataCatalog.get(self.name).get("json_file", "")
-        if self._read and self._read[0] == key and os.path.isfile(read_by_evaluator):
+        metadata = MetadataCatalog.get(self.name)
+        if self._read and self._read[0] == key and os.path.isfile(metadata.get("json_file", "")):
             return self._read[1], image_root
         coco = read_coco(json_file, image_root, **self.options)
-        expected = MetadataCatalog.get(self.name).get("thing_classes", coco.classes)
+        expected = metadata.get("thing_classes", coco.classes)
         if coco.classes != expected:
             raise ValueError(
                 f"{json_file}: data set {self.name!r} has the classes {expected}, the file "
@@ -97,9 +91,8 @@ class CocoLoader(Loader):
             thing_classes=coco.classes,
             thing_dataset_id_to_contiguous_id=coco.ids,
         )
-        parts = [f"{effect} {coco.counts(effect)}" for effect in (REPAIRED, SKIPPED)]
-        remarks = "; ".join(part for part in parts if not part.endswith(" "))
-        if remarks:
+        effects = [(effect, coco.counts(effect)) for effect in (REPAIRED, SKIPPED)]
+        if remarks := "; ".join(f"{effect} {counts}" for effect, counts in effects if counts):
             logger.warning(f"{json_file}: {remarks}. Training and evaluation read {copy}")
         self._read = key, coco
         return coco, image_root
@@ -122,30 +115,25 @@ class SubsetLoader(Loader):
     def __call__(self) -> list[dict[str, Any]]:
         """
         Raises:
-            ValueError: the whole set has fewer such images, or lacks an id.
+            ValueError: the whole set has fewer such images.
         """
-        records = list(DatasetCatalog.get(self.parent))
-        if isinstance(self.which, int):
-            records = [r for r in records if _has_objects(r)]
-            if len(records) < self.which:
-                raise ValueError(
-                    f"data set {self.parent!r} has {len(records)} images with objects, "
-                    f"not {self.which}"
-                )
-            records = records[: self.which]
+        records, which = DatasetCatalog.get(self.parent), self.which
+        if isinstance(which, int):
+            kind, wanted = "with objects", which
+            records = [r for r in records if _has_objects(r)][:wanted]
         else:
-            missing = sorted({*self.which} - {r["image_id"] for r in records})
-            if missing:
-                raise ValueError(f"data set {self.parent!r} has no image with id {missing[0]}")
-            records = [r for r in records if r["image_id"] in self.which]
+            kind, wanted = f"with the ids {which}", len(which)
+            records = [r for r in records if r["image_id"] in which]
+        if len(records) < wanted:
+            raise ValueError(
+                f"data set {self.parent!r} has {len(records)} images {kind}, not {wanted}"
+            )
         metadata = MetadataCatalog.get(self.parent).as_dict()
         if "json_file" in metadata:
             document = json.loads(Path(metadata["json_file"]).read_bytes())
             chosen = {r["image_id"] for r in records}
-            document["images"] = [x for x in document["images"] if x["id"] in chosen]
-            document["annotations"] = [
-                x for x in document["annotations"] if x["image_id"] in chosen
-            ]
+            for section, key in (("images", "id"), ("annotations", "image_id")):
+                document[section] = [x for x in document[section] if x[key] in chosen]
             metadata["json_file"] = write_document(metadata["json_file"], document)
         del metadata["name"]
         self.set_metadata(**metadata)
@@ -239,7 +227,8 @@ def register_named_sets() -> None:
         for split in ("train", "val"):
             name = f"{folder}_{split}"
             if name not in DatasetCatalog:
-                enter(CocoLoader(name, _find_folder(folder, split + year)), thing_classes=classes)
+                source = partial(folder_files, partial(named_folder, folder), split + year)
+                enter(CocoLoader(name, source), thing_classes=classes)
     for subset, parent, which in (
         ("coco_mini_overfit8", "coco_mini_train", 8),
         # the first four of 360 x 360 pixels: 85 nuclei, half of them wider than 40 pixels
@@ -251,14 +240,21 @@ def register_named_sets() -> None:
             enter(SubsetLoader(subset, parent, which), **known)
 
 
-def _find_folder(folder: str, split: str) -> Callable[[], tuple[Path, Path]]:
-    def find() -> tuple[Path, Path]:
-        root = datasets_folder() / folder
-        if not root.is_dir():
-            raise FileNotFoundError(f"no data set folder {root}. {DATASETS_HINT}")
-        return root / "annotations" / f"instances_{split}.json", root / split
+def folder_files(folder: Callable[[], Path], split: str) -> tuple[Path, Path]:
+    """The json file and the image folder of a split, in a folder like COCO's."""
+    root = folder()
+    return root / "annotations" / f"instances_{split}.json", root / split
 
-    return find
+
+def named_folder(name: str) -> Path:
+    """
+    Raises:
+        FileNotFoundError: $DETECTRON2_DATASETS has no such folder.
+    """
+    root = datasets_folder() / name
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data set folder {root}. {DATASETS_HINT}")
+    return root
 
 
 def datasets_folder() -> Path:
@@ -274,10 +270,9 @@ def check_images_exist(records: Sequence[dict[str, Any]], source: str) -> None:
     """
     missing = [r["file_name"] for r in records if not os.path.isfile(r["file_name"])]
     if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise FileNotFoundError(
-            f"{source}: {len(missing)} of {len(records)} images are missing: "
-            + ", ".join(missing[:3])
-            + (", ..." if len(missing) > 3 else "")
+            f"{source}: {len(missing)} of {len(records)} images are missing: {first}"
         )
 
 
@@ -304,10 +299,9 @@ def write_document(json_file: str | Path, document: dict[str, Any]) -> str:
     """Write a document to the cache folder, named after source and content; returns the path."""
     content = json.dumps(document).encode()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    folder = cache_folder() / "annotations"
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"{Path(json_file).stem}-{digest}.json"
+    copy = cache_folder() / "annotations" / f"{Path(json_file).stem}-{digest}.json"
     if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(copy) as file:
             file.write(content)
     return str(copy)

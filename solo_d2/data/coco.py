@@ -36,7 +36,6 @@ _LARGEST_ID = 2**53
 _LARGEST_IMAGE = 2**31
 # COCO itself has 1 % crowds. Brush tools mark each of their masks as a crowd.
 _USUAL_CROWDS = 0.05
-BOXES_UNLIKE_MASKS = "boxes unlike their masks (corners or fractions?), taken from the masks"
 
 
 class CocoFile(NamedTuple):
@@ -82,8 +81,7 @@ def read_coco(
             entry and the field.
     """
     document, plain = _parse(Path(json_file))
-    reader = _Reader(document, Path(image_root), masks, crowd_is_object)
-    reader.tolerant = tolerant
+    reader = _Reader(document, Path(image_root), masks, crowd_is_object, tolerant)
     try:
         return reader.read(plain)
     except DataError as error:
@@ -138,15 +136,19 @@ def _parse(path: Path) -> tuple[dict[str, Any], bool]:
 class _Reader:
     """One pass over a document."""
 
-    tolerant = False
-
     def __init__(
-        self, document: dict[str, Any], image_root: Path, masks: bool, crowd_is_object: bool
+        self,
+        document: dict[str, Any],
+        image_root: Path,
+        masks: bool,
+        crowd_is_object: bool,
+        tolerant: bool,
     ):
         self._document = document
         self._image_root = image_root
         self._masks = masks
         self._crowd_is_object = crowd_is_object
+        self._tolerant = tolerant
         self._findings: dict[tuple[str, str], list[str]] = {}
 
     def read(self, plain: bool) -> CocoFile:
@@ -184,7 +186,7 @@ class _Reader:
         self._findings.setdefault((effect, what), []).append(who)
 
     def _refuse(self, what: str, message: str) -> None:
-        if not self.tolerant:
+        if not self._tolerant:
             raise DataError(what, message)
         self._add(REFUSED, what, message)
 
@@ -250,8 +252,7 @@ class _Reader:
             if "\\" in name and not (self._image_root / name).exists():
                 self._add(REPAIRED, "file names with backslashes, replaced by slashes", name)
                 name = name.replace("\\", "/")
-            changes = {"file_name": name, **sides}
-            images[key] = entry | changes
+            images[key] = entry | {"file_name": name, **sides}
         return self._numbered("images", images)
 
     def _categories(self) -> dict[Any, dict]:
@@ -312,9 +313,8 @@ class _Reader:
     def _repair(self, entry: dict, image: dict) -> tuple[dict | None, list[str]]:
         """(annotation, repairs), or (None, [why it is skipped])."""
         height, width = image["height"], image["width"]
-        repaired = dict(entry)
         repairs: list[str] = []
-        repaired["iscrowd"] = self._crowd_flag(entry, repairs)
+        repaired = entry | {"iscrowd": self._crowd_flag(entry, repairs)}
         segmentation, reason = mask_of(entry.get("segmentation"), height, width, repairs)
         mask_box = area = None
         if segmentation is None:

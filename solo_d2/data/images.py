@@ -38,7 +38,7 @@ def read_image(path: str | Path, image_format: str = "RGB") -> np.ndarray:
     """
     with _image_errors(), PathManager.open(str(path), "rb") as file:
         try:
-            image = Image.open(file)
+            image: Image.Image = Image.open(file)
         except UnidentifiedImageError:
             image = Image.fromarray(_to_8_bit(_read_with_opencv(path)))
         image.load()

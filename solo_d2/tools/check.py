@@ -111,14 +111,16 @@ def _registered(name: str, keys: list[str]) -> Report:
         raise UserError(f"{keys[0]}: there is no data set {name!r}")
     loader, metadata = DatasetCatalog.data[name], MetadataCatalog.get(name)
     if isinstance(loader, CocoLoader):  # the original file, not the repaired copy
-        files, options = loader.source(), loader.options  # draws an embedded data set
-        return Report(name, keys, *map(str, files), options, metadata.get("thing_classes"))
-    if "json_file" not in metadata.as_dict():
-        DatasetCatalog.get(name)
-    files = metadata.get("json_file"), metadata.get("image_root")
-    if not files[0] or files[1] is None:
-        raise UserError(f"{keys[0]}: {name!r} is not a COCO json, the only supported format")
-    return Report(name, keys, *files, expected_classes=metadata.get("thing_classes"))
+        json_file, image_root = loader.source()  # draws an embedded data set
+        options = loader.options
+    else:
+        if "json_file" not in metadata.as_dict():
+            DatasetCatalog.get(name)
+        json_file, image_root, options = metadata.get("json_file"), metadata.get("image_root"), {}
+        if not json_file or image_root is None:
+            raise UserError(f"{keys[0]}: {name!r} is not a COCO json, the only supported format")
+    classes = metadata.get("thing_classes")
+    return Report(name, keys, str(json_file), str(image_root), options, classes)
 
 
 def _read(report: Report, *, masks: bool) -> CocoFile | None:
@@ -262,8 +264,8 @@ def _check_overlap(train: Report, test: Report, paths: dict[str, dict[str, Path]
     what = f"images that are in {train.name} too, by name and content"
     for name in paths[test.name]:
         # equal names such as 000001.jpg are no proof; missing images are reported as such
-        files = [paths[report.name].get(name, Path()) for report in (train, test)]
-        if all(map(Path.is_file, files)) and filecmp.cmp(*files, shallow=False):
+        a, b = (paths[report.name].get(name, Path()) for report in (train, test))
+        if a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False):
             test.add(REMARK, what, name)
 
 
