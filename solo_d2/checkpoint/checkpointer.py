@@ -84,6 +84,14 @@ class Checkpointer(DetectionCheckpointer):
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
+    def get_checkpoint_file(self) -> str:
+        """The last checkpoint in ``save_dir``; see Detectron2."""
+        try:
+            return super().get_checkpoint_file()
+        except UnicodeDecodeError:
+            file = os.path.join(self.save_dir, "last_checkpoint")
+            raise UserError(f"{file} does not hold the name of a checkpoint") from None
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a file or URL into the model; see Detectron2.
 

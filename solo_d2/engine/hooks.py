@@ -135,13 +135,11 @@ class KeepBest(HookBase):
     def _compare(self) -> None:
         if not comm.is_main_process():
             return
-        logger = logging.getLogger(__name__)
-        latest = self.trainer.storage.latest()
+        logger, latest = logging.getLogger(__name__), self.trainer.storage.latest()
         if self._metric not in latest:
-            known = sorted(name for name in latest if "/" in name)
             logger.warning(
                 f"TEST.BEST_METRIC {self._metric!r} is not among the results, so no model_best.pth "
-                f"is written; there are {known}"
+                f"is written; there are {sorted(name for name in latest if '/' in name)}"
             )
             return
         value, iteration = latest[self._metric]
@@ -158,8 +156,7 @@ class KeepBest(HookBase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not isinstance(state["best"], int | float | None):
             raise TypeError(f"the best {self._metric} is {state['best']!r}, not a number")
-        self.best, self.best_iter = state["best"], state["best_iter"]
-        self.waited = state["waited"]
+        self.best, self.best_iter, self.waited = (state[k] for k in self.state_dict())
 
 
 class UntaggedCheckpointer(Checkpointer):
