@@ -38,14 +38,6 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T
     return [*crop, *_build_ssd(options.FORMAT, options.MASK_FORMAT), *flips, resize]
 
 
-def test_resize(cfg: CfgNode) -> T.Augmentation:
-    """The augmentation that resizes an image for inference."""
-    return build_augmentations(cfg, is_train=False)[0]
-
-
-test_resize.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
-
-
 def _build_ssd(image_format: str, mask_format: str) -> list[T.Augmentation | T.Transform]:
     # importing the project registers PointRend's heads, which are not needed otherwise
     from detectron2.projects.point_rend import ColorAugSSDTransform

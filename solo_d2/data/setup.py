@@ -46,12 +46,12 @@ def setup_datasets(cfg: CfgNode) -> None:
     """
     register_shapes(cfg)
     custom = find_custom(cfg)
-    if any(custom.values()):
-        for split, data_set in custom.items():
-            if data_set:
-                _register_custom(cfg, data_set, is_train=split == "TRAIN")
-        splits = {split: (data_set.name,) if data_set else () for split, data_set in custom.items()}
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = splits["TRAIN"], splits["VAL"]
+    for split, data_set in custom.items():
+        _register_custom(cfg, data_set, is_train=split == "TRAIN")
+    if custom:
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (
+            (custom[split].name,) if split in custom else () for split in ("TRAIN", "VAL")
+        )
     _check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.DATASETS.OVERFIT_IMAGES:
         parent, count = cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES
@@ -128,15 +128,15 @@ def register_shapes(cfg: CfgNode) -> None:
         )
 
 
-def find_custom(cfg: CfgNode) -> dict[str, CustomSet | None]:
-    """The sets that DATASETS.CUSTOM names for "TRAIN" and "VAL"; None if it names none.
+def find_custom(cfg: CfgNode) -> dict[str, CustomSet]:
+    """The sets that DATASETS.CUSTOM names, for "TRAIN", "VAL" or both.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
         ValueError: half of a pair is missing.
     """
     custom = cfg.DATASETS.CUSTOM
-    found: dict[str, CustomSet | None] = {}
+    found = {}
     for split in ("TRAIN", "VAL"):
         keys = [f"{split}_JSON", f"{split}_IMAGES"]
         given = [key for key in keys if custom[key]]
@@ -145,8 +145,9 @@ def find_custom(cfg: CfgNode) -> dict[str, CustomSet | None]:
             raise ValueError(
                 f"DATASETS.CUSTOM.{empty} is empty, but {given[0]} is {custom[given[0]]!r}"
             )
-        paths = [_find(custom[key], f"DATASETS.CUSTOM.{key}") for key in given]
-        found[split] = CustomSet(f"{custom.NAME}_{split.lower()}", *paths) if given else None
+        if given:
+            paths = [_find(custom[key], f"DATASETS.CUSTOM.{key}") for key in keys]
+            found[split] = CustomSet(f"{custom.NAME}_{split.lower()}", *paths)
     return found
 
 

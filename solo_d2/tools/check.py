@@ -88,14 +88,12 @@ def find_sources(cfg: CfgNode) -> list[Report]:
         UserError, FileNotFoundError, ValueError: see ``check``.
     """
     register_shapes(cfg)
-    custom = find_custom(cfg)
-    if any(custom.values()):
+    if custom := find_custom(cfg):
         keys = {"TRAIN": "DATASETS.TRAIN", "VAL": "DATASETS.TEST"}
         options = {"crowd_is_object": cfg.DATASETS.CUSTOM.CROWD_IS_OBJECT}
         return [
             Report(found.name, [keys[split]], str(found.json_file), str(found.image_root), options)
             for split, found in custom.items()
-            if found
         ]
     keys_of: dict[str, list[str]] = {}
     for key in ("DATASETS.TRAIN", "DATASETS.TEST"):
@@ -304,19 +302,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit code: 0 only repairs and remarks, 1 training would refuse or skip something, "
         "2 the check could not be made.",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument(
-        "--data",
-        nargs=4,
-        metavar=("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"),
-        help="your own data: COCO json files and image folders (DATASETS.CUSTOM in the config)",
-    )
-    parser.add_argument(
-        "--images",
-        action="store_true",
-        help="decode all images, which finds truncated ones; else only their headers are read",
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write everything, and every offender")
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE")
+    add("--data", nargs=4, metavar=("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES"),
+        help="your own data: COCO json files and image folders")  # fmt: skip
+    add("--images", action="store_true",
+        help="decode all images, not only their headers: finds truncated ones")  # fmt: skip
+    add("--json", metavar="FILE", help="also write everything, and every offender")
     return parser
 
 
