@@ -35,11 +35,7 @@ class Loader:
 
     def set_metadata(self, **values: Any) -> None:
         """Set metadata, replacing earlier values, which Detectron2's ``set`` refuses."""
-        metadata = MetadataCatalog.get(self.name)
-        for key, value in values.items():
-            if metadata.get(key, value) != value:
-                delattr(metadata, key)
-            setattr(metadata, key, value)
+        vars(MetadataCatalog.get(self.name)).update(values)
 
 
 class CocoLoader(Loader):
@@ -152,11 +148,14 @@ def enter(loader: Loader, **metadata: Any) -> None:
     """
     if not is_free(loader.name):
         raise ValueError(f"a data set {loader.name!r} is registered already; use another name")
-    if loader.name in DatasetCatalog:
-        DatasetCatalog.pop(loader.name)
-        MetadataCatalog.pop(loader.name, None)
+    _forget(loader.name)
     DatasetCatalog.register(loader.name, loader)
     loader.set_metadata(evaluator_type="coco", **metadata)
+
+
+def _forget(name: str) -> None:
+    DatasetCatalog.pop(name, None)
+    MetadataCatalog.pop(name, None)
 
 
 def source_file(name: str) -> str:
@@ -208,8 +207,7 @@ def register_coco_json(
     try:
         return loader.read()[0]
     except (OSError, ValueError):
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name, None)
+        _forget(name)
         raise
 
 

@@ -65,10 +65,10 @@ class Report:
 
 # Attributes of ``Cells``, and what happens to the objects that have no cell.
 _REASONS = {
-    "lost": "lose all of theirs to objects that come later in the json (NUM_GRIDS, CENTER_SIGMA)",
-    "too_small": "are too small for SCALE_RANGES",
-    "out_of_range": "are too large for SCALE_RANGES, or between two of them",
-    "empty": "have no pixel of their mask left (INPUT.MIN_SIZE_TEST is too small)",
+    "lost": "lose all of theirs to objects that come later in the json: raise MODEL.SOLO.NUM_GRIDS",
+    "too_small": "are too small for MODEL.SOLO.SCALE_RANGES: lower the first bound",
+    "out_of_range": "are too large for MODEL.SOLO.SCALE_RANGES, or between two: raise a bound",
+    "empty": "have no pixel of their mask left: raise INPUT.MIN_SIZE_TEST",
 }
 _COUNTS = {"levels", "objects", *_REASONS}
 
