@@ -137,17 +137,10 @@ class InstanceMapper(DatasetMapper):
             image_shape: height and width of the example.
         """
         self._check(annotations)
-        unused = [
-            key
-            for key, used in (
-                ("segmentation", self.use_instance_mask),
-                ("keypoints", self.use_keypoint),
-            )
-            if not used
-        ]
+        used = {"segmentation": self.use_instance_mask, "keypoints": self.use_keypoint}
         transformed = [
             utils.transform_instance_annotations(
-                {key: value for key, value in annotation.items() if key not in unused},
+                {key: value for key, value in annotation.items() if used.get(key, True)},
                 transforms,
                 image_shape,
                 keypoint_hflip_indices=self.keypoint_hflip_indices,

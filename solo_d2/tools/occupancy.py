@@ -56,7 +56,7 @@ class Cells:
             )
         with torch.device("meta"):  # without weights: only its padding is needed
             backbone = build_backbone(cfg)
-        self._padding = (backbone.size_divisibility, None, backbone.padding_constraints)
+        self._padding = (backbone.size_divisibility, 0.0, backbone.padding_constraints)
         self._resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self._num_grids = list(solo.NUM_GRIDS)
         self._ranges = [list(bounds) for bounds in solo.SCALE_RANGES]
