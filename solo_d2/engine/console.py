@@ -12,6 +12,8 @@ from detectron2.utils.events import CommonMetricPrinter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
+from solo_d2.errors import is_user_error
+
 # Loggers whose one-line messages are shown: progress, checkpoints and our own.
 _SHOWN = (
     "detectron2.engine.train_loop",
@@ -58,7 +60,9 @@ class Summary(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
-            return True
+            # Detectron2's loop logs every exception; the command prints these on one line
+            error = record.exc_info and record.exc_info[1]
+            return not (error and is_user_error(error))
         message = record.getMessage()
         is_shown = any(f"{record.name}.".startswith(f"{name}.") for name in _SHOWN)
         if message.startswith("Inference done") and sys.stderr.isatty():  # see ``ProgressBar``

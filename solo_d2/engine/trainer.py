@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 
 from solo_d2.checkpoint import build_checkpointer
 from solo_d2.data.mapper import InstanceMapper
-from solo_d2.errors import is_user_error
 from solo_d2.evaluation.build import build_evaluators
 from solo_d2.evaluation.coco import summary_lines, write_results
 from solo_d2.modeling.own_keys import all_keys_honored
@@ -34,15 +33,6 @@ from .console import ProgressBar, epoch_printer
 from .hooks import EarlyStop, KeepBest, StopAtNonFiniteLoss, UntaggedCheckpointer
 from .optimizer import build_optimizer
 from .sampler import build_train_loader, resumable_sampler
-
-
-def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
-    error = record.exc_info and record.exc_info[1]
-    return not (error and is_user_error(error))
-
-
-# Detectron2's loop logs every exception with a traceback; often the message is enough.
-logging.getLogger("detectron2.engine.train_loop").addFilter(_is_worth_a_traceback)
 
 
 class Trainer(DefaultTrainer):

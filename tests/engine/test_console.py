@@ -9,7 +9,6 @@ from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils.events import EventStorage
 
 from solo_d2.engine import console
-from solo_d2.engine.trainer import _is_worth_a_traceback
 from solo_d2.errors import UserError
 
 
@@ -48,9 +47,9 @@ def test_an_evaluation_shows_its_progress_on_a_terminal_only(monkeypatch, stream
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(UserError, False), (ValueError, True)])
-def test_errors_of_others_keep_their_traceback_in_the_log(kind, expected):
+def test_a_traceback_is_printed_unless_the_message_is_enough(kind, expected):
     try:
         raise kind("wrong")
     except kind:
         record = logging.LogRecord("x", logging.ERROR, "", 0, "", (), sys.exc_info())
-    assert _is_worth_a_traceback(record) == expected
+    assert console.Summary().filter(record) == expected
