@@ -144,19 +144,11 @@ class ConstrainedCrop(T.Augmentation):
         height, width = image.shape[:2]
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         while self._rand_range() >= self.KEEP:
-            windows, fits = self._draw(height, width)
-            low, high = windows[:, None, :2], windows[:, None, 2:]
-            fits &= ((low < centers) & (centers < high)).all(axis=2).any(axis=1)
-            if fits.any():
-                x0, y0, x1, y1 = windows[fits.argmax()].astype(int).tolist()
-                return WindowTransform(x0, y0, x1 - x0, y1 - y0)
+            for _ in range(self.TRIES):
+                w, h = self._rand_range(0.3, 1) * width, self._rand_range(0.3, 1) * height
+                left, top = self._rand_range(0, width - w), self._rand_range(0, height - h)
+                low, high = np.floor([left, top]), np.floor([left + w, top + h])
+                has_center = ((low < centers) & (centers < high)).all(axis=1).any()
+                if has_center and 0.5 <= h / w <= 2:
+                    return WindowTransform(*low.astype(int), *(high - low).astype(int))
         return T.NoOpTransform()
-
-    def _draw(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """(TRIES, 4) x1, y1, x2, y2, whole numbers, and whether each aspect ratio is allowed."""
-        w = self._rand_range(0.3 * width, width, self.TRIES)
-        h = self._rand_range(0.3 * height, height, self.TRIES)
-        left = self._rand_range(0, 1, self.TRIES) * (width - w)
-        top = self._rand_range(0, 1, self.TRIES) * (height - h)
-        windows = np.floor(np.stack([left, top, left + w, top + h], axis=1))
-        return windows, (0.5 <= h / w) & (h / w <= 2)
