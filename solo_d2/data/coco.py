@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,32 +131,24 @@ def _parse(path: Path) -> tuple[dict[str, Any], bool]:
     return document, json.detect_encoding(content) == "utf-8"
 
 
+@dataclass
 class _Reader:
-    """One pass over a document."""
+    """One pass over a document; see ``read_coco``."""
 
-    def __init__(
-        self,
-        json_file: Path,
-        document: dict[str, Any],
-        image_root: Path,
-        masks: bool,
-        crowd_is_object: bool,
-        tolerant: bool,
-    ):
-        self._json_file = json_file
-        self._document = document
-        self._image_root = image_root
-        self._masks = masks
-        self._crowd_is_object = crowd_is_object
-        self._tolerant = tolerant
-        self._findings: dict[tuple[str, str], list[str]] = {}
+    json_file: Path
+    document: dict[str, Any]
+    image_root: Path
+    masks: bool
+    crowd_is_object: bool
+    tolerant: bool
+    findings: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def read(self, plain: bool) -> CocoFile:
         if not plain:
             self._add(REPAIRED, "files that are not plain UTF-8, converted", "the whole file")
         images = self._images()
         categories = self._categories()
-        if not self._document["categories"]:
+        if not self.document["categories"]:
             self._add(REFUSED, "no categories", "the whole file")
         annotations = self._annotations(images, categories)
         crowds = [a for a in annotations if a["iscrowd"]]
@@ -166,7 +159,7 @@ class _Reader:
             )
             for annotation in crowds:
                 self._add(SKIPPED, what, f"annotation {annotation['id']}")
-        document = self._document | {
+        document = self.document | {
             "images": list(images.values()),
             "annotations": annotations,
             "categories": list(categories.values()),
@@ -176,18 +169,18 @@ class _Reader:
             document,
             [category["name"] for category in order],
             {category["id"]: i for i, category in enumerate(order)},
-            self._findings,
-            changed=any(effect == REPAIRED for effect, _ in self._findings)
-            or document != self._document,
+            self.findings,
+            changed=any(effect == REPAIRED for effect, _ in self.findings)
+            or document != self.document,
         )
 
     def _add(self, effect: str, what: str, who: str) -> None:
-        if effect == REFUSED and not self._tolerant:
-            raise ValueError(f"{self._json_file}: {what}: {who}") from None
-        self._findings.setdefault((effect, what), []).append(who)
+        if effect == REFUSED and not self.tolerant:
+            raise ValueError(f"{self.json_file}: {what}: {who}") from None
+        self.findings.setdefault((effect, what), []).append(who)
 
     def _entries(self, section: str, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for index, entry in enumerate(self._document[section]):
+        for index, entry in enumerate(self.document[section]):
             where = f"{section}[{index}]"
             missing = [k for k in needed if not isinstance(entry, dict) or entry.get(k) is None]
             if missing:
@@ -239,7 +232,7 @@ class _Reader:
                 continue
             if any(type(entry[k]) is not int for k in sides):
                 self._add(REPAIRED, "image sizes that are not integers, converted", name)
-            if "\\" in name and not (self._image_root / name).exists():
+            if "\\" in name and not (self.image_root / name).exists():
                 self._add(REPAIRED, "file names with backslashes, replaced by slashes", name)
                 name = name.replace("\\", "/")
             images[key] = entry | {"file_name": name, **sides}
@@ -320,7 +313,7 @@ class _Reader:
         try:
             segmentation = mask_of(entry.get("segmentation"), height, width, repairs)
         except Fault as fault:
-            if self._masks or fault.effect == REFUSED:
+            if self.masks or fault.effect == REFUSED:
                 raise
             repaired.pop("segmentation", None)
         else:
@@ -347,7 +340,7 @@ class _Reader:
             repairs.append("iscrowd missing, taken as 0")
         elif type(value) is not int or value != is_crowd:
             repairs.append("iscrowd not 0 or 1, converted")
-        if is_crowd and self._crowd_is_object:
+        if is_crowd and self.crowd_is_object:
             repairs.append("crowds taken as objects (DATASETS.CUSTOM.CROWD_IS_OBJECT)")
             is_crowd = 0
         if entry.get("ignore") is not None and flag(entry["ignore"]) != 0:
