@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ DATASETS_HINT = (
 )
 
 
+@dataclass(eq=False)
 class Loader:
     """The function that ``DatasetCatalog`` calls to load a data set of ours."""
 
-    def __init__(self, name: str):
-        self.name = name
+    name: str
 
     def set_metadata(self, **values: Any) -> None:
         """Set metadata, replacing earlier values, which Detectron2's ``set`` refuses."""
@@ -94,19 +95,12 @@ class CocoLoader(Loader):
         return coco, image_root
 
 
+@dataclass(eq=False)
 class SubsetLoader(Loader):
     """A few images of another data set."""
 
-    def __init__(self, name: str, parent: str, which: int | Sequence[int]):
-        """
-        Args:
-            name: name of the subset.
-            parent: name of the whole set.
-            which: the number of images to take from the first ones with objects, or image ids.
-        """
-        super().__init__(name)
-        self.parent = parent
-        self.which = which
+    parent: str  # name of the whole set
+    which: int | Sequence[int]  # how many of the first images with objects, or image ids
 
     def __call__(self) -> list[dict[str, Any]]:
         """
