@@ -10,6 +10,8 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
+from solo_d2.evaluation import oracle
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
@@ -55,16 +57,16 @@ def _model(name, architecture, ap, seconds):
         },
         "best_f1": {t: {"disc": {"f1": 0.8, "score": 0.45}} for t in ("segm", "bbox")},
         "confusion": [[10, 1, 2], [0, 8, 3], [1, 2, 0]],
-        "errors": None,
+        "errors": {
+            "as it is": {k: _stat(ap - 1, ap + 1) for k in oracle.METRICS},
+            **{kind: dict.fromkeys(oracle.METRICS, _stat(ap / 9)) for kind in oracle.KINDS},
+        },
         "rates": [],
-        "images_evaluated": 20,
+        "notes": [],
         "parameters": 3_000_000,
-        "parameters_trainable": 2_900_000,
         "flops": 1.5e9,
         "flops_post": 1e8,
         "detections": 12.0,
-        "flops_error": None,
-        "memory_error": None,
         "input_size": [128, 128],
         "latency": [
             {
@@ -77,8 +79,6 @@ def _model(name, architecture, ap, seconds):
         ],
         "training": {
             "iterations": 400,
-            "images_per_batch": 8,
-            "images_seen": 3200,
             "seconds_per_iteration": _times(0.25),
             "step": {**_times(0.2), "batch": 8},
         },
@@ -156,9 +156,7 @@ def example_report(tmp_path):
             {
                 "key": "MODEL.FPN.OUT_CHANNELS",
                 "values": {"alpha": 64, "beta": None},
-                "allowed": True,
                 "group": "backbone",
-                "reason": "",
             }
         ],
         "models": models,

@@ -80,7 +80,7 @@ def browser():
             browser.close()
 
 
-ALL_DRAWN = "return document.querySelectorAll('[data-chart] svg, [data-chart] canvas').length === 5"
+ALL_DRAWN = "return document.querySelectorAll('[data-chart] svg, [data-chart] canvas').length === 6"
 
 
 @pytest.mark.parametrize("width", [1400, 390])
