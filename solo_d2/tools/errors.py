@@ -49,7 +49,11 @@ def _load_data(name: str, opts: Sequence[str]) -> COCO:
         setup_datasets(load_config(opts=opts))
         return TestSet(name).coco
     with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(name)
+        coco = COCO(name)
+        for number, x in enumerate(coco.dataset.get("annotations", ()), start=1):
+            x["id"] = number  # to pycocotools, a match with an object of id 0 is none
+        coco.createIndex()
+    return coco
 
 
 def _load_results(path: str, ground_truth: COCO) -> list[dict]:

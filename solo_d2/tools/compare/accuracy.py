@@ -81,29 +81,18 @@ def evaluate_detections(data: TestSet, detections: Sequence[Mapping[str, Any]]) 
     """All of COCO's numbers for detections in COCO's format.
 
     Returns:
-        Per task: "metrics", "per_class" ("AP", "AP50" and "AR100" by class), "pr_curves" (see
-        ``precision_recall``) and "best_f1" (see ``best_f1``), AP and AR in percent. Also "ious" per
-        image id (see ``object_ious``), "confusion" (see ``confusion_matrix``) and "errors" (see
-        ``error_costs``).
+        Per task: "metrics" in percent, "per_class" (see ``class_metrics``) and "pr_curves" (see
+        ``precision_recall``). Also "ious" per image id (see ``object_ious``), "confusion" (see
+        ``confusion_matrix``) and "errors" (see ``error_costs``).
     """
-    found: dict[str, Any] = {"metrics": {}, "per_class": {}, "pr_curves": {}, "best_f1": {}}
+    found: dict[str, Any] = {"metrics": {}, "per_class": {}, "pr_curves": {}}
     for task in TASKS:
         evaluation = evaluate_coco(data.coco, detections, task)
-        found["metrics"][task] = {
-            name: None if x < 0 else 100 * float(x) for name, x in zip(METRICS, evaluation.stats)
-        }
+        percent = [None if x < 0 else 100 * float(x) for x in evaluation.stats]
+        found["metrics"][task] = dict(zip(METRICS, percent))
         names = [data.category_names[c] for c in evaluation.params.catIds]
-        precision, recall = (evaluation.eval[key] for key in ("precision", "recall"))
-        found["per_class"][task] = {
-            name: {
-                "AP": _mean_percent(precision[:, :, k, 0, -1]),
-                "AP50": _mean_percent(precision[0, :, k, 0, -1]),
-                "AR100": _mean_percent(recall[:, k, 0, -1]),
-            }
-            for k, name in enumerate(names)
-        }
+        found["per_class"][task] = class_metrics(evaluation, names)
         found["pr_curves"][task] = precision_recall(evaluation, names)
-        found["best_f1"][task] = best_f1(evaluation, names)
     by_image = _by_image(detections)
     found["ious"] = {i: object_ious(data, i, by_image[i]) for i in data.file_names}
     found["confusion"] = confusion_matrix(data, by_image)
@@ -118,40 +107,46 @@ def main_score(accuracy: Mapping[str, Any]) -> float | None:
     return next((x for x in known if x is not None), None)
 
 
-def precision_recall(evaluation: COCOeval, class_names: Sequence[str]) -> dict[str, Any]:
-    """Precision at 101 recalls, for objects of all sizes and the largest number of detections.
+def class_metrics(
+    evaluation: COCOeval, class_names: Sequence[str]
+) -> dict[str, dict[str, float | None]]:
+    """AP, AP50, AR100 and the largest F1 at IoU 0.5 in percent, and the score threshold of that F1.
 
-    Returns:
-        "recall"; "classes": per class with objects, and "all": their mean, the precisions at IoU
-        0.5 ("50"), 0.75 ("75") and on average over COCO's ten IoU thresholds ("mean").
+    By class; all are None for a class without objects.
+    """
+    precision, scores = (evaluation.eval[key][..., 0, -1] for key in ("precision", "scores"))
+    recall, recalls = evaluation.eval["recall"][..., 0, -1], evaluation.params.recThrs
+    found: dict[str, dict[str, float | None]] = {}
+    for k, name in enumerate(class_names):
+        p = precision[:, :, k]
+        f1 = 2 * p[0] * recalls / np.maximum(p[0] + recalls, 1e-12)
+        best = f1.argmax()
+        percent = {
+            "AP": p.mean(),
+            "AP50": p[0].mean(),
+            "AR100": recall[:, k].mean(),
+            "F1": f1[best],
+        }
+        numbers = {key: 100 * float(x) for key, x in percent.items()}
+        numbers["threshold"] = float(scores[0, best, k])
+        found[name] = numbers if (p > -1).all() else dict.fromkeys(numbers)  # type: ignore[assignment]
+    return found
+
+
+def precision_recall(evaluation: COCOeval, class_names: Sequence[str]) -> dict[str, list[float]]:
+    """Precision at 101 recalls from 0 to 1, for objects of all sizes, by name of the curve.
+
+    There are the mean over the classes at several IoU, and each class that has objects at IoU 0.5.
     """
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
     present = [k for k in range(precision.shape[2]) if (precision[:, :, k] > -1).all()]
-
-    def curves(chosen: np.ndarray) -> dict[str, list[float]]:
-        rows = {"50": chosen[0], "75": chosen[5], "mean": chosen.mean(axis=0)}
-        return {name: np.round(row, 4).tolist() for name, row in rows.items()}
-
-    result: dict[str, Any] = {
-        "recall": np.round(evaluation.params.recThrs, 4).tolist(),
-        "classes": {class_names[k]: curves(precision[:, :, k]) for k in present},
-    }
+    curves = {}
     if present:
-        result["all"] = curves(precision[:, :, present].mean(axis=2))
-    return result
-
-
-def best_f1(evaluation: COCOeval, class_names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per class with objects, the largest F1 at IoU 0.5 and the score threshold that gives it."""
-    precision, scores = (evaluation.eval[key][0, :, :, 0, -1] for key in ("precision", "scores"))
-    recall = evaluation.params.recThrs[:, None]
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    best = f1.argmax(axis=0)
-    return {
-        name: {"f1": float(f1[best[k], k]), "score": float(scores[best[k], k])}
-        for k, name in enumerate(class_names)
-        if (precision[:, k] >= 0).all()
-    }
+        mean = precision[:, :, present].mean(axis=2)
+        curves = {"all classes, IoU 0.5": mean[0], "all classes, IoU 0.75": mean[5]}
+        curves["all classes, mean over IoU 0.5 to 0.95"] = mean.mean(axis=0)
+    curves |= {f"{class_names[k]}, IoU 0.5": precision[0, :, k] for k in present}
+    return {name: np.round(curve, 4).tolist() for name, curve in curves.items()}
 
 
 def object_ious(
@@ -310,11 +305,6 @@ def training_curve(folder: Path) -> dict[str, Any] | None:
 def finite_or_none(value: Any) -> float | None:
     """JSON has no NaN."""
     return None if value is None or not np.isfinite(value) else float(value)
-
-
-def _mean_percent(values: np.ndarray) -> float | None:
-    valid = values[values > -1]
-    return 100 * float(valid.mean()) if valid.size else None
 
 
 def _by_image(detections: Iterable[Mapping[str, Any]]) -> defaultdict[int, list]:

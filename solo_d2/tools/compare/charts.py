@@ -203,15 +203,12 @@ def _validation(curve: Mapping[str, Any]) -> tuple[list[int], dict[str, list]]:
 
 def _precision(report: Report, names: Sequence[str]) -> alt.Chart | None:
     rows = []
-    titles = {"50": "IoU 0.5", "75": "IoU 0.75", "mean": "mean over IoU 0.5 to 0.95"}
     for model in report["models"]:
-        for task, found in (model.get("pr_curves") or {}).items():
-            curves = {f"all classes, {titles[key]}": x for key, x in found.get("all", {}).items()}
-            curves |= {f"{name}, IoU 0.5": x["50"] for name, x in found["classes"].items()}
+        for task, curves in (model.get("pr_curves") or {}).items():
             for name, values in curves.items():
                 row = {"model": model["name"], "task": TASKS[task], "curve": name}
-                points = list(zip(found["recall"], values))[::4]
-                rows += [{**row, "recall": x, "precision": y} for x, y in points]
+                for i, y in enumerate(values[::4]):
+                    rows.append(row | {"recall": i / 25, "precision": y})
     if not rows:
         return None
     chart = _chosen(_chosen(_base(rows, names), "task", rows), "curve", rows)

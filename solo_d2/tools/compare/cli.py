@@ -11,6 +11,7 @@ from solo_d2.engine import training_folder
 from solo_d2.errors import UserError
 
 from .comparison import Comparison
+from .report import terminal_table
 from .runs import read_models
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -48,7 +49,8 @@ def run(options: argparse.Namespace, command: str) -> int:
     except Exception as error:
         print_error(error, options)
         return EXIT_FAILED if started else EXIT_USAGE
-    print(f"\n{comparison.table()}\n\nThe report is {(output / 'report.html').absolute()}")
+    page = (output / "report.html").absolute()
+    print(f"\n{terminal_table(comparison.report)}\n\nThe report is {page}")
     return EXIT_OK if all_done else EXIT_FAILED
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from tqdm import tqdm
 
 from solo_d2.data import setup_datasets
 from solo_d2.errors import UserError, one_line
@@ -23,7 +23,7 @@ from solo_d2.tools import env
 
 from . import accuracy, fairness, measure
 from .process import in_process
-from .report import terminal_table, write_report
+from .report import write_report
 from .runs import Model, Run, make_runs
 
 
@@ -42,7 +42,6 @@ class Comparison:
         """
         self.options = options
         self.output = Path(options.output)
-        self.log = self.output / "printed.txt"
         cfgs = {model.name: model.cfgs for model in models}
         trained = [model for model in models if options.train and not model.weights]
         differences = fairness.find_differences(
@@ -87,13 +86,18 @@ class Comparison:
         most = max(map(len, self.runs.values()))
         return [runs[i] for i in range(most) for runs in self.runs.values() if i < len(runs)]
 
-    def best_runs(self, name: str) -> list[Run]:
-        """The finished runs of the model's best learning rate."""
+    def finished_runs(self, name: str) -> dict[float | None, list[Run]]:
+        """By learning rate."""
         by_rate: dict[float | None, list[Run]] = {}
         for run in self.runs[name]:
             if run.is_finished():
                 by_rate.setdefault(run.rate, []).append(run)
-        return max(by_rate.values(), key=self._mean_score, default=[])
+        return by_rate
+
+    def best_runs(self, name: str) -> list[Run]:
+        """The finished runs of the model's best learning rate."""
+        runs = self.finished_runs(name).values()
+        return max(runs, key=lambda x: self._score(x)["mean"] or 0.0, default=[])
 
     def execute(self) -> bool:
         """Train, evaluate and measure what is not done yet; returns whether nothing failed."""
@@ -134,10 +138,6 @@ class Comparison:
             file.write(json.dumps(self.report, indent=1, allow_nan=False).encode())
         write_report(self.report, self.output)
 
-    def table(self) -> str:
-        """The main columns for a terminal."""
-        return terminal_table(self.report)
-
     def _fail(self, run: Run, error: Exception) -> None:
         text = one_line(error)
         if not isinstance(error, UserError):
@@ -159,10 +159,14 @@ class Comparison:
                 task: _summarize([x["per_class"] for x in found], task)
                 for task in found[0].get("per_class", ())
             }
-            for key in ("pr_curves", "best_f1", "confusion"):
+            for key in ("pr_curves", "confusion"):
                 row[key] = found[0].get(key)
             row["seeds"] = [run.seed for run in done if run.seed is not None]
-            row["rates"] = self._rates(name)
+            row["rates"] = [
+                {"rate": rate, "score": self._score(runs)}
+                for rate, runs in self.finished_runs(name).items()
+                if rate is not None
+            ]
             row["training_curves"] = [
                 {"seed": run.seed, "stage": f"stage{i + 1}" if len(run.cfgs) > 1 else None, **curve}
                 for run in done
@@ -182,45 +186,34 @@ class Comparison:
             count=self.options.gallery,
         )
 
-    def _rates(self, name: str) -> list[dict[str, Any]]:
-        """The main metric at each learning rate that was tried."""
-        found = []
-        for rate in self.options.lrs:
-            runs = [x for x in self.runs[name] if x.rate == rate and x.is_finished()]
-            if runs:
-                scores = [{"score": accuracy.main_score(self._accuracy(run))} for run in runs]
-                found.append({"rate": rate, **accuracy.summarize(scores)})
-        return found
-
-    def _mean_score(self, runs: Sequence[Run]) -> float:
-        return sum(accuracy.main_score(self._accuracy(x)) or 0.0 for x in runs) / len(runs)
+    def _score(self, runs: Sequence[Run]) -> dict[str, Any]:
+        """The main metric of some runs."""
+        scores = [{"score": accuracy.main_score(self._accuracy(run))} for run in runs]
+        return accuracy.summarize(scores)["score"]
 
     def _accuracy(self, run: Run) -> dict[str, Any]:
         return accuracy.load_accuracy(self.data, run.detections_file, run.results_file)
 
     def _measure_alone(self, name: str) -> None:
         """What does not depend on how busy the machine is: parameters, FLOPs, memory."""
-        if runs := self.best_runs(name):
-            key = {"run": runs[0].fingerprint, "environment": self.environment}
-            path = runs[0].folder.parent / "measures.json"
-            self.rows[name] |= _kept(path, key, lambda: self._sizes_and_memory(runs[0]))
+        if not (runs := self.best_runs(name)):
+            return
+        run, log = runs[0], self.output / "printed.txt"
 
-    def _sizes_and_memory(self, run: Run) -> dict[str, Any]:
-        device = torch.device(run.final_cfg.MODEL.DEVICE).type
-        memory: dict[str, Any] = {"device": device, "inference_batch": 1}
-        memory["training_batch"] = run.cfgs[0].SOLVER.IMS_PER_BATCH
-        with Progress(f"measuring {run.model.name}"):
-            work = (run.final_cfg, self.options.images_for_timing)
-            row = in_process(measure.measure_sizes, *work, log=self.log)
+        def measure_all() -> dict[str, Any]:
+            row: dict[str, Any] = {"notes": []}
             try:
-                for key, cfg in (("inference", run.final_cfg), ("training", run.training_cfg)):
-                    if cfg is not None:
-                        work = (cfg, key == "training")
-                        found = in_process(measure.measure_memory, *work, log=self.log)
-                        memory["baseline"], memory[key] = found
+                images = self.options.images_for_timing
+                row = in_process(measure.measure_inference, run.final_cfg, images, log=log)
+                if (cfg := run.training_cfg) is not None:
+                    row["memory"]["training"] = in_process(measure.training_memory, cfg, log=log)
             except Exception as error:  # it ran out of memory, for example
-                row["notes"].append(f"memory not measured: {one_line(error)}")
-        return row | {"memory": memory}
+                row["notes"].append(f"not measured: {one_line(error)}")
+            return row
+
+        key = {"run": run.fingerprint, "environment": self.environment}
+        with Progress(f"measuring {name}"):
+            self.rows[name] |= _kept(run.folder.parent / "measures.json", key, measure_all)
 
     def _measure_in_turn(self) -> None:
         """Latencies and training steps of all models that have weights."""
@@ -239,13 +232,12 @@ class Comparison:
         def measure_all() -> dict[str, Any]:
             final = {name: run.final_cfg for name, run in runs.items()}
             trained = {n: cfg for n, run in runs.items() if (cfg := run.training_cfg) is not None}
-            work = (final, trained, options.batch, options.images_for_timing)
-            with Progress(f"timing {', '.join(runs)} in turn"):
-                return in_process(
-                    measure.measure_times, *work, options.steps_for_timing, log=self.log
-                )
+            work = (options.batch, options.images_for_timing, options.steps_for_timing)
+            log = self.output / "printed.txt"
+            return in_process(measure.measure_times, final, trained, *work, log=log)
 
-        timed = _kept(self.output / "timing.json", key, measure_all)
+        with Progress(f"timing {', '.join(runs)} in turn"):
+            timed = _kept(self.output / "timing.json", key, measure_all)
         for name in runs:
             row = self.rows[name]
             row["latency"] = timed["latency"][name]
@@ -253,30 +245,24 @@ class Comparison:
             row["notes"] = row["notes"] + timed["notes"][name]
 
 
-class Progress:
-    """One line on the terminal that says what is done and how long it takes; plain into a pipe."""
+class Progress(tqdm):
+    """On a terminal a line with the iteration and what is left; the title alone into a pipe."""
 
     def __init__(self, title: str):
-        self._title = title
-        self._live = sys.stdout.isatty()
-
-    def __enter__(self) -> "Progress":
-        print(self._title, end="" if self._live else "\n", flush=True)
-        self._start = time.monotonic()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            print(f"\r\033[K{self._title}: {_duration(time.monotonic() - self._start)}", flush=True)
+        if not sys.stdout.isatty():
+            print(title, flush=True)
+        form = "{desc}: {elapsed}{postfix}"
+        super().__init__(
+            desc=title, file=sys.stdout, disable=not sys.stdout.isatty(), bar_format=form
+        )
 
     def show(self, cfg: CfgNode) -> None:
-        """The iteration of a training."""
-        lines = accuracy.read_metrics(Path(cfg.OUTPUT_DIR))[-1:] if self._live else ()
+        """The iteration of a training, by its log."""
+        lines = () if self.disable else accuracy.read_metrics(Path(cfg.OUTPUT_DIR))[-1:]
         for line in lines:
             done, last = line.get("iteration", -1) + 1, cfg.SOLVER.MAX_ITER
-            left = _duration(line.get("time", 0.0) * (last - done))
-            text = f"{self._title}: iteration {done} of {last}, ETA {left}"
-            print(f"\r\033[K{text}", end="", flush=True)
+            left = self.format_interval(line.get("time", 0.0) * (last - done))
+            self.set_postfix_str(f"iteration {done} of {last}, ETA {left}")
 
 
 def _empty_row(run: Run) -> dict[str, Any]:
@@ -341,7 +327,3 @@ def _environment(cfg: CfgNode) -> dict[str, str]:
     cpu = names[0].split(":", 1)[1].strip() if names else platform.processor()
     found["CPU"] = f"{cpu}, {os.cpu_count()} cores"
     return found | {"threads": str(torch.get_num_threads()), "device": cfg.MODEL.DEVICE}
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))

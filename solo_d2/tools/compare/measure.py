@@ -62,15 +62,22 @@ def test_inputs(cfg: CfgNode, count: int) -> Inputs:
 test_inputs.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
 
 
-def measure_sizes(cfg: CfgNode, images: int) -> dict[str, Any]:
-    """Most frequent input size (height, width), parameters, operations, and "notes" on failures.
+def measure_inference(cfg: CfgNode, images: int) -> dict[str, Any]:
+    """Most frequent input size (height, width), bytes of memory, parameters, operations, "notes".
 
-    To be called in a process of its own, like ``measure_memory`` and ``measure_times``.
+    To be called in a process of its own, like ``training_memory`` and ``measure_times``.
     """
     setup_datasets(cfg)
-    model, inputs = load_model(cfg), test_inputs(cfg, images)
+    inputs = test_inputs(cfg, images)
+    device = torch.device(cfg.MODEL.DEVICE)
+    memory = {"device": device.type, "baseline": _peak_memory(device)}
+    model = load_model(cfg)
+    with torch.no_grad():
+        for x in inputs[:_FEW]:
+            model([x])
+    memory["inference"] = _peak_memory(device)
     sizes = Counter(tuple(x["image"].shape[-2:]) for x in inputs)
-    found: dict[str, Any] = {"input_size": [*sizes.most_common(1)[0][0]], "notes": []}
+    found = {"input_size": [*sizes.most_common(1)[0][0]], "memory": memory, "notes": []}
     found["parameters"] = sum(x.numel() for x in model.parameters())
     try:
         return found | count_flops(model, inputs[:_FEW])
@@ -78,18 +85,13 @@ def measure_sizes(cfg: CfgNode, images: int) -> dict[str, Any]:
         return found | {"notes": [f"operations not counted: {one_line(error)}"]}
 
 
-def measure_memory(cfg: CfgNode, training: bool) -> tuple[int, int]:
-    """Bytes before there is a model, and at the peak of a few inferences or training steps."""
+def training_memory(cfg: CfgNode) -> int:
+    """Bytes at the peak of a few training steps."""
     setup_datasets(cfg)
-    inputs = itertools.cycle(test_inputs(cfg, _FEW))
-    device = torch.device(cfg.MODEL.DEVICE)
-    baseline = _peak_memory(device)
-    model = load_model(cfg)
-    step = training_step(cfg, model) if training else lambda: model([next(inputs)])
-    with torch.set_grad_enabled(training):
-        for _ in range(_FEW):
-            step()
-    return baseline, _peak_memory(device)
+    step = training_step(cfg, load_model(cfg))
+    for _ in range(_FEW):
+        step()
+    return _peak_memory(torch.device(cfg.MODEL.DEVICE))
 
 
 def measure_times(

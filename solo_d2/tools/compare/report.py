@@ -120,10 +120,10 @@ def caveats(report: Report) -> list[str]:
 
 
 def per_class_csv(report: Report) -> str:
-    """One line per model, task and class with AP, AP50 and AR100 in percent."""
+    """One line per model, task and class, see ``accuracy.class_metrics``."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    metrics = ("AP", "AP50", "AR100")
+    metrics = ("AP", "AP50", "AR100", "F1", "threshold")
     writer.writerow(["model", "task", "class", *metrics])
     for model in report["models"]:
         for task, classes in model.get("per_class", {}).items():
@@ -137,28 +137,33 @@ def per_class_csv(report: Report) -> str:
 def _context(report: Report) -> dict[str, Any]:
     models, classes = report["models"], report["data"]["classes"]
     tasks = list(dict.fromkeys(task for m in models for task in m["metrics"]))
-    grids = {t: partial(tables.class_grid, models, classes, t) for t in TASKS if t in tasks}
+    scores = {t: Table(models, partial(tables.all_scores, task=t)) for t in tasks}
+    grids = {TASKS[t]: partial(tables.class_grid, models, classes, t) for t in TASKS if t in tasks}
     differences = {g: [d for d in report["differences"] if d["group"] == g] for g in GROUPS}
+    errors = {k: Table(models, partial(tables.error_cells, metric=k)) for k in oracle.METRICS}
+    shown = {  # also in report.md
+        "Results": Table(models, tables.summary_cells, every=True),
+        **{f"Results of {task}": table for task, table in scores.items() if task not in TASKS},
+        "At each learning rate": Table(models, tables.rate_cells),
+    }
     return {
         "title": f"Comparison on {', '.join(report['data']['test'])}",
         "report": report,
         "models": models,
         "names": [m["name"] for m in models],
         "md_names": [_markdown(name) for name in _with_status(models)],
+        "md_tables": shown | {"Points of mask AP that errors cost": errors["AP"]},
         "colors": [color_of(i) for i in range(len(models))],
         "winner": winner_sentence(models),
         "data_sentence": data_sentence(report),
         "caveats": caveats(report),
-        "summary": Table(models, tables.summary_cells, every=True),
-        "rates": Table(models, tables.rate_cells),
-        "metrics": {
-            task: (tables.title_of(task), Table(models, partial(tables.all_scores, task=task)))
-            for task in tasks
-        },
-        "errors": {k: Table(models, partial(tables.error_cells, metric=k)) for k in oracle.METRICS},
+        "summary": shown.pop("Results"),
+        "shown": shown,
+        "metrics": {TASKS[t]: table for t, table in scores.items() if t in TASKS},
+        "errors": errors,
         "error_kinds": oracle.KINDS,
-        "per_class": {TASKS[t]: grid(tables.class_ap) for t, grid in grids.items()},
-        "best_f1": {TASKS[t]: grid(tables.class_f1) for t, grid in grids.items()},
+        "per_class": {task: grid(tables.class_ap) for task, grid in grids.items()},
+        "best_f1": {task: grid(tables.class_f1) for task, grid in grids.items()},
         "confusion": {
             m["name"]: tables.confusion_grid(m, classes) for m in models if m.get("confusion")
         },

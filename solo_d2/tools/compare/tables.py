@@ -8,8 +8,6 @@ from tabulate import tabulate
 
 from solo_d2.evaluation.oracle import KINDS
 
-from .charts import TASKS
-
 Model = Mapping[str, Any]
 # Rows: name, and text and share (0 to 1, None if unknown) of each cell.
 Grid = list[tuple[str, list[tuple[str, float | None]]]]
@@ -105,8 +103,8 @@ def summary_cells(model: Model) -> dict[str, Cell]:
     where = "tensors on the GPU" if memory.get("device") == "cuda" else "process, without libraries"
     for when in ("inference", "training"):
         if when in memory:
-            value, tip = (memory[when] - memory["baseline"]) / 1e6, memory[f"{when}_batch"]
-            cells[f"{when}, MB"] = Cell(value, f"peak: {where}", digits=0, tip=f"batch {tip}")
+            value = (memory[when] - memory["baseline"]) / 1e6
+            cells[f"{when}, MB"] = Cell(value, f"peak: {where}", digits=0)
     note = "one training step, timed in turns with the other models"
     cells["step, ms"] = _milliseconds(training["step"], note)
     logged, iterations = training["seconds_per_iteration"], training["iterations"]
@@ -154,12 +152,9 @@ def class_ap(model: Model, task: str, name: str) -> tuple[str, float | None]:
 
 def class_f1(model: Model, task: str, name: str) -> tuple[str, float | None]:
     """The best F1 and the score threshold that gives it."""
-    found = (model.get("best_f1") or {}).get(task, {}).get(name)
-    return (
-        (f"{100 * found['f1']:.1f} from {found['score']:.2f}", found["f1"])
-        if found
-        else ("-", None)
-    )
+    found = model.get("per_class", {}).get(task, {}).get(name)
+    f1, threshold = (found[k]["mean"] if found else None for k in ("F1", "threshold"))
+    return f"{number(f1, 1)} from {number(threshold, 2)}", None if f1 is None else f1 / 100
 
 
 def confusion_grid(model: Model, classes: Sequence[str]) -> Grid:
@@ -169,10 +164,6 @@ def confusion_grid(model: Model, classes: Sequence[str]) -> Grid:
 
 def all_scores(model: Model, task: str) -> dict[str, Cell]:
     return {key: score_cell(model, task, key) for key in model["metrics"].get(task, ())}
-
-
-def title_of(task: str) -> str:
-    return f"All {TASKS[task]} metrics" if task in TASKS else f"Results of {task}"
 
 
 def _statistic(stat: Mapping[str, Any] | None, note: str, better: str) -> Cell:

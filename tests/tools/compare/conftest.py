@@ -24,7 +24,8 @@ def _stat(*values):
 
 
 def _of_class(ap):
-    return {"AP": _stat(ap), "AP50": _stat(ap + 10), "AR100": _stat(ap + 5)}
+    found = {"AP": ap, "AP50": ap + 10, "AR100": ap + 5, "F1": 80.0, "threshold": 0.45}
+    return {name: _stat(value) for name, value in found.items()}
 
 
 def _times(seconds):
@@ -40,8 +41,7 @@ def rectangle(height, width, x1, y1, x2, y2):
 
 
 def _model(name, architecture, ap, seconds):
-    recall = [i / 100 for i in range(101)]
-    curve = {"50": [1 - r**4 for r in recall], "75": [1 - r for r in recall], "mean": recall[::-1]}
+    curve = [1 - (i / 100) ** 4 for i in range(101)]
     iterations = list(range(19, 400, 20))
     return {
         "name": name,
@@ -55,7 +55,6 @@ def _model(name, architecture, ap, seconds):
         "per_class": {
             t: {"disc": _of_class(ap), "bar": _of_class(ap / 2)} for t in ("segm", "bbox")
         },
-        "best_f1": {t: {"disc": {"f1": 0.8, "score": 0.45}} for t in ("segm", "bbox")},
         "confusion": [[10, 1, 2], [0, 8, 3], [1, 2, 0]],
         "errors": {
             "as it is": {k: _stat(ap - 1, ap + 1) for k in oracle.METRICS},
@@ -87,8 +86,6 @@ def _model(name, architecture, ap, seconds):
             "baseline": 500_000_000,
             "inference": 620_000_000,
             "training": 900_000_000,
-            "inference_batch": 1,
-            "training_batch": 8,
         },
         "training_curves": [
             {
@@ -103,10 +100,7 @@ def _model(name, architecture, ap, seconds):
             }
             for seed in (1, 2)
         ],
-        "pr_curves": {
-            t: {"recall": recall, "classes": {"disc": curve, "bar": curve}, "all": curve}
-            for t in ("segm", "bbox")
-        },
+        "pr_curves": {t: {"all classes, IoU 0.5": curve, "disc": curve} for t in ("segm", "bbox")},
     }
 
 

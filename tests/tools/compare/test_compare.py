@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from solo_d2.config import load_config
+from solo_d2.tools import report as one_report
 from solo_d2.tools.compare import cli, comparison, measure
 
 SMALL = ["--batch", "2", "--images-for-timing", "2", "--steps-for-timing", "1", "--gallery", "2"]
@@ -112,7 +114,7 @@ def test_the_report_is_complete(command, finished):
             ap = row["metrics"][task]["AP"]
             assert len(ap["values"]) == 2 and ap["std"] is not None
             assert row["per_class"][task].keys() == set(report["data"]["classes"])
-            assert len(row["pr_curves"][task]["recall"]) == 101
+            assert all(len(curve) == 101 for curve in row["pr_curves"][task].values())
         assert row["flops"] > 0 and row["notes"] == []
         assert row["detections"] is not None and row["input_size"] == [64, 64]
         assert row["latency"][0]["parts"].keys() == set(measure.PARTS)
@@ -199,6 +201,23 @@ def test_given_weights_are_evaluated_and_a_model_that_fails_stops_no_other(
     assert row["metrics"]["segm"]["AP"] == {"mean": values[0], "std": None, "values": values[:1]}
     assert row["training"]["iterations"] is None and "training" not in row["memory"]
     assert [x["batch"] for x in row["latency"]] == [1, 2]
+
+
+def test_one_model_has_a_report_too(command, finished, tmp_path, capsys):
+    run = tmp_path / "my run"
+    shutil.copytree(command[1] / "solov2/seed3", run)
+    assert one_report.main([str(run), *SMALL]) == 0
+    assert "my run" in capsys.readouterr().out
+    report, rows = read_report(run / "report")
+    own = finished[1]["solov2"]["metrics"]["segm"]["AP"]["values"]
+    assert rows["my run"]["metrics"]["segm"]["AP"]["values"] == own[:1]
+    assert len(rows["my run"]["training_curves"]) == 1
+    assert all((run / "report" / name).exists() for name in ("report.html", "per_class.csv"))
+
+
+def test_a_folder_without_a_run_has_no_report(tmp_path, capsys):
+    assert one_report.main([str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_without_weights_or_training_nothing_starts(tiny_configs, tmp_path, capsys):

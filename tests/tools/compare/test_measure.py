@@ -213,12 +213,12 @@ def test_memory_is_that_of_a_process_with_one_model(models, tmp_path):
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
     log = tmp_path / "log.txt"
-    baseline, inference = in_process(measure.measure_memory, cfg, False, log=log)
-    _, training = in_process(measure.measure_memory, cfg, True, log=log)
-    assert 0 < baseline < inference < training
-    sizes = in_process(measure.measure_sizes, cfg, 2, log=log)
-    assert sizes["parameters"] == sum(p.numel() for p in model.parameters())
-    assert sizes["input_size"] == [64, 64] and sizes["flops"] > 0 and sizes["notes"] == []
+    found = in_process(measure.measure_inference, cfg, 2, log=log)
+    training = in_process(measure.training_memory, cfg, log=log)
+    baseline = found["memory"]["baseline"]
+    assert 0 < baseline < found["memory"]["inference"] < training
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["input_size"] == [64, 64] and found["flops"] > 0 and found["notes"] == []
     if os.path.exists("/proc/self/status"):
         assert training < ballast.nbytes + baseline
 

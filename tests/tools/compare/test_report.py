@@ -66,7 +66,10 @@ def test_writes_the_page_the_text_and_every_figure_that_the_text_shows(example_r
             assert high - low > 100 or path.endswith("webp"), f"{path} is blank"
     assert page.rstrip().endswith("</html>")
     lines = (folder / "per_class.csv").read_text().splitlines()
-    assert lines[:2] == ["model,task,class,AP,AP50,AR100", "alpha,mask,disc,41.000,51.000,46.000"]
+    assert lines[:2] == [
+        "model,task,class,AP,AP50,AR100,F1,threshold",
+        "alpha,mask,disc,41.000,51.000,46.000,80.000,0.450",
+    ]
     assert not list(folder.rglob("*.partial"))
 
 
@@ -173,7 +176,7 @@ def test_learning_rates_have_a_table(example_report, tmp_path):
         stats = [{"mean": v, "std": None, "values": [v]} for v in values]
         model["rates"] = [{"rate": r, "score": s} for r, s in zip((0.001, 0.002), stats)]
     text, page = written(example_report, tmp_path)
-    header, alpha, beta = table(text, "At each learning rate:")
+    header, alpha, beta = table(text, "## At each learning rate")
     assert header == ["model", "0.001", "0.002"]
     assert (alpha, beta) == (["alpha", "30.0", "41.0"], ["beta", "**38.0**", "-"])
 
@@ -199,7 +202,7 @@ def test_models_of_label_maps_have_a_table_of_their_own(example_report, tmp_path
     stat = {"mean": 61.5, "std": None, "values": [61.5]}
     example_report["models"][1]["metrics"] = {"sem_seg": {"mIoU": stat}}
     text, page = written(example_report, tmp_path)
-    assert table(text, "Results of sem_seg:") == [["model", "mIoU"], ["beta", "61.5"]]
+    assert table(text, "## Results of sem_seg") == [["model", "mIoU"], ["beta", "61.5"]]
     assert dict(zip(*table(text)[::2]))["mask AP"] == "-"
     assert "Results of sem_seg" in page
 
@@ -214,7 +217,7 @@ def test_the_terminal_has_the_main_table(example_report):
 
 def test_errors_have_a_table_a_chart_and_an_explanation(example_report, tmp_path):
     text, page = written(example_report, tmp_path)
-    header, alpha, beta = table(text, "Points of mask AP that each kind of error costs:")
+    header, alpha, beta = table(text, "## Points of mask AP that errors cost")
     assert header == ["model", "as it is", *oracle.KINDS]
     assert dict(zip(header, alpha))["missed"] == "4.6" and beta[1] == "38.0 ± 1.4"
     assert 'data-chart="errors"' in page and oracle.KINDS["duplicate"] in page
