@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         for kind, cost in costs.items()
     ]
-    print(tabulate(rows, ["", *METRICS, "what is corrected"], disable_numparse=True))
+    widths = [None] * (1 + len(METRICS)) + [50]
+    heads = ["", *METRICS, "what is corrected"]
+    print(tabulate(rows, heads, disable_numparse=True, maxcolwidths=widths))
     print("\nPoints of mask AP that each kind of error costs. They do not add up.")
     return 0
 

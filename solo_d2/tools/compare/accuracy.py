@@ -35,8 +35,8 @@ class TestSet:
 
     def __init__(self, name: str):
         metadata = MetadataCatalog.get(name)
-        # loading the records may draw or fetch the files
-        self.file_names = {x["image_id"]: x["file_name"] for x in DatasetCatalog.get(name)}
+        records = DatasetCatalog.get(name)  # those of label maps have no ids
+        self.file_names = {x.get("image_id", x["file_name"]): x["file_name"] for x in records}
         self.name = name
         self.class_names = list(metadata.get("thing_classes") or metadata.get("stuff_classes", []))
         ids = metadata.get("thing_dataset_id_to_contiguous_id")

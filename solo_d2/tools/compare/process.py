@@ -9,10 +9,6 @@ from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
-
-from solo_d2.config import add_point_rend_config
-
 _POLL_SECONDS = 1.0
 
 
@@ -36,7 +32,7 @@ def in_process(
         context.set_forkserver_preload(["solo_d2.tools.compare.measure"])
     start = functools.partial(_start, log, os.environ.copy())
     with ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool:
-        result = pool.submit(_call, function, args)
+        result = pool.submit(function, *args)
         while True:
             try:
                 return result.result(timeout=_POLL_SECONDS)
@@ -60,10 +56,3 @@ def _start(log: Path, environment: dict[str, str]) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    for cfg in args:
-        if isinstance(cfg, CfgNode) and "POINT_HEAD" in cfg.MODEL:
-            add_point_rend_config(get_cfg())  # registers its heads
-    return function(*args)
