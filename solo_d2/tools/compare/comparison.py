@@ -202,18 +202,19 @@ class Comparison:
 
         def measure_all() -> dict[str, Any]:
             row: dict[str, Any] = {"notes": []}
-            try:
-                images = self.options.images_for_timing
-                row = in_process(measure.measure_inference, run.final_cfg, images, log=log)
-                if (cfg := run.training_cfg) is not None:
-                    row["memory"]["training"] = in_process(measure.training_memory, cfg, log=log)
-            except Exception as error:  # it ran out of memory, for example
-                row["notes"].append(f"not measured: {one_line(error)}")
+            images, cfg = self.options.images_for_timing, run.training_cfg
+            with Progress(f"measuring {name}"):
+                try:
+                    row = in_process(measure.measure_inference, run.final_cfg, images, log=log)
+                    if cfg is not None:
+                        training = in_process(measure.training_memory, cfg, log=log)
+                        row["memory"]["training"] = training
+                except Exception as error:  # it ran out of memory, for example
+                    row["notes"].append(f"not measured: {one_line(error)}")
             return row
 
         key = {"run": run.fingerprint, "environment": self.environment}
-        with Progress(f"measuring {name}"):
-            self.rows[name] |= _kept(run.folder.parent / "measures.json", key, measure_all)
+        self.rows[name] |= _kept(run.folder.parent / "measures.json", key, measure_all)
 
     def _measure_in_turn(self) -> None:
         """Latencies and training steps of all models that have weights."""
@@ -234,10 +235,10 @@ class Comparison:
             trained = {n: cfg for n, run in runs.items() if (cfg := run.training_cfg) is not None}
             work = (options.batch, options.images_for_timing, options.steps_for_timing)
             log = self.output / "printed.txt"
-            return in_process(measure.measure_times, final, trained, *work, log=log)
+            with Progress(f"timing {', '.join(runs)} in turn"):
+                return in_process(measure.measure_times, final, trained, *work, log=log)
 
-        with Progress(f"timing {', '.join(runs)} in turn"):
-            timed = _kept(self.output / "timing.json", key, measure_all)
+        timed = _kept(self.output / "timing.json", key, measure_all)
         for name in runs:
             row = self.rows[name]
             row["latency"] = timed["latency"][name]
