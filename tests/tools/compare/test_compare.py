@@ -1,5 +1,6 @@
 """A comparison from end to end, killed in the middle and resumed."""
 
+import io
 import json
 import logging
 import os
@@ -218,6 +219,27 @@ def test_one_model_has_a_report_too(command, finished, tmp_path, capsys):
 def test_a_folder_without_a_run_has_no_report(tmp_path, capsys):
     assert one_report.main([str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_the_iteration_and_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    (tmp_path / "metrics.json").write_text('{"iteration": 4, "time": 2.0}\n')
+    cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "10"])
+    with comparison.Progress("run 1 of 2") as bar:
+        bar.show(cfg)
+    printed = sys.stdout.getvalue()
+    assert "run 1 of 2: " in printed and ", iteration 5 of 10, ETA 00:10" in printed
+
+
+def test_a_pipe_gets_the_title_alone(tmp_path, capsys):
+    with comparison.Progress("run 1 of 2") as bar:
+        bar.show(load_config(opts=["OUTPUT_DIR", str(tmp_path)]))
+    assert capsys.readouterr().out == "run 1 of 2\n"
 
 
 def test_without_weights_or_training_nothing_starts(tiny_configs, tmp_path, capsys):
