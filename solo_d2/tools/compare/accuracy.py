@@ -287,12 +287,13 @@ def training_curve(folder: Path) -> dict[str, Any] | None:
     lines = read_metrics(folder)
     steps = [x for x in lines if "total_loss" in x]
     # an evaluation has a line of its own, or shares one with the losses
-    evaluated = [x for x in lines if any(f"{task}/AP" in x for task in TASKS)]
+    keys = [f"{task}/{metric}" for task, metric in MAIN_METRICS.items()]
+    evaluated = [x for x in lines if any(key in x for key in keys)]
     if not steps:
         return None
     names = sorted({k for x in steps for k in x if k.startswith("loss_") or k == "total_loss"})
     validation: dict[str, list] = {"iteration": [x["iteration"] for x in evaluated]}
-    for key in ("segm/AP", "bbox/AP"):
+    for key in keys:
         if any(key in x for x in evaluated):
             validation[key] = [finite_or_none(x.get(key)) for x in evaluated]
     return {

@@ -197,7 +197,7 @@ def _losses(curve: Mapping[str, Any]) -> tuple[list[int], dict[str, list]]:
 
 def _validation(curve: Mapping[str, Any]) -> tuple[list[int], dict[str, list]]:
     found = curve["validation"]
-    titles = {f"{title} AP": f"{task}/AP" for task, title in TASKS.items()}
+    titles = {"mask AP": "segm/AP", "box AP": "bbox/AP", "mIoU": "sem_seg/mIoU"}
     return found["iteration"], {title: found[k] for title, k in titles.items() if k in found}
 
 

@@ -175,7 +175,8 @@ class Comparison:
             ]
             folders = [folder for run in done for folder in run.training_folders]
             lines = [line for folder in folders for line in accuracy.read_metrics(folder)]
-            row["training"]["seconds_per_iteration"] = measure.iteration_time(lines)
+            times = [line["time"] for line in lines if "time" in line]
+            row["training"]["seconds_per_iteration"] = measure.quartiles(times) if times else None
             if row["status"] != "failed":
                 row["status"] = "evaluated"
         with_instances = {n: run for n, run in first.items() if run.detections_file.exists()}

@@ -51,15 +51,12 @@ def load_model(cfg: CfgNode) -> nn.Module:
     return model.eval()
 
 
-def test_inputs(cfg: CfgNode, count: int) -> Inputs:
+def sample_inputs(cfg: CfgNode, count: int) -> Inputs:
     """``count`` images, spread evenly over the test set, as the model of ``cfg`` takes them."""
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round()
     mapper = InstanceMapper(cfg, is_train=False)
     return [mapper(records[int(i)]) for i in chosen]
-
-
-test_inputs.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
 
 
 def measure_inference(cfg: CfgNode, images: int) -> dict[str, Any]:
@@ -68,7 +65,7 @@ def measure_inference(cfg: CfgNode, images: int) -> dict[str, Any]:
     To be called in a process of its own, like ``training_memory`` and ``measure_times``.
     """
     setup_datasets(cfg)
-    inputs = test_inputs(cfg, images)
+    inputs = sample_inputs(cfg, images)
     device = torch.device(cfg.MODEL.DEVICE)
     memory = {"device": device.type, "baseline": _peak_memory(device)}
     model = load_model(cfg)
@@ -107,7 +104,7 @@ def measure_times(
     for cfg in (*cfgs.values(), *train_cfgs.values()):
         setup_datasets(cfg)
     models = {name: load_model(cfg) for name, cfg in cfgs.items()}
-    inputs = {name: test_inputs(cfg, images) for name, cfg in cfgs.items()}
+    inputs = {name: sample_inputs(cfg, images) for name, cfg in cfgs.items()}
     for size in sorted({1, batch_size}):
         batches = {name: make_batches(x, size) for name, x in inputs.items()}
         for name, row in time_inference(models, batches, notes).items():
@@ -279,18 +276,10 @@ def time_training(
     steps: int,
     notes: Mapping[str, list[str]],
 ) -> dict[str, dict[str, Any]]:
-    """Time training steps of models in turn, without changing their parameters.
-
-    Returns:
-        Per model that does not fail seconds per step ("median", "q1", "q3", "mean") and the images
-        per step, "batch". Loading is not part of it.
-    """
+    """Quartiles of the seconds per training step, without loading; see ``time_inference``."""
     step = {name: training_step(cfgs[name], model) for name, model in models.items()}
     samples = _in_turn(list(models), steps, lambda name, _: step[name](), notes)
-    return {
-        name: {**quartiles(found), "batch": cfgs[name].SOLVER.IMS_PER_BATCH}
-        for name, found in samples.items()
-    }
+    return {name: quartiles(found) for name, found in samples.items()}
 
 
 def training_step(cfg: CfgNode, model: nn.Module) -> Callable[[], float]:
@@ -319,12 +308,6 @@ def training_step(cfg: CfgNode, model: nn.Module) -> Callable[[], float]:
 def quartiles(values: Sequence[float]) -> dict[str, float]:
     q1, median, q3 = np.percentile(values, [25, 50, 75]).tolist()
     return {"median": median, "q1": q1, "q3": q3, "mean": float(np.mean(values))}
-
-
-def iteration_time(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Quartiles of the seconds per iteration that lines of metrics.json have."""
-    times = [x["time"] for x in metrics if "time" in x]
-    return quartiles(times) if times else None
 
 
 def _in_turn(

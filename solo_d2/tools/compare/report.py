@@ -30,7 +30,7 @@ _CHARTS = {
     "accuracy": "Accuracy over cost",
     "time": "Mean time per image",
     "losses": "Training losses",
-    "validation": "Validation AP",
+    "validation": "Validation",
     "precision": "Precision over recall",
     "errors": "What errors cost",
 }

@@ -79,7 +79,7 @@ def _model(name, architecture, ap, seconds):
         "training": {
             "iterations": 400,
             "seconds_per_iteration": _times(0.25),
-            "step": {**_times(0.2), "batch": 8},
+            "step": _times(0.2),
         },
         "memory": {
             "device": "cpu",
