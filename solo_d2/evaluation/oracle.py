@@ -2,7 +2,8 @@
 
 A cost is COCO's AP with one kind of error corrected, minus the AP as it is. The kinds are those of
 TIDE (Bolya et al., 2020) and "masks", the experiment of the SOLO paper. The costs do not add up to
-100 - AP, because errors hide each other.
+100 - AP, because errors hide each other. That of duplicates can be slightly negative: of two
+detections of an object it is the one with the lower score, and may have the better mask.
 
 Shape shorthand: D detections and G objects of an image.
 """
