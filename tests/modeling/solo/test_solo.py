@@ -177,6 +177,7 @@ def test_greedy_nms_leaves_scores_alone():
 
 
 SHARED_OPTIONS = [
+    {"MODEL__SOLO__PAD_BEFORE_DOWNSAMPLING": False},
     {"MODEL__SOLO__COORD_CONV": False},
     {"MODEL__SOLO__DEFORM": "last"},
     {"MODEL__SOLO__DEFORM": "all", "MODEL__SOLO__DEFORM_MODULATED": True},
