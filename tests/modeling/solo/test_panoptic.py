@@ -60,9 +60,9 @@ def test_the_output_is_that_of_detectron2s_panoptic_models(architecture):
 
 @torch.no_grad()
 def test_instances_cover_stuff_and_keep_their_class_and_score():
-    model = tiny_model().eval()
+    thresholds = {"MODEL__SOLO__SCORE_THRESH_TEST": 0.005, "MODEL__SOLO__UPDATE_THRESH_TEST": 0.0}
+    model = tiny_model(**thresholds, MODEL__SOLO__MAX_CANDIDATES_TEST=50).eval()
     model.merge_limits = (0.5, 0, 0.0)
-    model.score_threshold, model.update_threshold = 0.0, 0.0
     nn.init.normal_(model.head.kernel_pred.weight, std=0.3)
     (output,) = model([{"image": torch.rand(3, *SIZE) * 255}])
     ids, segments = output["panoptic_seg"]
