@@ -16,6 +16,7 @@ from tiny_models import (
     ADAPTIS_DEEPLAB,
     CENTERMASK,
     FCOS,
+    PANOPTIC_SOLO,
     SOLO,
     YOLACT,
     YOLACT_PLUS,
@@ -98,6 +99,9 @@ ARCHITECTURES = {
         },
         SOLO_LOSSES,
         excite_solo,
+    ),
+    "PanopticSOLOv2": Architecture(
+        {**PANOPTIC_SOLO, **FINDS}, SOLO_LOSSES | {"loss_sem_seg"}, excite_solo
     ),
     "YOLACT": Architecture(
         {**YOLACT, **YOLACT_THAT_FINDS}, YOLACT_LOSSES, excite_yolact, tight_boxes=False
