@@ -11,7 +11,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, Sampler
 
-from solo_d2.data.mapper import InstanceMapper
+from solo_d2.data import build_mapper
 from solo_d2.errors import UserError
 
 
@@ -57,7 +57,7 @@ def build_train_loader(cfg: CfgNode) -> Any:
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name data sets there, or give --data")
-    loader, mapper = cfg.DATALOADER, InstanceMapper(cfg, is_train=True)
+    loader, mapper = cfg.DATALOADER, build_mapper(cfg, is_train=True)
     try:
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,

@@ -19,6 +19,7 @@ from solo_d2.errors import UserError
 from solo_d2.modeling.segmentor import InstanceSegmentor
 
 from .coco import InstanceEvaluator
+from .label_maps import LabelMapEvaluator
 from .panoptic import PanopticEvaluator
 from .pictures import PredictionPictures
 
@@ -26,7 +27,8 @@ from .pictures import PredictionPictures
 def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:
     """The evaluators that Detectron2's train_net.py builds for the data set, then ours.
 
-    If the ``best_metric`` of the model class is panoptic, it is evaluated on any data set.
+    The ``best_metric`` of the model class, if it is panoptic or semantic, is evaluated on any data
+    set.
 
     Args:
         cfg: config of the model.
@@ -38,6 +40,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[Datas
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if getattr(architecture, "best_metric", "").startswith("sem_seg/"):
+        return [LabelMapEvaluator(dataset_name, folder)]
     evaluators: list[DatasetEvaluator] = []
     if kind in ("coco", "coco_panoptic_seg"):
         evaluators.append(InstanceEvaluator(dataset_name, output_dir=folder))

@@ -11,6 +11,7 @@ from .num_classes import get_value
 
 _OPTIMIZER = "return solo_d2.engine.build_optimizer(cfg, model) from your trainer's build_optimizer"
 _MAPPER = "pass mapper=solo_d2.data.InstanceMapper(cfg) to build_detection_train_loader"
+_LABEL_MAPPER = _MAPPER.replace("InstanceMapper", "ImageLabelMapper")
 _DATASETS = "call solo_d2.data.setup_datasets(cfg) before you freeze the config"
 
 # key -> (the value that has no effect, how to honor the key in another pipeline)
@@ -19,6 +20,9 @@ OWN_KEYS = {
     "SOLVER.CLIP_TOTAL_GRAD_NORM": (0.0, _OPTIMIZER),
     "INPUT.AUGMENTATION": ("default", _MAPPER),
     "INPUT.KEEP_CROWD": (False, _MAPPER),
+    "MODEL.EPS.CROP_SIZE": (0, _LABEL_MAPPER),
+    "MODEL.EPS.SALIENCY_FOLDER": ("", _LABEL_MAPPER),
+    "MODEL.EPS.HEAD_LR_FACTOR": (1.0, _OPTIMIZER),
     "DATASETS.OVERFIT_IMAGES": (0, _DATASETS),
 }
 
