@@ -21,9 +21,9 @@ from solo_d2.modeling.eps.targets import label_map_classes, multi_hot
 from solo_d2.modeling.num_classes import num_classes_keys, resolve_num_classes
 
 from .augmentation import WindowTransform, build_augmentations
-from .catalog import datasets_folder
+from .catalog import check_images_exist, datasets_folder
 from .images import read_image
-from .label_maps import check_exist, paint_label_map, read_label_map
+from .label_maps import paint_label_map, read_label_map
 from .mapper import InstanceMapper
 
 
@@ -81,9 +81,9 @@ class ImageLabelMapper:
         if is_train and options.SALIENCY_LOSS and options.SALIENCY_FOLDER:
             folder = _find_folder(options.SALIENCY_FOLDER)
             sets = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
-            images = [r["file_name"] for records in sets for r in records]
-            maps = [str(saliency_file(folder, image)) for image in images]
-            check_exist(maps, "saliency maps (MODEL.EPS.SALIENCY_FOLDER)")
+            maps = [saliency_file(folder, r["file_name"]) for records in sets for r in records]
+            names = [{"file_name": str(file)} for file in maps]
+            check_images_exist(names, "saliency maps (MODEL.EPS.SALIENCY_FOLDER)")
         published = is_train and options.CROP_SIZE > 0
         build = published_augmentations if published else build_augmentations
         if not published and cfg.INPUT.AUGMENTATION != "default":

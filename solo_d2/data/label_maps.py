@@ -19,7 +19,9 @@ from solo_d2.files import atomic_write
 from solo_d2.modeling.eps.targets import UNLABELED
 
 from .annotations import to_rle
-from .catalog import DATASETS_HINT, Loader, datasets_folder, enter
+from .catalog import DATASETS_HINT, Loader, check_images_exist, datasets_folder, enter
+
+_VOC = "voc_2012_sem_seg_"
 
 
 def record_label_map(record: dict[str, Any]) -> NDArray[np.uint8]:
@@ -95,77 +97,39 @@ def _voc_palette() -> NDArray[np.uint8]:
 
 
 class VocLoader(Loader):
-    """Images and label maps that a list of PASCAL VOC 2012 names."""
-
-    def __init__(self, name: str, split: str, label_maps: str):
-        """
-        Args:
-            name: name of the data set.
-            split: a list in ImageSets/Segmentation.
-            label_maps: the folder of PNG files.
-        """
-        super().__init__(name)
-        self.split = split
-        self.label_maps = label_maps
+    """PASCAL VOC 2012: the images of a list in ImageSets/Segmentation, and their label maps."""
 
     def __call__(self) -> list[dict[str, Any]]:
         """
         Raises:
             FileNotFoundError: the list, an image or a label map is missing.
         """
-        root = datasets_folder() / "VOC2012"
-        names = root / "ImageSets" / "Segmentation" / f"{self.split}.txt"
+        root, split = datasets_folder() / "VOC2012", self.name.removeprefix(_VOC)
+        names = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         if not names.is_file():
             raise FileNotFoundError(f"data set {self.name!r}: no file {names}. {DATASETS_HINT}")
+        label_maps = root / ("SegmentationClassAug" if "aug" in split else "SegmentationClass")
         records = [
             {
                 "image_id": name,
                 "file_name": str(root / "JPEGImages" / f"{name}.jpg"),
-                "sem_seg_file_name": str(root / self.label_maps / f"{name}.png"),
+                "sem_seg_file_name": str(label_maps / f"{name}.png"),
             }
             for name in names.read_text().split()
         ]
-        files = [r[key] for r in records for key in ("file_name", "sem_seg_file_name")]
-        check_exist(files, f"data set {self.name!r}")
+        check_images_exist(records, self.name)
+        check_images_exist([{"file_name": r["sem_seg_file_name"]} for r in records], self.name)
         return records
-
-
-def check_exist(files: Sequence[str], source: str) -> None:
-    """
-    Args:
-        files: paths.
-        source: what names them.
-
-    Raises:
-        FileNotFoundError: some do not exist; they are counted, and the first ten named.
-    """
-    missing = [file for file in files if not Path(file).is_file()]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise FileNotFoundError(
-            f"{source}: {len(missing)} of {len(files)} files are missing: "
-            f"{', '.join(missing[:10])}{more}"
-        )
 
 
 def register_voc_label_maps() -> None:
     """Register voc_2012_sem_seg_{train_aug,train,val}, unless the names are taken.
 
-    They are read from $DETECTRON2_DATASETS/VOC2012. train_aug is the list of 10,582 images, with
-    the label maps in SegmentationClassAug.
+    They are in $DETECTRON2_DATASETS/VOC2012; train_aug has its label maps in SegmentationClassAug.
     """
-    for split, folder in (
-        ("train_aug", "SegmentationClassAug"),
-        ("train", "SegmentationClass"),
-        ("val", "SegmentationClass"),
-    ):
-        loader = VocLoader(f"voc_2012_sem_seg_{split}", split, folder)
-        if loader.name not in DatasetCatalog:
-            classes = [*CLASS_NAMES]
-            enter(
-                loader,
-                thing_classes=classes,
-                stuff_classes=["background", *classes],
-                ignore_label=UNLABELED,
-            )
+    for split in ("train_aug", "train", "val"):
+        if (name := f"{_VOC}{split}") not in DatasetCatalog:
+            names = {"thing_classes": [*CLASS_NAMES], "stuff_classes": ["background", *CLASS_NAMES]}
+            loader = VocLoader(name)
+            enter(loader, ignore_label=UNLABELED, **names)
             loader.set_metadata(evaluator_type="sem_seg")

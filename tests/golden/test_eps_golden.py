@@ -99,7 +99,7 @@ def stand_in(golden):
     # ImageNet's numbers times 255
     model = EPS(
         backbone=backbone,
-        in_feature="res",
+        in_features=["res"],
         num_classes=20,
         pixel_mean=[123.675, 116.28, 103.53],
         pixel_std=[58.395, 57.12, 57.375],
@@ -139,7 +139,7 @@ def test_the_network_is_the_originals(golden, stand_in_weights):
         backbone = ResNet38()
         model = EPS(
             backbone=backbone,
-            in_feature="res7",
+            in_features=["res7"],
             num_classes=20,
             pixel_mean=[0.0] * 3,
             pixel_std=[1.0] * 3,

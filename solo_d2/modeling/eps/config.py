@@ -8,8 +8,9 @@ def add_eps_config(cfg: CN) -> None:
     cfg.MODEL.EPS = CN()
     # Without the background. -1: the number of classes of the training set.
     cfg.MODEL.EPS.NUM_CLASSES = -1
-    # The map of the backbone that is classified pixel by pixel, for example "res5" or "p3".
-    cfg.MODEL.EPS.IN_FEATURE = "res7"
+    # The maps of the backbone that are classified, one in the paper; others are resized to the
+    # first. Of a feature pyramid, take all: parts whose output is not used are not trained.
+    cfg.MODEL.EPS.IN_FEATURES = ["res7"]
     # False: the paper's baseline, a classifier without background and without saliency.
     cfg.MODEL.EPS.SALIENCY_LOSS = True
     # A class of the image is foreground if the saliency map overlaps more than this share of it.

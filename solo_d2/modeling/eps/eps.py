@@ -19,13 +19,15 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from solo_d2.layers.resample import resize
+
 from ..num_classes import resolve_num_classes
 from ..options import check_at_least, check_fractions
 from ..own_keys import warn_about_own_keys
 from ..prepare import check_precision, prepare
-from .inference import assemble, combine, rescale
+from .inference import PseudoMasks, rescale
 from .losses import classification_loss, saliency_loss
-from .targets import UNLABELED, image_labels, stand_in_saliency
+from .targets import UNLABELED, StandIn, image_labels
 
 
 @META_ARCH_REGISTRY.register()
@@ -45,34 +47,29 @@ class EPS(nn.Module):
         self,
         *,
         backbone: Backbone,
-        in_feature: str,
+        in_features: list[str],
         num_classes: int,
         pixel_mean: list[float],
         pixel_std: list[float],
         use_saliency: bool = True,
         tau: float = 0.4,
         lam: float = 0.5,
-        stand_in_erosion: int = 0,
-        stand_in_blur: float = 0.0,
-        test_scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0),
-        bg_threshold: float = 0.2,
-        use_bg_cam: bool = False,
+        stand_in: StandIn | None = None,
+        pseudo_masks: PseudoMasks | None = None,
         freeze_bn_stats: bool = False,
         head_lr_factor: float = 1.0,
     ):
         """
         Args:
             backbone: any Detectron2 backbone; modified in place, see ``prepare``.
-            in_feature: the feature of the backbone that is classified.
+            in_features: the features that are classified, resized to the first and concatenated.
             num_classes: C, at most 254: label maps have 8 bits.
             pixel_mean, pixel_std: per channel, in the order of the input images' channels.
             use_saliency: False for the paper's baseline: C channels without a background, dropout
                 before the classifier, and ReLU in place of softmax.
             tau, lam: see ``estimate_saliency``.
-            stand_in_erosion, stand_in_blur: see ``stand_in_saliency``.
-            test_scales: factors on the size of the image whose maps are added.
-            bg_threshold: score of the background at every pixel.
-            use_bg_cam: take the background's map as its score instead.
+            stand_in: makes the saliency of an input that has none.
+            pseudo_masks: makes the output from the maps.
             freeze_bn_stats: keep the backbone's batch norms in eval mode while training.
             head_lr_factor: factor on the classifier's learning rate, see ``lr_factor``.
 
@@ -81,8 +78,8 @@ class EPS(nn.Module):
         """
         super().__init__()
         shapes = backbone.output_shape()
-        if in_feature not in shapes:
-            raise ValueError(f"in_feature must be one of {[*shapes]}, not {in_feature!r}")
+        if not in_features or not set(in_features) <= set(shapes):
+            raise ValueError(f"in_features must be some of {[*shapes]}, not {[*in_features]}")
         if not 1 <= num_classes < UNLABELED:
             raise ValueError(f"num_classes must be 1 to {UNLABELED - 1}, not {num_classes!r}")
         if len(pixel_mean) != len(pixel_std) or not all(std > 0 for std in pixel_std):
@@ -90,32 +87,23 @@ class EPS(nn.Module):
                 "pixel_mean and pixel_std need a number per channel, and the latter a positive "
                 f"one, not {[*pixel_mean]} and {[*pixel_std]}"
             )
-        if not test_scales or not all(scale > 0 for scale in test_scales):
-            raise ValueError(f"test_scales must be positive numbers, not {test_scales!r}")
-        if use_bg_cam and not use_saliency:
+        check_fractions(tau=tau, lam=lam)
+        check_at_least(0, head_lr_factor=head_lr_factor)
+        self.stand_in = stand_in or StandIn()
+        self.pseudo_masks = pseudo_masks or PseudoMasks()
+        if self.pseudo_masks.use_bg_cam and not use_saliency:
             raise ValueError("use_bg_cam needs use_saliency: the baseline has no background map")
-        check_fractions(tau=tau, lam=lam, bg_threshold=bg_threshold)
-        check_at_least(
-            0,
-            stand_in_erosion=stand_in_erosion,
-            stand_in_blur=stand_in_blur,
-            head_lr_factor=head_lr_factor,
-        )
         self.backbone = prepare(backbone)
-        self.in_feature = in_feature
-        self.stride = shapes[in_feature].stride
+        self.in_features = list(in_features)
+        self.stride = shapes[in_features[0]].stride
         self.num_classes = num_classes
         self.use_saliency = use_saliency
         self.tau, self.lam = tau, lam
-        self.stand_in = {"erosion": stand_in_erosion, "blur": stand_in_blur}
-        self.test_scales = tuple(test_scales)
-        self.bg_threshold = bg_threshold
-        self.use_bg_cam = use_bg_cam
         self.freeze_bn_stats = freeze_bn_stats
         self.head_lr_factor = head_lr_factor
         self.dropout = nn.Identity() if use_saliency else nn.Dropout2d(0.5)
-        outputs = num_classes + int(use_saliency)
-        self.classifier = nn.Conv2d(shapes[in_feature].channels, outputs, 1, bias=False)
+        channels = sum(shapes[name].channels for name in in_features)
+        self.classifier = nn.Conv2d(channels, num_classes + int(use_saliency), 1, bias=False)
         nn.init.xavier_uniform_(self.classifier.weight)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -127,18 +115,19 @@ class EPS(nn.Module):
         options = cfg.MODEL.EPS
         return {
             "backbone": build_backbone(cfg),
-            "in_feature": options.IN_FEATURE,
+            "in_features": options.IN_FEATURES,
             "num_classes": resolve_num_classes(cfg, cls.num_classes_key),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "use_saliency": options.SALIENCY_LOSS,
             "tau": options.TAU,
             "lam": options.LAM,
-            "stand_in_erosion": options.STAND_IN_EROSION,
-            "stand_in_blur": options.STAND_IN_BLUR,
-            "test_scales": options.TEST_SCALES,
-            "bg_threshold": options.BG_THRESHOLD,
-            "use_bg_cam": options.USE_BG_CAM,
+            "stand_in": StandIn(erosion=options.STAND_IN_EROSION, blur=options.STAND_IN_BLUR),
+            "pseudo_masks": PseudoMasks(
+                scales=tuple(options.TEST_SCALES),
+                bg_threshold=options.BG_THRESHOLD,
+                use_bg_cam=options.USE_BG_CAM,
+            ),
             "freeze_bn_stats": cfg.MODEL.BACKBONE.FREEZE_BN_STATS,
             "head_lr_factor": options.HEAD_LR_FACTOR,
         }
@@ -200,7 +189,10 @@ class EPS(nn.Module):
 
     def _cam(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C + 1, h, w) logits; C for the baseline."""
-        return self.classifier(self.dropout(self.backbone(images)[self.in_feature]))
+        features = self.backbone(images)
+        first, *others = (features[name] for name in self.in_features)
+        maps = [first, *(resize(x, first.shape[-2:]) for x in others)]
+        return self.classifier(self.dropout(torch.cat(maps, dim=1)))
 
     def _labels(self, batched_inputs: list[dict]) -> Tensor:
         """(N, C)"""
@@ -222,7 +214,7 @@ class EPS(nn.Module):
                 maps.append(x["saliency"].float())
             else:
                 self._warn_about_stand_in()
-                maps.append(stand_in_saliency(x, **self.stand_in))
+                maps.append(self.stand_in(x))
             if maps[-1].shape != (1, *size):
                 raise ValueError(
                     f"image {x.get('file_name', '?')} is {size[0]} pixels high and {size[1]} wide, "
@@ -244,7 +236,7 @@ class EPS(nn.Module):
         image = inputs["image"]
         size = inputs.get("height", image.shape[-2]), inputs.get("width", image.shape[-1])
         cams = []
-        for scale in self.test_scales:
+        for scale in self.pseudo_masks.scales:
             scaled = rescale(image, scale)
             images = self._batch([scaled, scaled.flip(-1)])
             h, w = (-(-side // self.stride) for side in scaled.shape[-2:])
@@ -254,9 +246,6 @@ class EPS(nn.Module):
             raise ValueError("the class maps are not finite: the weights have inf or NaN values")
         labels = image_labels(inputs, self.num_classes)
         labels = logits[: self.num_classes] if labels is None else labels
-        channels = (labels > 0).nonzero()[:, 0].to(self.device)
+        present = (labels > 0).nonzero()[:, 0].to(self.device)
         maps = [cam.softmax(dim=1) if self.use_saliency else cam.relu() for cam in cams]
-        background = self.bg_threshold
-        if self.use_bg_cam:
-            (background,) = combine(maps, channels.new_tensor([self.num_classes]), size)
-        return assemble(combine(maps, channels, size), channels, background, self.num_classes)
+        return self.pseudo_masks(maps, present, size, self.num_classes)

@@ -4,6 +4,7 @@ Shape shorthand: C classes, K of them in the image; H and W of the output.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from solo_d2.layers.masks import tight_boxes
 from solo_d2.layers.resample import resize
+
+from ..options import check_fractions
 
 
 def rescale(image: Tensor, scale: float) -> Tensor:
@@ -36,6 +39,50 @@ def rescale(image: Tensor, scale: float) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
+@dataclass(frozen=True)
+class PseudoMasks:
+    """Makes scores of pixels from the maps of the classes in an image.
+
+    Attributes:
+        scales: factors on the size of the image whose maps are added.
+        bg_threshold: score of the background at every pixel.
+        use_bg_cam: take the background's map as its score instead.
+    """
+
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    bg_threshold: float = 0.2
+    use_bg_cam: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: an attribute has an unsupported value.
+        """
+        if not self.scales or not all(scale > 0 for scale in self.scales):
+            raise ValueError(f"scales must be positive numbers, not {self.scales!r}")
+        check_fractions(bg_threshold=self.bg_threshold)
+
+    def __call__(
+        self, pairs: Sequence[Tensor], present: Tensor, size: tuple[int, int], num_classes: int
+    ) -> Tensor:
+        """
+        Args:
+            pairs: see ``combine``; the background is the last channel.
+            present: (K,) the classes in the image.
+            size: H and W.
+            num_classes: C.
+
+        Returns:
+            (C + 1, H, W), the background first; 0 for classes that are not in the image.
+        """
+        scores = pairs[0].new_zeros((num_classes + 1, *size))
+        if self.use_bg_cam:
+            scores[0] = combine(pairs, present.new_tensor([num_classes]), size)[0]
+        else:
+            scores[0] = self.bg_threshold
+        return scores.index_copy_(0, present + 1, combine(pairs, present, size))
+
+
 def combine(pairs: Sequence[Tensor], channels: Tensor, size: tuple[int, int]) -> Tensor:
     """Add up the maps of several scales, and divide each by its maximum.
 
@@ -54,22 +101,6 @@ def combine(pairs: Sequence[Tensor], channels: Tensor, size: tuple[int, int]) ->
         plain, mirrored = resize(pair.index_select(1, channels), size)
         total += plain + mirrored.flip(-1)
     return total / (total.amax(dim=(1, 2), keepdim=True) + 1e-5)
-
-
-def assemble(
-    maps: Tensor, channels: Tensor, background: Tensor | float, num_classes: int
-) -> Tensor:
-    """(C + 1, H, W) scores, the background first and 0 for absent classes.
-
-    Args:
-        maps: (K, H, W), see ``combine``.
-        channels: (K,) the classes.
-        background: (H, W), or one score for all pixels.
-        num_classes: C.
-    """
-    scores = maps.new_zeros((num_classes + 1, *maps.shape[1:]))
-    scores[0] = background
-    return scores.index_copy_(0, channels + 1, maps)
 
 
 def to_regions(scores: Tensor) -> tuple[Tensor, Instances]:

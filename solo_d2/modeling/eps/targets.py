@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from detectron2.structures import BitMasks, PolygonMasks
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..options import check_at_least
 
 # In label maps: 0 is the background, k + 1 the class k, and this is not labeled.
 UNLABELED = 255
@@ -69,22 +72,36 @@ def multi_hot(classes: Sequence[int], num_classes: int, name: str) -> Tensor:
     return labels
 
 
-def stand_in_saliency(inputs: dict[str, Any], *, erosion: int = 0, blur: float = 0.0) -> Tensor:
-    """(1, H, W) float32: the union of all ground-truth masks of an image, in place of its saliency.
+@dataclass(frozen=True)
+class StandIn:
+    """The union of all ground-truth masks of an image, in place of its saliency map.
 
-    Args:
-        inputs: one training input, with "sem_seg", a label map, or "instances".
+    Attributes:
         erosion: radius in pixels.
         blur: standard deviation of a Gaussian in pixels, applied after the erosion.
-
-    Raises:
-        ValueError: it has neither, or instances without masks.
     """
-    size = inputs["image"].shape[-2:]
-    mask = _foreground(inputs, size).float()[None, None]
-    if erosion:
-        mask = 1 - F.max_pool2d(1 - mask, 2 * erosion + 1, stride=1, padding=erosion)
-    return (_gaussian_blur(mask, blur) if blur else mask)[0]
+
+    erosion: int = 0
+    blur: float = 0.0
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: an attribute has an unsupported value.
+        """
+        check_at_least(0, erosion=self.erosion, blur=self.blur)
+
+    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+        """(1, H, W) float32, 0 to 1, of an input with "sem_seg", a label map, or "instances".
+
+        Raises:
+            ValueError: it has neither, or instances without masks.
+        """
+        mask = _foreground(inputs, inputs["image"].shape[-2:]).float()[None, None]
+        if self.erosion:
+            side = 2 * self.erosion + 1
+            mask = 1 - F.max_pool2d(1 - mask, side, stride=1, padding=self.erosion)
+        return (_gaussian_blur(mask, self.blur) if self.blur else mask)[0]
 
 
 def _foreground(inputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
