@@ -19,20 +19,8 @@ _STAGES = {
 _BOTTLENECKS = {"res6": (8, 16, 32, 0.3), "res7": (16, 32, 64, 0.5)}
 
 
-def _conv(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, dilation: int = 1
-) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=stride,
-        padding=dilation * (kernel_size // 2),
-        dilation=dilation,
-        bias=False,
-    )
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv
+def _conv(inputs: int, outputs: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, side, stride, dilation * (side // 2), dilation, bias=False)
 
 
 class PreActivationBlock(nn.Module):
@@ -48,14 +36,12 @@ class PreActivationBlock(nn.Module):
             dropout: probability for whole channels, before each convolution but the first.
         """
         super().__init__()
-        in_channels, out_channels = convs[0].in_channels, convs[-1].out_channels
         self.norms = nn.ModuleList(FrozenBatchNorm2d(conv.in_channels) for conv in convs)
         self.convs = nn.ModuleList(convs)
         self.dropout = nn.Dropout2d(dropout)
-        self.shortcut = None
-        stride = convs[0].stride[0]
-        if in_channels != out_channels or stride != 1:
-            self.shortcut = _conv(in_channels, out_channels, 1, stride)
+        inputs, outputs, stride = convs[0].in_channels, convs[-1].out_channels, convs[0].stride[0]
+        changes = inputs != outputs or stride != 1
+        self.shortcut = _conv(inputs, outputs, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norms[0](x))
@@ -81,18 +67,16 @@ class ResNet38(Backbone):
         """
         super().__init__()
         check_freeze_at(freeze_at)
-        width = stem_channels
+        width = channels = stem_channels
         self.stem = _conv(3, width, 3)
-        channels = width
         for name, (count, mid, out, stride, dilation) in _STAGES.items():
             blocks = []
             for i in range(count):
                 # the first convolution with a new dilation still has the previous one
                 first = _conv(channels, mid * width, 3, 1 if i else stride, dilation if i else 1)
-                blocks.append(
-                    PreActivationBlock([first, _conv(mid * width, out * width, 3, 1, dilation)])
-                )
                 channels = out * width
+                second = _conv(mid * width, channels, 3, 1, dilation)
+                blocks.append(PreActivationBlock([first, second]))
             self.add_module(name, nn.Sequential(*blocks))
         for name, (first, mid, out, dropout) in _BOTTLENECKS.items():
             convs = [

@@ -210,26 +210,20 @@ class EPS(nn.Module):
         """(N, 1, H, W), 0 in the padding."""
         maps = []
         for x, size in zip(batched_inputs, images.image_sizes):
-            if "saliency" in x:
-                maps.append(x["saliency"].float())
-            else:
-                self._warn_about_stand_in()
-                maps.append(self.stand_in(x))
+            if not ("saliency" in x or self._warned):
+                logging.getLogger(__name__).warning(
+                    "EPS TRAINS ON GROUND-TRUTH MASKS: there are no saliency maps, so the union of "
+                    "all annotated masks stands in for them. Results are not those of weak "
+                    "supervision. MODEL.EPS.SALIENCY_FOLDER names the folder of real ones"
+                )
+                self._warned = True
+            maps.append(x["saliency"].float() if "saliency" in x else self.stand_in(x))
             if maps[-1].shape != (1, *size):
                 raise ValueError(
                     f"image {x.get('file_name', '?')} is {size[0]} pixels high and {size[1]} wide, "
                     f"but its saliency has the shape {tuple(maps[-1].shape)}"
                 )
         return self._pad([saliency.to(self.device) for saliency in maps]).tensor
-
-    def _warn_about_stand_in(self) -> None:
-        if not self._warned:
-            logging.getLogger(__name__).warning(
-                "EPS TRAINS ON GROUND-TRUTH MASKS: there are no saliency maps, so the union of all "
-                "annotated masks stands in for them. Results are not those of weak supervision. "
-                "MODEL.EPS.SALIENCY_FOLDER names the folder of real ones"
-            )
-        self._warned = True
 
     def _segment(self, inputs: dict) -> Tensor:
         """(C + 1, height, width) of one image."""
