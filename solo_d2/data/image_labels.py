@@ -38,7 +38,7 @@ class ImageLabelMapper:
     """Supplies "image", "image_labels" (C,) and for training "saliency" (1, H, W).
 
     The labels are those of the whole image, even if it is cropped: "image_labels" of the record, or
-    else the classes of its annotations or label map. Without a folder of saliency maps, the example
+    else the classes of its annotations, or else of its label map. Without a folder of saliency maps, the example
     has the label map as "sem_seg" (H, W), from which the model makes a stand-in.
     """
 
@@ -111,19 +111,19 @@ class ImageLabelMapper:
     def _example(self, example: dict[str, Any]) -> dict[str, Any]:
         image = read_image(example["file_name"], self.image_format)
         utils.check_image_size(example, image)
+        wants_saliency = self.is_train and self.use_saliency
+        stands_in = wants_saliency and self.saliency_folder is None
         annotations = example.pop("annotations", None)
+        file = example.pop("sem_seg_file_name", None)
         label_map = None
-        if "sem_seg_file_name" in example:
-            label_map = read_label_map(example.pop("sem_seg_file_name"))
+        if annotations is None and file is not None:
+            label_map = read_label_map(file)
             _check_size(label_map, image, "label map")
+        elif stands_in and annotations is not None:
+            label_map = paint_label_map(annotations, *image.shape[:2])
         labels = self._labels(example, annotations, label_map)
         if labels is not None:
             example["image_labels"] = labels
-
-        wants_saliency = self.is_train and self.use_saliency
-        stands_in = wants_saliency and self.saliency_folder is None
-        if stands_in and label_map is None and annotations is not None:
-            label_map = paint_label_map(annotations, *image.shape[:2])
         augmented = T.AugInput(image, sem_seg=label_map if stands_in else None)
         transforms = self.augmentations(augmented)
         # a copy: of one row or column, a flipped view counts as contiguous, which torch refuses

@@ -25,16 +25,16 @@ _VOC = "voc_2012_sem_seg_"
 
 
 def record_label_map(record: dict[str, Any]) -> NDArray[np.uint8]:
-    """(H, W): the file of a data set record, or its annotations, painted.
+    """(H, W): the annotations of a data set record, painted, or else its file.
 
     Raises:
         OSError, ValueError: the record has neither, or they cannot be used.
     """
-    if "sem_seg_file_name" in record:
-        return read_label_map(record["sem_seg_file_name"])
-    if "annotations" not in record:
-        raise ValueError("it has neither a label map (sem_seg_file_name) nor annotations")
-    return paint_label_map(record["annotations"], record["height"], record["width"])
+    if "annotations" in record:
+        return paint_label_map(record["annotations"], record["height"], record["width"])
+    if "sem_seg_file_name" not in record:
+        raise ValueError("it has neither annotations nor a label map (sem_seg_file_name)")
+    return read_label_map(record["sem_seg_file_name"])
 
 
 def paint_label_map(

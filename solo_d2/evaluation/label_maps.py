@@ -12,14 +12,14 @@ from solo_d2.data.label_maps import UNLABELED, record_label_map, write_label_map
 class LabelMapEvaluator(SemSegEvaluator):
     """Detectron2's evaluator of "sem_seg"; writes each label map as <image name>.png.
 
-    The ground truth of a record without a label map is painted from its annotations.
+    The ground truth is painted from the annotations of a record, or else read from its label map.
     """
 
     def __init__(self, dataset_name: str, output_dir: str):
         """
         Args:
-            dataset_name: a registered set. Without ``stuff_classes`` in its metadata, the classes
-                are the background and its ``thing_classes``.
+            dataset_name: a registered set. The classes are the background and its
+                ``thing_classes``, or if it has none its ``stuff_classes``, the background first.
             output_dir: results are written to it, label maps to its folder label_maps.
         """
         self._records = {r["file_name"]: r for r in DatasetCatalog.get(dataset_name)}
@@ -31,9 +31,10 @@ class LabelMapEvaluator(SemSegEvaluator):
         # Detectron2 wants a file per image; here its name only finds the record
         pairs = [{"file_name": name, "sem_seg_file_name": name} for name in self._records]
         DatasetCatalog.register(truth, lambda: pairs)
+        things = metadata.get("thing_classes")
         MetadataCatalog.get(truth).set(
-            stuff_classes=metadata.get("stuff_classes") or ["background", *metadata.thing_classes],
-            ignore_label=metadata.get("ignore_label", UNLABELED),
+            stuff_classes=["background", *things] if things else metadata.stuff_classes,
+            ignore_label=UNLABELED,
         )
         super().__init__(
             truth,
