@@ -38,8 +38,8 @@ class ImageLabelMapper:
     """Supplies "image", "image_labels" (C,) and for training "saliency" (1, H, W).
 
     The labels are those of the whole image, even if it is cropped: "image_labels" of the record, or
-    else the classes of its annotations, or else of its label map. Without a folder of saliency maps, the example
-    has the label map as "sem_seg" (H, W), from which the model makes a stand-in.
+    else the classes of its annotations, or else of its label map. Without a folder of saliency
+    maps, the example has the label map as "sem_seg" (H, W), from which the model makes a stand-in.
     """
 
     @configurable
