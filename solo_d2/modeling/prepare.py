@@ -1,17 +1,22 @@
-"""Preparing a model to run: folded frozen batch norms and a memory format."""
+"""Preparing a model to run: folded batch norms, memory format, activation checkpointing."""
 
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
-from solo_d2.layers.frozen_bn import fold_frozen_batch_norms
+from solo_d2.layers.frozen_bn import fold_batch_norms
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def prepare(model: Module) -> Module:
-    """Fold frozen batch norms into their convolutions and store weights channels-last, in place.
+    """Fold batch norms into their convolutions and store weights channels-last, in place.
 
     For any model or part of one, ours or Detectron2's. Names and values of the state dict do not
     change, and a second call has no effect. Channels-last weights make the activations
@@ -20,7 +25,53 @@ def prepare(model: Module) -> Module:
     Returns:
         The module itself.
     """
-    return fold_frozen_batch_norms(model).to(memory_format=torch.channels_last)
+    return fold_batch_norms(model).to(memory_format=torch.channels_last)
+
+
+def checkpoint_activations(backbone: Module) -> Module:
+    """In training, keep only the inputs of the backbone's blocks, in place.
+
+    A block (of a ResNet, for example) is a layer of a ``Sequential`` that has layers of its own.
+    The backward pass computes it again, which needs less memory and more time. Results, gradients
+    and statistics of batch norms do not change, and a second call has no effect.
+
+    Returns:
+        The module itself.
+    """
+    inside: set[nn.Module] = set()
+    for sequential in [x for x in backbone.modules() if isinstance(x, nn.Sequential)]:
+        for block in sequential if sequential not in inside else ():
+            if any(True for _ in block.children()):
+                block.forward = partial(_checkpointed, block)
+                inside.update(block.modules())
+    return backbone
+
+
+def _checkpointed(block: nn.Module, *args: Any) -> Any:
+    forward = partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(
+        forward,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # backbones draw no random numbers
+        context_fn=lambda: (nullcontext(), _unchanged_statistics(block)),
+    )
+
+
+@contextmanager
+def _unchanged_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch norms keep their running statistics, which the first pass has updated already."""
+    norms = [norm for norm in block.modules() if isinstance(norm, _BatchNorm)]
+    before = [(norm.track_running_stats, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.track_running_stats, norm.momentum = norm.track_running_stats and not norm.training, 0
+    try:
+        yield
+    finally:
+        for norm, (norm.track_running_stats, norm.momentum) in zip(norms, before):
+            pass
 
 
 def check_precision(dtype: torch.dtype, device: torch.device) -> None:
