@@ -29,8 +29,8 @@ class SOLOGraph(Graph):
         detector = model.detector
         if detector.nms_type != "matrix":
             raise UserError(
-                f"MODEL.SOLO.NMS_TYPE {detector.nms_type!r} cannot be exported: greedy mask NMS has "
-                "no fixed number of rounds; set it to 'matrix'"
+                f"MODEL.SOLO.NMS_TYPE {detector.nms_type!r} cannot be exported: greedy mask NMS "
+                "has no fixed number of rounds; set it to 'matrix'"
             )
         if model.head.category_align == "adaptive_pool":
             raise UserError(

@@ -40,7 +40,8 @@ class _Folding(nn.Module):
         state = dtype, *((x.data_ptr(), 0 if x.is_inference() else x._version) for x in sources)
         kept = self.__dict__.setdefault("_kept", {})
         if conv not in kept or kept[conv][0] != state:
-            kept[conv] = state, tuple(x.to(dtype) for x in _fold(conv, norm))
+            folded = _fold(conv, norm)
+            kept[conv] = state, folded if dtype is None else tuple(x.to(dtype) for x in folded)
         return kept[conv][1]
 
 

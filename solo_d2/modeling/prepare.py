@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from solo_d2.layers.frozen_bn import fold_batch_norms
 
+from .options import check_choice
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -63,15 +65,35 @@ def _checkpointed(block: nn.Module, *args: Any) -> Any:
 @contextmanager
 def _unchanged_statistics(block: nn.Module) -> Iterator[None]:
     """Batch norms keep their running statistics, which the first pass has updated already."""
-    norms = [norm for norm in block.modules() if isinstance(norm, _BatchNorm)]
-    before = [(norm.track_running_stats, norm.momentum) for norm in norms]
+    norms = [x for x in block.modules() if isinstance(x, _BatchNorm) and x.track_running_stats]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats, norm.momentum = norm.track_running_stats and not norm.training, 0
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (norm.track_running_stats, norm.momentum) in zip(norms, before):
-            pass
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def precision(device_type: str, dtype: str | torch.dtype) -> torch.autocast:
+    """The context in which inference runs convolutions and matrix products in a type.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        dtype: one of ``DTYPES``; float32 leaves everything as it is. bfloat16 is quick on CPUs with
+            AVX512-BF16 or AMX, float16 on no CPU.
+
+    Raises:
+        ValueError: the device does not run ``dtype``.
+    """
+    name = str(dtype).removeprefix("torch.")
+    check_choice("dtype", name, DTYPES if device_type != "cpu" else DTYPES[:2])
+    return torch.autocast(device_type, getattr(torch, name), enabled=name != "float32")
 
 
 def check_precision(dtype: torch.dtype, device: torch.device) -> None:
