@@ -60,6 +60,8 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
     cfg.merge_from_file(f"{tree}/configs/{config}.yaml")
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *options])
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    if "INPUT_SIZE" in cfg.MODEL.YOLACT:  # the image has this size
+        cfg.MODEL.YOLACT.INPUT_SIZE = 0
     torch.manual_seed(0)
     model = build_model(cfg).train(mode == "step")
     for parameter, value in model.named_parameters():
@@ -69,6 +71,10 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
             torch.nn.init.constant_(value, 1.5)
         elif "roi_heads.mask_head.predictor.weight" in parameter:
             torch.nn.init.normal_(value, std=1.0)
+    if tree == str(HERE) and mode == "inference":  # as solo_d2.load does
+        from solo_d2.modeling.prepare import prepare_for_inference
+
+        prepare_for_inference(model, dtype)
     height, width = (round(scale * side / 32) * 32 if scale != 1 else side for side in size)
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(1)) * 255
     inputs = {"image": image, "height": height, "width": width}

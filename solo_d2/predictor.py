@@ -28,7 +28,7 @@ from .modeling import AdaptISPredictor
 from .modeling.adaptis import ObjectFinder
 from .modeling.num_classes import dataset_num_classes, get_value, num_classes_keys
 from .modeling.own_keys import all_keys_honored
-from .modeling.prepare import precision, prepare
+from .modeling.prepare import precision, prepare_for_inference
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,9 @@ class Predictor:
         self.resize = resize
         self.input_format = input_format
         self.dtype = dtype
-        self._precision()  # checks it
+        parameter = next(self.model.parameters(), None)  # an exported model has none
+        self._device = "cpu" if parameter is None else parameter.device.type
+        self._precision()  # checks dtype
         self._points: AdaptISPredictor | None = None
         self._image: np.ndarray | None = None
 
@@ -221,8 +223,7 @@ class Predictor:
         return Result(image, found, self.names, self.category_ids, points)
 
     def _precision(self) -> torch.autocast:
-        parameter = next(self.model.parameters(), None)
-        return precision(parameter.device.type if parameter is not None else "cpu", self.dtype)
+        return precision(self._device, self.dtype)
 
     def network_input(self, image_rgb: np.ndarray) -> torch.Tensor:
         """What the model takes for an image (H, W, 3): (3, H', W') float32."""
@@ -282,10 +283,12 @@ def load(
     elif metadata is not None:
         names = list(metadata.thing_classes)
     with all_keys_honored():
-        model = prepare(build_model(cfg)).eval()
+        model = build_model(cfg)
     Checkpointer(model, thing_classes=names, require_complete=True, allow_pickle=allow_pickle).load(
         file
     )
+    precision(torch.device(cfg.MODEL.DEVICE).type, dtype)  # checks it
+    prepare_for_inference(model, dtype)
     ids = None
     if metadata is not None and list(metadata.thing_classes) == names:
         to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}

@@ -89,6 +89,24 @@ def fold_batch_norms(module: Module) -> Module:
     return module
 
 
+def fold_permanently(module: Module) -> Module:
+    """Replace the weights of each ``Conv2d`` by their product with its batch norm, in place.
+
+    For a module in eval mode that will not be trained: it holds no weights twice. The norms and
+    their part of the state dict are gone.
+
+    Returns:
+        The module itself.
+    """
+    for layer in module.modules():
+        if type(layer) is FoldedConv2d:
+            with torch.no_grad():
+                weight, bias = _fold(layer, layer.norm)
+            layer.weight, layer.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+            layer.norm, layer.__class__ = None, Conv2d
+    return module
+
+
 def _is_batch_norm(norm: nn.Module | None) -> bool:
     if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
         return norm.affine and norm.track_running_stats

@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from detectron2.layers import Conv2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from solo_d2.layers.frozen_bn import fold_batch_norms
+from solo_d2.layers.frozen_bn import fold_batch_norms, fold_permanently
 
 from .options import check_choice
 
@@ -28,6 +29,24 @@ def prepare(model: Module) -> Module:
         The module itself.
     """
     return fold_batch_norms(model).to(memory_format=torch.channels_last)
+
+
+def prepare_for_inference(model: Module, dtype: str | torch.dtype = "float32") -> Module:
+    """``prepare`` a model that will not be trained again, in place; it is in eval mode then.
+
+    Weights are stored as the convolutions use them: multiplied by their batch norms, and in the
+    type that ``precision`` would convert them to at each call.
+
+    Returns:
+        The module itself.
+    """
+    fold_permanently(prepare(model.eval()))
+    name = str(dtype).removeprefix("torch.")
+    for module in model.modules() if name != "float32" else ():
+        if type(module) in (nn.Conv2d, Conv2d, nn.ConvTranspose2d, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(getattr(torch, name))
+    return model
 
 
 def checkpoint_activations(backbone: Module) -> Module:

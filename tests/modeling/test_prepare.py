@@ -15,7 +15,7 @@ from torch import nn
 from solo_d2 import add_solo_d2_config
 from solo_d2.layers import frozen_bn
 from solo_d2.layers.frozen_bn import FoldedConv2d, FoldedSequential
-from solo_d2.modeling.prepare import prepare
+from solo_d2.modeling.prepare import precision, prepare, prepare_for_inference
 
 
 def layer(norm: str = "FrozenBN", bias: bool = False) -> Conv2d:
@@ -123,6 +123,21 @@ def test_products_of_weights_are_kept_until_a_weight_changes(norm, in_sequence, 
         torch.testing.assert_close(folded(x), plain(x), rtol=0.1, atol=0.1)
     with torch.enable_grad():
         check(3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_inference_alone_holds_no_weight_twice_and_computes_the_same(dtype):
+    plain = tiny_model({**SOLO, "MODEL.META_ARCHITECTURE": "SOLOv2"}).eval()
+    folded = prepare_for_inference(copy.deepcopy(plain).train(), dtype)
+    assert not any(isinstance(x, FrozenBatchNorm2d) for x in folded.modules())
+    inputs = torch.rand(1, 3, 64, 96)
+    with precision("cpu", dtype):
+        outputs, expected = folded.dense(inputs), plain.dense(inputs)
+    assert folded.backbone.bottom_up.res2[0].conv1.weight.dtype == getattr(torch, dtype)
+    tolerance = {"float32": 1e-5, "bfloat16": 0.05}[dtype]
+    for a, b in zip(outputs.category_logits, expected.category_logits):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_a_trained_batch_norm_sees_every_batch_and_is_folded_in_eval_mode_only():
