@@ -1,13 +1,10 @@
 """Drawing instances, alone or beside the ground truth. The package has no other drawing code.
 
 Shape shorthand:
-
     N: instances
     H, W: height and width of the image
     h, w: height and width of one instance's bounding box
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +20,8 @@ from PIL import Image, ImageColor, ImageDraw
 from .data.images import read_image
 from .label_layout import font, letters_mask, place_labels
 
+Color = tuple[int, int, int]  # RGB
+
 _FILL = 0.4  # opacity of a mask
 # Successive colors differ strongly, and all are visible on dark and on bright images.
 _PALETTE = [
@@ -32,8 +31,7 @@ _PALETTE = [
     ).split()
 ]
 
-# Layout of the grid: margin around each panel and height of a caption in pixels, and the maximum
-# width of a panel as a multiple of its height.
+# The grid: margin around a panel and height of a caption in pixels, largest ratio of a panel
 _MARGIN = 4
 _CAPTION = 18
 _MAX_ASPECT = 2.0
@@ -95,7 +93,7 @@ def draw_instances(
 def draw_masks(
     image_rgb: np.ndarray,
     rles: Sequence[Mapping[str, Any]],
-    colors: Sequence[tuple[int, int, int]],
+    colors: Sequence[Color],
     labels: Sequence[str],
 ) -> np.ndarray:
     """Draw masks in given colors, with labels where there is room for them.
@@ -194,9 +192,8 @@ def _panels(
     scale = min(height / h, _MAX_ASPECT * height / w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    classes = [a["category_id"] for a in annotations]
     crowd = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
-    truth = [_name(c, names) + suffix for c, suffix in zip(classes, crowd)]
+    truth = [_name(a["category_id"], names) + suffix for a, suffix in zip(annotations, crowd)]
     predicted = instances.pred_classes.tolist()
     texts = [f"{_name(c, names)} {s:.0%}" for c, s in zip(predicted, instances.scores.tolist())]
     annotated = [_annotated_region(a, h, w) for a in annotations]
@@ -270,7 +267,7 @@ def _scale(region: _Region, old: tuple[int, int], new: tuple[int, int]) -> _Regi
 def _draw(
     image: np.ndarray,
     regions: Sequence[_Region],
-    colors: Sequence[tuple[int, int, int]],
+    colors: Sequence[Color],
     texts: Sequence[str] | None,
 ) -> np.ndarray:
     """Fill all regions, large ones first, then outline them, then label them."""
@@ -293,7 +290,7 @@ def _draw(
     return image
 
 
-def _fill(image: np.ndarray, region: _Region, color: tuple[int, int, int]) -> None:
+def _fill(image: np.ndarray, region: _Region, color: Color) -> None:
     if region.mask is None:
         return
     part = _part(image, region)
@@ -303,13 +300,10 @@ def _fill(image: np.ndarray, region: _Region, color: tuple[int, int, int]) -> No
     np.copyto(part, blended, where=mask[..., None].astype(bool))
 
 
-def _outline(
-    image: np.ndarray, region: _Region, color: tuple[int, int, int], thickness: int
-) -> None:
+def _outline(image: np.ndarray, region: _Region, color: Color, thickness: int) -> None:
     left, top, width, height, mask = region
     if mask is None:
-        corner = (left + width - 1, top + height - 1)
-        cv2.rectangle(image, (left, top), corner, color, thickness, cv2.LINE_AA)
+        cv2.rectangle(image, (left, top, width, height), color, thickness, cv2.LINE_AA)
         return
     contours, _ = cv2.findContours(
         mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top)
@@ -333,9 +327,7 @@ def _part(array: np.ndarray, region: _Region) -> np.ndarray:
     return array[top : top + height, left : left + width]
 
 
-def _write(
-    image: np.ndarray, letters: np.ndarray, place: tuple[int, int], color: tuple[int, int, int]
-) -> None:
+def _write(image: np.ndarray, letters: np.ndarray, place: tuple[int, int], color: Color) -> None:
     """The letters on a plate of the given color, black or white, whichever is easier to read."""
     x, y = place
     part = image[y : y + letters.shape[0], x : x + letters.shape[1]]
@@ -348,7 +340,7 @@ def _name(category: int, names: Sequence[str] | None) -> str:
     return names[category] if names and category < len(names) else str(category)
 
 
-def instance_color(number: int) -> tuple[int, int, int]:
+def instance_color(number: int) -> Color:
     """RGB of the color with this number. After its last color the palette repeats, lighter, then
     darker.
     """

@@ -293,6 +293,10 @@ def test_bfloat16_is_close_and_its_results_are_float32(runs, photo, name):
     assert n == len(exact.instances) or n > 0.5 * len(exact.instances)
     best, other = exact.instances.scores[:n], rounded.instances.scores[:n]
     torch.testing.assert_close(other, best, rtol=0.1, atol=0.05)
+    if name == "adaptis":
+        predictor = load(run, dtype="bfloat16")
+        predictor.set_image(photo)
+        assert predictor.click((5, 5)).instances.scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", torch.float64])

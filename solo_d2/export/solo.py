@@ -69,7 +69,7 @@ class SOLOGraph(Graph):
         valid = (pair_scores > detector.score_threshold) & (area > self.stride_of_cell[cells])
         scores = pair_scores * maskness
 
-        order = best_first(scores, valid, min(model.topk_candidates, self.candidates))
+        order = best_first(scores, valid, min(detector.topk_candidates, self.candidates))
         scores, classes, valid = scores[order] * valid[order], classes[order], valid[order]
         scores = matrix_nms(
             (masks > model.mask_threshold)[order] & valid[:, None, None],
@@ -80,7 +80,7 @@ class SOLOGraph(Graph):
             finite=detector.nms_finite,
         )
         valid = valid & (scores >= detector.update_threshold)
-        best = best_first(scores, valid, min(model.max_detections, len(order)))
+        best = best_first(scores, valid, min(detector.max_detections, len(order)))
         return scores[best], classes[best], masks[order[best]], valid[best]
 
     def soft_masks(self, outputs: GridOutputs, cells: Tensor, size: tuple[int, int]) -> Tensor:

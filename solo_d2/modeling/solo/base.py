@@ -41,6 +41,9 @@ from .head import CategoryHead
 from .inference import Candidates, Detector, ScoredMasks
 from .targets import CellAssigner, CellTargets, level_offsets
 
+Size = tuple[int, int] | None
+Levels = Sequence[Tensor | None]  # features; None where no mask of the level is needed
+
 
 class GridOutputs(Protocol):
     """Raw outputs of a head of the family; each architecture adds its own fields."""
@@ -183,10 +186,7 @@ class SOLOFamily(InstanceSegmentor):
 
     @abstractmethod
     def predict_masks(
-        self,
-        category_logits: list[Tensor],
-        levels: Sequence[Tensor | None],
-        features: dict[str, Tensor],
+        self, category_logits: list[Tensor], levels: Levels, features: dict[str, Tensor]
     ) -> GridOutputs:
         """Raw outputs of the head.
 
@@ -199,12 +199,7 @@ class SOLOFamily(InstanceSegmentor):
 
     @abstractmethod
     def soft_masks(
-        self,
-        outputs: Any,
-        image: int,
-        level: int,
-        cells: np.ndarray,
-        size: tuple[int, int] | None = None,
+        self, outputs: Any, image: int, level: int, cells: np.ndarray, size: Size = None
     ) -> Tensor:
         """Soft masks (n, H, W) in [0, 1], float32, of chosen cells; n = 0 stays connected.
 

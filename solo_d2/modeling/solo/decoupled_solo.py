@@ -1,6 +1,5 @@
 """Decoupled SOLO and its light version (arXiv 1912.04488, section 5.1)."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
-from .base import SOLOFamily
+from .base import Levels, Size, SOLOFamily
 from .head import CategoryHead, HeadSpec, init_output
 
 
@@ -44,10 +43,7 @@ class DecoupledSOLO(SOLOFamily):
         return {**options, "head": head}
 
     def predict_masks(
-        self,
-        category_logits: list[Tensor],
-        levels: Sequence[Tensor | None],
-        features: dict[str, Tensor],
+        self, category_logits: list[Tensor], levels: Levels, features: dict[str, Tensor]
     ) -> DecoupledSOLOOutputs:
         maps = [((), ()) if x is None else self.head.line_features(x) for x in levels]
         return DecoupledSOLOOutputs(category_logits, *([*axis] for axis in zip(*maps)))
@@ -58,7 +54,7 @@ class DecoupledSOLO(SOLOFamily):
         image: int,
         level: int,
         cells: np.ndarray,
-        size: tuple[int, int] | None = None,
+        size: Size = None,
     ) -> Tensor:
         grid = self.num_grids[level]
         lines = [  # cells share lines
@@ -77,7 +73,7 @@ class DecoupledSOLO(SOLOFamily):
         level: int,
         columns: Tensor,
         rows: Tensor,
-        size: tuple[int, int] | None = None,
+        size: Size = None,
     ) -> tuple[Tensor, Tensor]:
         """Soft maps (n, H, W) of columns and of rows of a grid; arguments as ``soft_masks``."""
 

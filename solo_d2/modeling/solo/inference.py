@@ -24,7 +24,7 @@ class Candidates(NamedTuple):
 
     cells: np.ndarray  # (n,) int64, among the cells of all levels
     classes: np.ndarray  # (n,) int64
-    scores: np.ndarray  # (n,) float32
+    scores: Tensor  # (n,)
 
 
 class ScoredMasks(NamedTuple):
@@ -101,13 +101,13 @@ class Detector:
         Args:
             scores: (cells of all levels, C) after point NMS, on the CPU.
         """
-        values = scores.numpy()
-        cells, classes = np.nonzero(values > self.score_threshold)
-        found = Candidates(cells, classes, values[cells, classes])
+        cells, classes = np.nonzero(scores.numpy() > self.score_threshold)
+        # gathered by PyTorch, so that a traced graph contains the category branch
+        found = scores[torch.from_numpy(cells), torch.from_numpy(classes)]
         if self.max_candidates and len(cells) > self.max_candidates:
-            best = np.argsort(-found.scores, kind="stable")[: self.max_candidates]
-            found = Candidates(*(field[np.sort(best)] for field in found))
-        return found
+            best = found.topk(self.max_candidates).indices.sort().values
+            cells, classes, found = cells[best.numpy()], classes[best.numpy()], found[best]
+        return Candidates(cells, classes, found)
 
     def rank(
         self,
@@ -147,23 +147,25 @@ class Detector:
             maskness.append(mean)
             if fits_one_chunk:
                 masks.append(chunk)
-        category_scores, classes, cell_of = (
-            torch.from_numpy(x).to(device)
-            for x in (candidates.scores, candidates.classes, cell_of_pair)
+        classes, cell_of = (
+            torch.from_numpy(x).to(device) for x in (candidates.classes, cell_of_pair)
         )
-        scores = category_scores * torch.cat(maskness)[cell_of]
+        scores = candidates.scores.to(device) * torch.cat(maskness)[cell_of]
         large_enough = torch.cat(sized)[cell_of].nonzero()[:, 0]
         order = scores[large_enough].sort(descending=True, stable=True).indices
         best = large_enough[order[: self.topk_candidates]]
 
-        mask_of = cell_of[best]
-        if not fits_one_chunk:
-            best_cells, inverse = np.unique(
-                candidates.cells[best.cpu().numpy()], return_inverse=True
-            )
-            masks.extend(chunk for _, chunk in chunks(best_cells))
-            mask_of = torch.from_numpy(inverse).to(device)
-        return ScoredMasks(scores[best], classes[best], torch.cat(masks)[mask_of])
+        if fits_one_chunk:
+            return ScoredMasks(scores[best], classes[best], torch.cat(masks)[cell_of[best]])
+        best_cells, mask_of = np.unique(candidates.cells[best.cpu().numpy()], return_inverse=True)
+        kept = masks[0].new_empty((len(best), *mask_size))
+        start = 0
+        for _, chunk in chunks(best_cells):
+            (rows,) = np.nonzero((start <= mask_of) & (mask_of < start + len(chunk)))
+            # with the indices as arrays, PyTorch copies them to the device
+            kept[rows] = chunk[mask_of[rows] - start]
+            start += len(chunk)
+        return ScoredMasks(scores[best], classes[best], kept)
 
     def suppress(self, candidates: ScoredMasks) -> ScoredMasks:
         """NMS of masks and the final selection."""

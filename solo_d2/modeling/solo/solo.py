@@ -1,6 +1,5 @@
 """SOLO: Segmenting Objects by Locations (arXiv 1912.04488)."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
-from .base import SOLOFamily
+from .base import Levels, Size, SOLOFamily
 from .head import CategoryHead, HeadSpec, init_output
 
 
@@ -38,32 +37,19 @@ class SOLO(SOLOFamily):
         return {**options, "head": head}
 
     def predict_masks(
-        self,
-        category_logits: list[Tensor],
-        levels: Sequence[Tensor | None],
-        features: dict[str, Tensor],
+        self, category_logits: list[Tensor], levels: Levels, features: dict[str, Tensor]
     ) -> SOLOOutputs:
         maps = [() if x is None else self.head.mask_feature(x).unbind() for x in levels]
         return SOLOOutputs(category_logits, maps)
 
     def soft_masks(
-        self,
-        outputs: SOLOOutputs,
-        image: int,
-        level: int,
-        cells: np.ndarray,
-        size: tuple[int, int] | None = None,
+        self, outputs: SOLOOutputs, image: int, level: int, cells: np.ndarray, size: Size = None
     ) -> Tensor:
         channels = torch.from_numpy(cells).to(self.device)
         return self.channel_masks(outputs, image, level, channels, size)
 
     def channel_masks(
-        self,
-        outputs: SOLOOutputs,
-        image: int,
-        level: int,
-        channels: Tensor,
-        size: tuple[int, int] | None = None,
+        self, outputs: SOLOOutputs, image: int, level: int, channels: Tensor, size: Size = None
     ) -> Tensor:
         """``soft_masks``, given the cells as a tensor."""
         logits = self.head.mask_pred[level].select(outputs.mask_features[level][image], channels)

@@ -14,7 +14,7 @@ from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import resize, upsample2x
 
 from ..options import check_at_least, check_channels
-from .base import SOLOFamily
+from .base import Levels, Size, SOLOFamily
 from .head import (
     CategoryHead,
     HeadSpec,
@@ -67,10 +67,7 @@ class SOLOv2(SOLOFamily):
         return [self.mask_branch.stride] * len(self.strides)
 
     def predict_masks(
-        self,
-        category_logits: list[Tensor],
-        levels: Sequence[Tensor | None],
-        features: dict[str, Tensor],
+        self, category_logits: list[Tensor], levels: Levels, features: dict[str, Tensor]
     ) -> SOLOv2Outputs:
         kernels = [
             () if x is None else self.head.kernels(x, grid).unbind()
@@ -79,20 +76,13 @@ class SOLOv2(SOLOFamily):
         return SOLOv2Outputs(category_logits, kernels, self.mask_branch(features).unbind())
 
     def soft_masks(
-        self,
-        outputs: SOLOv2Outputs,
-        image: int,
-        level: int,
-        cells: np.ndarray,
-        size: tuple[int, int] | None = None,
+        self, outputs: SOLOv2Outputs, image: int, level: int, cells: np.ndarray, size: Size = None
     ) -> Tensor:
         kernels = outputs.kernels[level][image].flatten(1)
         kernels = kernels[:, torch.from_numpy(cells).to(self.device)].T
         return self.kernel_masks(outputs.mask_features[image], kernels, size)
 
-    def kernel_masks(
-        self, feature: Tensor, kernels: Tensor, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def kernel_masks(self, feature: Tensor, kernels: Tensor, size: Size = None) -> Tensor:
         """Soft masks (n, H, W) of kernels (n, D) over an image's mask feature (E, h, w)."""
         logits = dynamic_conv(feature, kernels, self.head.kernel_size).float()
         return resize(logits.sigmoid()[None], size or logits.shape[-2:])[0]
