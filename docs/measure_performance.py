@@ -49,7 +49,6 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
     import torch
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
-    from detectron2.structures import BitMasks, Boxes, Instances
     from detectron2.utils.events import EventStorage
 
     from solo_d2 import add_solo_d2_config
@@ -76,20 +75,7 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
 
         prepare_for_inference(model, dtype)
     height, width = (round(scale * side / 32) * 32 if scale != 1 else side for side in size)
-    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(1)) * 255
-    inputs = {"image": image, "height": height, "width": width}
-    if mode == "step":
-        generator = torch.Generator().manual_seed(2)
-        masks, boxes = torch.zeros(20, height, width, dtype=torch.bool), []
-        for mask in masks:
-            side = int(torch.randint(16, min(height, width) // 2, (), generator=generator))
-            y = int(torch.randint(0, height - side, (), generator=generator))
-            x = int(torch.randint(0, width - side, (), generator=generator))
-            mask[y : y + side, x : x + side] = True
-            boxes.append([x, y, x + side, y + side])
-        instances = Instances((height, width), gt_boxes=Boxes(torch.tensor(boxes).float()))
-        instances.gt_masks, instances.gt_classes = BitMasks(masks), torch.arange(20)
-        inputs["instances"] = instances
+    inputs = random_input(height, width, 20 if mode == "step" else 0)
 
     def run() -> int:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -110,6 +96,28 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"peak": peak}), flush=True)
+
+
+def random_input(height: int, width: int, objects: int) -> dict:
+    """Noise, with square objects if there are any."""
+    import torch
+    from detectron2.structures import BitMasks, Boxes, Instances
+
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(3, height, width, generator=generator) * 255
+    inputs = {"image": image, "height": height, "width": width}
+    masks, boxes = torch.zeros(objects, height, width, dtype=torch.bool), []
+    for mask in masks:
+        side = int(torch.randint(16, min(height, width) // 2, (), generator=generator))
+        y = int(torch.randint(0, height - side, (), generator=generator))
+        x = int(torch.randint(0, width - side, (), generator=generator))
+        mask[y : y + side, x : x + side] = True
+        boxes.append([x, y, x + side, y + side])
+    if objects:
+        instances = Instances((height, width), gt_boxes=Boxes(torch.tensor(boxes).float()))
+        instances.gt_masks, instances.gt_classes = BitMasks(masks), torch.arange(objects)
+        inputs["instances"] = instances
+    return inputs
 
 
 class Runner:
@@ -177,7 +185,7 @@ def main() -> None:
     parser.add_argument("--output", default="performance.json")
     options = parser.parse_args()
     start, results = time.monotonic(), []
-    print("| model | mode | before | now | gain (spread) | original/ours | memory ours/original |")
+    print("| model | mode, found | before | now | gain (spread) | original/ours | memory of it |")
     print("|---|---|---|---|---|---|---|")
     for mode in options.modes:
         for name in options.only:
@@ -190,8 +198,8 @@ def main() -> None:
             low, high = row["spread"]
             memory = row["memory ours/original"]
             print(
-                f"| {name} | {mode} | {before:.2f} s | {now:.2f} s | {row['gain']:.2f} "
-                f"({low:.2f}-{high:.2f}) | {row['original/ours']:.2f} | "
+                f"| {name} | {mode}, {row['found']} | {before:.2f} s | {now:.2f} s | "
+                f"{row['gain']:.2f} ({low:.2f}-{high:.2f}) | {row['original/ours']:.2f} | "
                 f"{memory and round(memory, 2)} |",
                 flush=True,
             )

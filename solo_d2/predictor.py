@@ -289,16 +289,12 @@ def load(
     )
     precision(torch.device(cfg.MODEL.DEVICE).type, dtype)  # checks it
     prepare_for_inference(model, dtype)
-    ids = None
-    if metadata is not None and list(metadata.thing_classes) == names:
-        to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        ids = sorted(to_contiguous, key=to_contiguous.__getitem__)
     return Predictor(
         model,
         resize=T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
         input_format=cfg.INPUT.FORMAT,
         names=names or [str(i) for i in range(get_value(cfg, num_classes_keys(cfg)[0]))],
-        category_ids=ids,
+        category_ids=_category_ids(metadata, names),
         dtype=dtype,
     )
 
@@ -332,6 +328,14 @@ def _dataset_metadata(cfg: CfgNode, *, needed: bool) -> Any:
         if MetadataCatalog.get(name).get("thing_classes"):
             return MetadataCatalog.get(name)
     return None
+
+
+def _category_ids(metadata: Any, names: list[str] | None) -> list[int] | None:
+    """Ids of the classes in the data set, if the model has its classes."""
+    if metadata is None or list(metadata.thing_classes) != names:
+        return None
+    to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    return sorted(to_contiguous, key=to_contiguous.__getitem__)
 
 
 def _set_num_classes(cfg: CfgNode, number: int, weights: str) -> None:

@@ -6,7 +6,6 @@ Shape shorthand of this file:
     H, W: height and width of the padded batch
 """
 
-import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -217,7 +216,8 @@ class InstanceSegmentor(nn.Module, ABC):
                 f"gt_masks are {masks.shape[1]} x {masks.shape[2]}"
             )
         # checked before the copy to the device, where reading it would force a synchronization
-        wrong = classes[(classes < 0) | (classes >= (self.num_classes or math.inf))]
+        known = self.num_classes is not None
+        wrong = classes[(classes < 0) | (classes >= self.num_classes)] if known else ()
         if len(wrong):
             raise ValueError(
                 f"image {name} has an instance of class {int(wrong[0])}, but gt_classes must be in "

@@ -110,9 +110,7 @@ class SOLOFamily(InstanceSegmentor):
         check_at_least(0, focal_loss_gamma=focal_loss_gamma, mask_loss_weight=mask_loss_weight)
         check_at_least(0, category_loss_weight=category_loss_weight)
         self._check_levels(backbone, head, head_in_features, strides, assigner)
-        if (mask_branch is not None) != self.has_mask_branch:
-            needed = "needs a" if self.has_mask_branch else "has no"
-            raise ValueError(f"{type(self).__name__} {needed} mask_branch")
+        self._check_mask_branch(mask_branch)
         super().__init__(
             backbone=backbone,
             pixel_mean=pixel_mean,
@@ -121,19 +119,22 @@ class SOLOFamily(InstanceSegmentor):
             mask_threshold=detector.mask_threshold,
             num_classes=assigner.num_classes,
         )
-        self.head = head
-        self.mask_branch = mask_branch
+        self.head, self.mask_branch = head, mask_branch
+        self.assigner, self.detector = assigner, detector
         self.head_in_features = list(head_in_features)
         self.strides = list(strides)
         self.num_grids = head.num_grids
         self.level_offsets = level_offsets(self.num_grids)
-        self.assigner = assigner
         self.pad_before_downsampling = pad_before_downsampling
         self.focal_loss = {"alpha": focal_loss_alpha, "gamma": focal_loss_gamma}
         self.category_loss_weight = category_loss_weight
         self.mask_distance = MASK_LOSSES[mask_loss_type]
         self.mask_loss_weight = mask_loss_weight
-        self.detector = detector
+
+    def _check_mask_branch(self, mask_branch: nn.Module | None) -> None:
+        if (mask_branch is not None) != self.has_mask_branch:
+            needed = "needs a" if self.has_mask_branch else "has no"
+            raise ValueError(f"{type(self).__name__} {needed} mask_branch")
 
     @staticmethod
     def _check_levels(backbone, head, head_in_features, strides, assigner) -> None:
