@@ -29,7 +29,7 @@ from solo_d2.errors import UserError
 from solo_d2.files import atomic_write
 from solo_d2.images import as_rgb
 from solo_d2.modeling.own_keys import all_keys_honored
-from solo_d2.modeling.prepare import precision, prepare
+from solo_d2.modeling.prepare import precision, prepare, prepare_for_inference
 from solo_d2.predictor import Predictor
 
 from .timing import StageClock, differences, peak_memory, profile_operators, random_input, wait
@@ -60,21 +60,23 @@ class Subject:
 
     def run(self) -> Any:
         if self.instances is None:
-            return self.infer()
+            return self.infer(self.read())
         self.model.train().zero_grad()
         with EventStorage(), precision(self.device.type, self.dtype):  # R-CNNs write to the storage
             losses = self.model(self.inputs)
         sum(losses.values()).backward()
         return losses
 
-    @torch.no_grad()
-    def infer(self) -> list[dict]:
-        self.model.eval()
+    def read(self) -> list[dict]:
+        """The inputs of an inference."""
         image = self.predictor.network_input(self.pixels)
         height, width = self.pixels.shape[:2]
-        inputs = {"image": image, "height": height, "width": width}
+        return [{"image": image, "height": height, "width": width}] * self.images
+
+    @torch.no_grad()
+    def infer(self, inputs: list[dict]) -> list[dict]:
         with precision(self.device.type, self.dtype):
-            return self.model([inputs] * self.images)
+            return self.model(inputs)
 
     def timed(self) -> None:
         """Run once and note time and memory."""
@@ -166,10 +168,10 @@ def _stages(subject: Subject, repeat: int) -> dict[str, float]:
         clock = StageClock(subject.model, subject.device)
         with clock.attached():
             start = time.perf_counter()
-            subject.predictor.network_input(subject.pixels)
+            inputs = subject.read()
             clock.seconds["preprocess"] += time.perf_counter() - start
             clock.enter("selection")  # what is in no other stage
-            subject.infer()
+            subject.infer(inputs)
             clock.leave()
         runs.append({"read": read, **clock.seconds} if subject.file else clock.seconds)
     return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
@@ -187,9 +189,9 @@ def _cuda_checks(subject: Subject) -> dict[str, Any]:
     checks: dict[str, Any] = {"waits": sum("synchroniz" in str(w.message) for w in caught)}
     if subject.instances is None:
         on_cpu = copy.deepcopy(subject)
-        on_cpu.model = on_cpu.predictor.model = on_cpu.model.cpu()
+        on_cpu.model.cpu().float()
         on_cpu.device, on_cpu.dtype = torch.device("cpu"), "float32"
-        expected, found = (x.infer()[0]["instances"].to("cpu") for x in (on_cpu, subject))
+        expected, found = (x.run()[0]["instances"].to("cpu") for x in (on_cpu, subject))
         checks |= differences(expected, found)
     return checks
 
@@ -204,25 +206,37 @@ def _subjects(options: argparse.Namespace) -> list[Subject]:
     for config, weights in zip(options.config_file, files):
         cfg = load_config(config, opts=options.opts)
         use_available_device(cfg)
-        model = _build(cfg, weights, options.allow_pickle)
-        precision(
-            torch.device(cfg.MODEL.DEVICE).type, options.dtype
-        )  # checks it before a measurement
-        if options.compile:
-            for part in ("backbone", "head", "mask_branch", "proposal_generator.head"):
-                with contextlib.suppress(AttributeError):  # the model has no such part
-                    model.get_submodule(part).compile()
-        for size, images in product(sizes, options.images):
-            resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-            if size is not None:
-                resize = T.Resize(size)
-            noise = np.random.default_rng(0).integers(0, 256, (*(size or ()), 3), dtype=np.uint8)
-            predictor = Predictor(model, resize=resize, input_format=cfg.INPUT.FORMAT, names=[])
-            common = (Path(config).stem, predictor, noise if photo is None else photo, images)
-            chosen = [None] if options.only != "training" else []
-            for n in chosen + (options.instances if options.only != "inference" else []):
-                subjects.append(Subject(*common, options.image, n, options.dtype))
+        precision(torch.device(cfg.MODEL.DEVICE).type, options.dtype)  # checks it
+        for what, counts in (("inference", [None]), ("training", options.instances)):
+            if options.only not in (None, what):
+                continue
+            model = _build(cfg, weights, options.allow_pickle)
+            if what == "inference":  # as in prediction
+                prepare_for_inference(model, options.dtype)
+            if options.compile:
+                _compile(model)
+            for size, images, n in product(sizes, options.images, counts):
+                resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+                predictor = Predictor(
+                    model,
+                    resize=T.Resize(size) if size else resize,
+                    input_format=cfg.INPUT.FORMAT,
+                    names=[],
+                )
+                pixels = _noise(size) if photo is None else photo
+                common = (Path(config).stem, predictor, pixels, images, options.image)
+                subjects.append(Subject(*common, n, options.dtype))
     return subjects
+
+
+def _noise(size: Sequence[int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def _compile(model: nn.Module) -> None:
+    for part in ("backbone", "head", "mask_branch", "proposal_generator.head"):
+        with contextlib.suppress(AttributeError):  # the model has no such part
+            model.get_submodule(part).compile()
 
 
 def _build(cfg: CfgNode, weights: str, allow_pickle: bool) -> nn.Module:

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable, Iterator
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,14 @@ class StageClock:
         self._note()
         self._stack.pop()
 
+    @contextlib.contextmanager
+    def _during(self, stage: str) -> Iterator[None]:
+        self.enter(stage)
+        try:
+            yield
+        finally:
+            self.leave()
+
     def _finish(self) -> None:
         self.leave()
         self.enter("output")
@@ -59,7 +66,7 @@ class StageClock:
                 hooks.append(module.register_forward_hook(lambda *_: self._finish()))
         methods = [name for name in _METHODS if hasattr(self.model, name)]
         for name in methods:
-            setattr(self.model, name, self._reporting(getattr(self.model, name), _METHODS[name]))
+            setattr(self.model, name, self._during(_METHODS[name])(getattr(self.model, name)))
         try:
             yield
         finally:
@@ -67,17 +74,6 @@ class StageClock:
                 delattr(self.model, name)
             for hook in hooks:
                 hook.remove()
-
-    def _reporting(self, method: Callable, stage: str) -> Callable:
-        @wraps(method)
-        def report(*args: Any, **kwargs: Any) -> Any:
-            self.enter(stage)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self.leave()
-
-        return report
 
 
 def differences(expected: Instances, found: Instances) -> dict[str, Any]:
