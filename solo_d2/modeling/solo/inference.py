@@ -122,9 +122,9 @@ class Detector:
         """Score the candidates of one image by their masks and keep the best.
 
         A first pass makes the mask of every cell that has a candidate, for its area and maskness.
-        If the masks exceed one chunk, they are not stored, and a second pass makes those of the
-        best candidates again. So the memory does not depend on the number of candidates. Classes
-        that share a cell share its mask.
+        If these are more masks than may be kept and exceed a chunk, they are not stored, and a
+        second pass makes those of the best candidates again. So the memory does not depend on the
+        number of candidates. Classes that share a cell share its mask.
 
         Args:
             candidates: result of ``find``.
@@ -137,16 +137,18 @@ class Detector:
         length = chunk_length(mask_size[0] * mask_size[1], device)
         chunks = partial(_masks_by_level, soft_masks, level_offsets, length)
         unique_cells, cell_of_pair = np.unique(candidates.cells, return_inverse=True)
-        fits_one_chunk = len(unique_cells) <= length
+        stored = len(unique_cells) <= max(length, self.topk_candidates)
+        masks = torch.empty((len(unique_cells) if stored else 0, *mask_size), device=device)
         # each list starts with an empty tensor, so that it can be concatenated without candidates
-        masks = [torch.zeros((0, *mask_size), device=device)]
-        sized, maskness = [masks[0].new_zeros(0, dtype=torch.bool)], [masks[0].new_zeros(0)]
+        sized, maskness = [masks.new_zeros(0, dtype=torch.bool)], [masks.new_zeros(0)]
+        start = 0
         for level, chunk in chunks(unique_cells):
             area, mean = score_masks(chunk, self.mask_threshold)
             sized.append(area > strides[level])
             maskness.append(mean)
-            if fits_one_chunk:
-                masks.append(chunk)
+            if stored:
+                masks[start : start + len(chunk)] = chunk
+                start += len(chunk)
         classes, cell_of = (
             torch.from_numpy(x).to(device) for x in (candidates.classes, cell_of_pair)
         )
@@ -155,10 +157,10 @@ class Detector:
         order = scores[large_enough].sort(descending=True, stable=True).indices
         best = large_enough[order[: self.topk_candidates]]
 
-        if fits_one_chunk:
-            return ScoredMasks(scores[best], classes[best], torch.cat(masks)[cell_of[best]])
+        if stored:
+            return ScoredMasks(scores[best], classes[best], masks[cell_of[best]])
         best_cells, mask_of = np.unique(candidates.cells[best.cpu().numpy()], return_inverse=True)
-        kept = masks[0].new_empty((len(best), *mask_size))
+        kept = masks.new_empty((len(best), *mask_size))
         start = 0
         for _, chunk in chunks(best_cells):
             (rows,) = np.nonzero((start <= mask_of) & (mask_of < start + len(chunk)))
