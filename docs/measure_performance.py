@@ -66,8 +66,8 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
     for parameter, value in model.named_parameters():
         if re.search(r"(kernel|mask|x|y|coefficient)_pred\.|class_logits\.weight", parameter):
             torch.nn.init.normal_(value, std=0.3 if "proposal_generator" not in parameter else 0.05)
-        elif re.search(r"proposal_generator.*box_pred.bias", parameter):
-            torch.nn.init.constant_(value, 1.5)
+        elif re.search(r"proposal_generator.*(class_logits|box_pred)\.bias", parameter):
+            torch.nn.init.zeros_(value)  # small boxes, which NMS leaves, with scores of one half
         elif "roi_heads.mask_head.predictor.weight" in parameter:
             torch.nn.init.normal_(value, std=1.0)
     if tree == str(HERE) and mode == "inference":  # as solo_d2.load does
