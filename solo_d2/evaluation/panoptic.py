@@ -78,6 +78,12 @@ class PanopticEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for x, output in zip(inputs, outputs):
             ids, segments = output["panoptic_seg"]
+            stuff = max((s["category_id"] for s in segments if not s["isthing"]), default=0)
+            if stuff >= self._stuff:
+                raise UserError(
+                    f"the model predicts stuff class {stuff}, but data set {self._dataset_name!r} "
+                    f"has {self._stuff} (see MODEL.ADAPTIS.NUM_STUFF)"
+                )
             predicted = self._label(ids, segments, void=self._things + self._stuff)
             truth = self._label(*self.ground_truth(self._records[x["file_name"]]), void=VOID)
             # on the predictions' device, because sorting all pixels is slow

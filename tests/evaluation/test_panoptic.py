@@ -221,6 +221,14 @@ def test_a_panoptic_picture_is_the_truth_where_there_is_one(data_set, tmp_path):
     assert results["PQ"] == results["PQ_st"] == results["PQ_th"] == pytest.approx(100)
 
 
+def test_more_stuff_than_the_data_have_is_named(data_set):
+    record = {"file_name": "a", "height": 10, "width": 20, "annotations": []}
+    evaluator = PanopticEvaluator(data_set([record]))
+    output = {"panoptic_seg": prediction((mask((0, 10), (0, 20)), False, 1))}
+    with pytest.raises(UserError, match="predicts stuff class 1, but data set .* has 1 .*NUM_STUF"):
+        evaluator.process([record], [output])
+
+
 def test_a_set_may_know_its_classes_only_when_it_is_loaded():
     """As after ``register_coco_instances``; nothing is written into its metadata."""
     name, box = "panoptic_test_lazy", mask((0, 4), (0, 4))
