@@ -24,7 +24,7 @@ SOLO = ["MODEL.SOLO.NUM_CLASSES", "80", "MODEL.SOLO.SCORE_THRESH_TEST", "0.001"]
 SOLO += ["MODEL.SOLO.MAX_CANDIDATES_TEST", "500", "MODEL.SOLO.UPDATE_THRESH_TEST", "0.0"]
 YOLACT = ["MODEL.YOLACT.NUM_CLASSES", "80", "MODEL.YOLACT.SCORE_THRESH_TEST", "0.001"]
 FCOS = ["MODEL.FCOS.NUM_CLASSES", "80", "MODEL.FCOS.SCORE_THRESH_TEST", "0.001"]
-FCOS += ["MODEL.ROI_HEADS.NUM_CLASSES", "80"]
+FCOS += ["MODEL.ROI_HEADS.NUM_CLASSES", "80", "TEST.DETECTIONS_PER_IMAGE", "100"]
 # name -> config, height and width, options, and the original's figures at c3a5afc (issue 20):
 # original / ours in inference and in a training step; ours / original in memory of both
 LARGE = (800, 1333)
@@ -64,10 +64,11 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
     torch.manual_seed(0)
     model = build_model(cfg).train(mode == "step")
     for parameter, value in model.named_parameters():
-        if re.search(r"(kernel|mask|x|y|coefficient)_pred\.|class_logits\.weight", parameter):
+        if re.search(r"\b(kernel|mask|x|y|coefficient)_pred\.|class_logits\.weight", parameter):
             torch.nn.init.normal_(value, std=0.3 if "proposal_generator" not in parameter else 0.05)
         elif re.search(r"proposal_generator.*(class_logits|box_pred)\.bias", parameter):
-            torch.nn.init.zeros_(value)  # small boxes, which NMS leaves, with scores of one half
+            # scores of one half, and boxes of two strides, which NMS leaves
+            torch.nn.init.constant_(value, float("box_pred" in parameter))
         elif "roi_heads.mask_head.predictor.weight" in parameter:
             torch.nn.init.normal_(value, std=1.0)
     if tree == str(HERE) and mode == "inference":  # as solo_d2.load does
