@@ -175,6 +175,7 @@ class SOLOFamily(InstanceSegmentor):
             "head_in_features": solo.IN_FEATURES,
             "strides": solo.STRIDES,
             "assigner": assigner,
+            "pad_before_downsampling": solo.PAD_BEFORE_DOWNSAMPLING,
             "mask_loss_type": solo.MASK_LOSS_TYPE,
             "mask_loss_weight": solo.MASK_LOSS_WEIGHT,
             "detector": Detector.from_config(cfg),
