@@ -1,7 +1,7 @@
 """Prediction in three lines: ``load`` a model, ``predict`` an image, ``save`` the picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,8 +24,9 @@ from .errors import UserError
 from .export.exported import SUFFIXES, open_exported
 from .files import atomic_write
 from .images import MAX_PIXELS, as_rgb
-from .modeling import AdaptISPredictor
+from .modeling import EPS, AdaptISPredictor
 from .modeling.adaptis import ObjectFinder
+from .modeling.eps.inference import to_regions
 from .modeling.num_classes import dataset_num_classes, get_value, num_classes_keys
 from .modeling.own_keys import all_keys_honored
 from .modeling.prepare import precision, prepare_for_inference
@@ -41,6 +42,8 @@ class Result:
         names: names of all classes.
         category_ids: ids of all classes, as in the COCO json of the data set.
         points: x and y of the points passed to ``click``.
+        label_map: of a model that labels pixels, (H, W) uint8: 0 is the background, k + 1 the class
+            k. Its regions are the instances.
     """
 
     image: np.ndarray
@@ -48,6 +51,7 @@ class Result:
     names: list[str]
     category_ids: list[int]
     points: Sequence[tuple[float, float]] = ()
+    label_map: np.ndarray | None = None
 
     def draw(
         self, *, score_threshold: float = 0.3, color_by: str = "instance", labels: bool = True
@@ -169,6 +173,10 @@ class Predictor:
         inputs = {"image": self.network_input(pixels), "height": height, "width": width}
         with torch.no_grad(), self._precision():
             (output,) = self.model([inputs])
+        if isinstance(self.model, EPS):
+            label_map, instances = to_regions(output["sem_seg"].cpu())
+            found = self._result(pixels, instances)
+            return replace(found, label_map=label_map.numpy())
         if "instances" not in output:
             raise UserError(f"{type(self.model).__name__} predicts no instances")
         return self._result(pixels, output["instances"])

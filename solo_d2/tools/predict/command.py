@@ -26,7 +26,7 @@ from .prototypes import Prototypes
 Predict = Callable[[str | np.ndarray], Result]
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-FORMATS = ("pictures", "coco", "coco-results", "masks")
+FORMATS = ("pictures", "coco", "coco-results", "masks", "label-maps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,6 +155,7 @@ def _outputs(
         "coco": lambda: formats.CocoDataset(folder, score, Path(os.path.commonpath(folders))),
         "coco-results": lambda: formats.CocoResults(folder, score),
         "masks": lambda: formats.IdMasks(folder, score),
+        "label-maps": lambda: formats.LabelMaps(folder, score),
     }
     return [make[name]() for name in chosen]
 
@@ -181,7 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=FORMATS,
         help="may be repeated. pictures: images and videos with masks drawn on them (default); "
         "coco: annotations.json, a data set; coco-results: all instances, of any score; masks: a "
-        "PNG per image with the numbers of its instances",
+        "PNG per image with the numbers of its instances; label-maps: a PNG with the class of each "
+        "pixel (EPS)",
     )
     parser.add_argument(
         "--score",
