@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from .checkpoint.checkpointer import Checkpointer
-from .checkpoint.find import find_config
+from .checkpoint.find import find_config, set_num_classes
 from .checkpoint.load import load_weights_file
 from .config import use_available_device
 from .drawing import draw_instances, draw_points
@@ -175,8 +175,7 @@ class Predictor:
             (output,) = self.model([inputs])
         if isinstance(self.model, EPS):
             label_map, instances = to_regions(output["sem_seg"].cpu())
-            found = self._result(pixels, instances)
-            return replace(found, label_map=label_map.numpy())
+            return replace(self._result(pixels, instances), label_map=label_map.numpy())
         if "instances" not in output:
             raise UserError(f"{type(self.model).__name__} predicts no instances")
         return self._result(pixels, output["instances"])
@@ -285,7 +284,7 @@ def load(
     names = _trained_names(checkpoint)
     metadata = _dataset_metadata(cfg, needed=names is None)
     if names is not None:
-        _set_num_classes(cfg, len(names), file)
+        set_num_classes(cfg, len(names), file)
         # The data set of the config may have other classes, or not be on this machine.
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     elif metadata is not None:
@@ -344,13 +343,3 @@ def _category_ids(metadata: Any, names: list[str] | None) -> list[int] | None:
         return None
     to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     return sorted(to_contiguous, key=to_contiguous.__getitem__)
-
-
-def _set_num_classes(cfg: CfgNode, number: int, weights: str) -> None:
-    for key in num_classes_keys(cfg):
-        configured = get_value(cfg, key)
-        if configured not in (-1, number):
-            raise UserError(
-                f"{key} is {configured}, but {weights} was trained for {number} classes"
-            )
-        cfg.merge_from_list([key, number])

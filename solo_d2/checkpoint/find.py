@@ -7,6 +7,7 @@ from detectron2.config import CfgNode
 
 from solo_d2.config import load_config
 from solo_d2.errors import UserError
+from solo_d2.modeling.num_classes import get_value, num_classes_keys
 
 from .architecture import match_configs
 from .load import load_weights_file
@@ -92,3 +93,18 @@ def _last_weights(folder: Path) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     raise UserError(f"{folder} holds no checkpoint: none of {', '.join(names)}")
+
+
+def set_num_classes(cfg: CfgNode, number: int, weights: str) -> None:
+    """Set the number of classes that the weights were trained for.
+
+    Raises:
+        UserError: the config has another one.
+    """
+    for key in num_classes_keys(cfg):
+        configured = get_value(cfg, key)
+        if configured not in (-1, number):
+            raise UserError(
+                f"{key} is {configured}, but {weights} was trained for {number} classes"
+            )
+        cfg.merge_from_list([key, number])
