@@ -25,6 +25,7 @@ from tiny_models import (
 from torch import nn
 
 from solo_d2.layers import masks as mask_ops
+from solo_d2.modeling.prepare import precision
 
 
 class Architecture(NamedTuple):
@@ -330,9 +331,10 @@ class TestInference:
             assert torch.equal(whole.pred_masks, chunked.pred_masks)
 
     def test_mixed_precision_finds_something(self, architecture, excited):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with precision("cpu", "bfloat16"):
             (instances,) = run(excited)
         assert len(instances) > 0
+        assert instances.scores.dtype == instances.pred_boxes.tensor.dtype == torch.float32
         check_output(architecture, instances, SIZE)
 
     def test_weights_that_are_not_finite_are_no_silent_failure(self, architecture):

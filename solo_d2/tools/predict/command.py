@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from solo_d2.arguments import add_model_arguments, parse, print_error
+from solo_d2.arguments import add_dtype_argument, add_model_arguments, parse, print_error
 from solo_d2.errors import UserError, one_line
 from solo_d2.images import UnreadableError
 from solo_d2.predictor import Result, load
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             weights=weights if config else "",
             opts=options.opts,
             allow_pickle=options.allow_pickle,
+            dtype=options.dtype,
         )
         predictor.max_pixels = round(options.max_megapixels * 1e6)
         if points and not predictor.takes_points:
@@ -174,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "default is MODEL.WEIGHTS",
     )
     parser.add_argument("--output", default="output/predictions", metavar="DIR")
+    add_dtype_argument(parser)
     parser.add_argument(
         "--format",
         action="append",
