@@ -101,6 +101,15 @@ ADAPTIS_DEEPLAB = {
     "MODEL.ADAPTIS.IN_FEATURES": ["res2", "res5"],
     "MODEL.ADAPTIS.FUSION": "deeplab",
 }
+EPS = {
+    "MODEL.META_ARCHITECTURE": "EPS",
+    "MODEL.BACKBONE.NAME": "build_mobilenetv2_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
+    "MODEL.MOBILENETV2.NORM": "BN",
+    "MODEL.MOBILENETV2.OUT_FEATURES": ["res3", "res4"],
+    "MODEL.EPS.IN_FEATURES": ["res3", "res4"],
+}
 
 
 def tiny_config(settings: dict[str, object], **options) -> CfgNode:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from solo_d2.checkpoint import build_checkpointer
-from solo_d2.data.mapper import InstanceMapper
+from solo_d2.data import build_mapper
 from solo_d2.evaluation.build import build_evaluators
 from solo_d2.evaluation.coco import summary_lines, write_results
 from solo_d2.modeling.own_keys import all_keys_honored
@@ -155,7 +155,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        mapper = InstanceMapper(cfg, is_train=False)
+        mapper = build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod

@@ -10,6 +10,7 @@ from .mobilenetv2 import (
     build_mobilenetv2_backbone,
     build_mobilenetv2_fpn_backbone,
 )
+from .resnet38 import ResNet38, build_resnet38_backbone
 from .unet import AdaptISUNet, build_adaptis_unet_backbone
 from .vovnet import (
     VoVNet,
@@ -22,6 +23,7 @@ __all__ = [
     "AdaptISUNet",
     "DarkNet",
     "MobileNetV2",
+    "ResNet38",
     "VoVNet",
     "build_adaptis_unet_backbone",
     "build_darknet_backbone",
@@ -32,6 +34,7 @@ __all__ = [
     "build_fcos_vovnet_fpn_backbone",
     "build_mobilenetv2_backbone",
     "build_mobilenetv2_fpn_backbone",
+    "build_resnet38_backbone",
     "build_vovnet_backbone",
     "build_vovnet_fpn_backbone",
 ]

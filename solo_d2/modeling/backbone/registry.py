@@ -11,7 +11,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor
 
 from ..own_keys import warn_about_own_keys
-from ..prepare import check_precision, prepare
+from ..prepare import check_precision, checkpoint_activations, prepare
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)
 Builder = Callable[[CfgNode, ShapeSpec], BackboneT]
@@ -28,6 +28,8 @@ def register_backbone(build: Builder[BackboneT]) -> Builder[BackboneT]:
     def build_prepared(cfg: CfgNode, input_shape: ShapeSpec) -> BackboneT:
         warn_about_own_keys(cfg)
         backbone = prepare(build(cfg, input_shape))
+        if cfg.MODEL.BACKBONE.CHECKPOINT_ACTIVATIONS:
+            checkpoint_activations(backbone)
         backbone.register_forward_pre_hook(_refuse_half)
         return backbone
 
