@@ -202,7 +202,7 @@ class FCOSProposalGenerator(nn.Module):
         boxes = [image.boxes for image in found]
         # NaN scores find nothing, NaN distances find boxes that are nowhere
         suspects = [torch.cat(boxes), *(() if all(map(len, boxes)) else outputs.class_logits)]
-        if not all(x.isfinite().all() for x in suspects):
+        if not torch.stack([x.isfinite().all() for x in suspects]).all():
             raise ValueError("the outputs are not finite: weights have inf or NaN values")
         return [
             Instances(

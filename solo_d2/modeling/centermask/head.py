@@ -68,7 +68,7 @@ class FCOSHead(nn.Module):
         for feature, scale in zip(features, self.scales):
             box_feature = self.box_tower(feature)
             class_logits.append(self.class_logits(self.class_tower(feature)))
-            distances.append(F.relu(self.box_pred(box_feature).float() * scale))
+            distances.append(F.relu_(self.box_pred(box_feature).float() * scale))
             centerness.append(self.centerness(box_feature))
         return FCOSOutputs(class_logits, distances, centerness)
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.layers import ROIAlign
-from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..options import check_choice
 
@@ -93,13 +94,17 @@ class AdaptiveROIPooler(nn.Module):
         box_lists = [Boxes(boxes.tensor.clamp(-limit, limit)) for boxes in box_lists]
         levels = self.assign(box_lists, image_sizes)
         order = levels.argsort(stable=True)
-        counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1)
-        rois = convert_boxes_to_pooler_format(box_lists)[order].split(counts.tolist())
+        counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1).tolist()
+        rois = torch.cat([F.pad(b.tensor, (1, 0), value=i) for i, b in enumerate(box_lists)])[order]
+        pooled = rois.new_empty((len(rois), x[0].shape[1], self.output_size, self.output_size))
         # Features in half precision are pooled as float32: RoIAlign would convert the boxes to
         # their type, which has only 11 bits for a coordinate. Levels without boxes are pooled too,
         # which connects them to the losses.
-        pooled = torch.cat([f(y.float(), r) for f, y, r in zip(self.aligns, x, rois)])
-        return pooled.new_empty(pooled.shape).index_copy(0, order, pooled)
+        for align, feature, index, of_level in zip(
+            self.aligns, x, order.split(counts), rois.split(counts)
+        ):
+            pooled.index_copy_(0, index, align(feature.float(), of_level))
+        return pooled
 
     def assign(self, box_lists: list[Boxes], image_sizes: list[tuple[int, int]]) -> Tensor:
         """(R,) int64 index of each box's level."""

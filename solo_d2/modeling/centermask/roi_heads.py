@@ -1,12 +1,22 @@
 """CenterMask's second half: masks for the boxes of FCOS, and the quality of these masks."""
 
+import numpy as np
 import torch
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.matcher import Matcher
-from detectron2.modeling.roi_heads import ROIHeads, build_mask_head, select_foreground_proposals
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
+from detectron2.modeling.roi_heads import ROIHeads, build_mask_head
+from detectron2.structures import (
+    BitMasks,
+    Boxes,
+    ImageList,
+    Instances,
+    PolygonMasks,
+    pairwise_iou,
+)
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import record_function
@@ -184,23 +194,45 @@ class CenterMaskROIHeads(ROIHeads):
     def label_and_sample_proposals(
         self, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
-        """Like Detectron2's, but a proposal gets the index ``gt_index`` of its mask, not a copy."""
-        without_masks = [
-            Instances(
-                x.image_size,
-                gt_boxes=x.gt_boxes,
-                gt_classes=x.gt_classes,
-                gt_index=torch.arange(len(x), device=x.gt_classes.device),
-            )
-            for x in targets
-        ]
-        return super().label_and_sample_proposals(proposals, without_masks)
+        """The proposals that fit an object, of each image a limited number at random.
+
+        Unlike Detectron2's, it omits the background, which has no masks, and waits for the device
+        once, not several times per image.
+
+        Returns:
+            Per image, with ``gt_classes`` and ``gt_index``, a list with the object of each.
+        """
+        if self.proposal_append_gt:
+            proposals = add_ground_truth_to_proposals(targets, proposals)
+        objects = Boxes.cat([x.gt_boxes for x in targets])
+        boxes = Boxes.cat([x.proposal_boxes for x in proposals])
+        blocks = [torch.ones(len(x), len(y)) for x, y in zip(targets, proposals)]
+        same_image = torch.block_diag(*blocks).to(boxes.device)
+        owner, label = self.proposal_matcher(pairwise_iou(objects, boxes) * same_image)
+        fits = (label == 1).nonzero()[:, 0]
+        pairs = torch.stack([fits, owner[fits]], dim=1).tolist()
+
+        limit = int(self.batch_size_per_image * self.positive_fraction)
+        sampled = []
+        first = first_object = 0
+        for found, target in zip(proposals, targets):
+            ours = [(p - first, o - first_object) for p, o in pairs if 0 <= p - first < len(found)]
+            if len(ours) > limit:
+                ours = [ours[i] for i in torch.randperm(len(ours))[:limit]]
+            first, first_object = first + len(found), first_object + len(target)
+            index = [i for _, i in ours]
+            found = found[[i for i, _ in ours]]
+            found.gt_classes, found.gt_index = target.gt_classes[index], index
+            sampled.append(found)
+        if has_event_storage():
+            mean = sum(map(len, sampled)) / len(sampled)
+            get_event_storage().put_scalar("roi_head/num_fg_samples", mean)
+        return sampled
 
     def mask_losses(
         self, features: dict[str, Tensor], proposals: list[Instances], targets: list[Instances]
     ) -> dict[str, Tensor]:
-        """Losses of the masks and of their predicted IoUs, over the foreground of the batch."""
-        proposals, _ = select_foreground_proposals(proposals, self.num_classes)
+        """Losses of the masks and of their predicted IoUs; all proposals are of objects."""
         pooled = self.pool(features, [x.proposal_boxes for x in proposals], proposals)
         if not self.has_class_logits:
             for proposal, masks in zip(proposals, _masks_of(proposals, targets)):
@@ -233,17 +265,15 @@ class CenterMaskROIHeads(ROIHeads):
         Raises:
             ValueError: an image has objects without masks.
         """
-        boxes = [x.proposal_boxes.tensor for x in proposals]
-        crops = [boxes[0].new_zeros((0, size, size), dtype=torch.bool)]
-        visible = [boxes[0].new_zeros(0)]
-        for proposal, masks, box in zip(proposals, _masks_of(proposals, targets), boxes):
-            if masks is None:
-                continue
-            index, device = proposal.gt_index, box.device
-            if isinstance(masks, PolygonMasks):  # these are on the CPU
-                index, box = index.cpu(), box.cpu()
-            crops.append(crop_masks(masks, index, box, size).to(device))
-            visible.append(visible_share(masks, index, box).to(device))
+        boxes = torch.cat([x.proposal_boxes.tensor for x in proposals])
+        corners = np.array(boxes.tolist(), dtype=np.float32).reshape(-1, 4)
+        crops = [boxes.new_zeros((0, size, size), dtype=torch.bool)]
+        visible = [boxes.new_zeros(0)]
+        for proposal, masks in zip(proposals, _masks_of(proposals, targets)):
+            ours, corners = np.split(corners, [len(proposal)])
+            if masks is not None:
+                crops.append(crop_masks(masks, proposal.gt_index, ours, size).to(boxes.device))
+                visible.append(visible_share(masks, proposal.gt_index, ours).to(boxes.device))
         return torch.cat(crops), torch.cat(visible)
 
 
