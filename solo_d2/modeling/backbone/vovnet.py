@@ -6,15 +6,15 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import FPN, Backbone
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.deform_conv import DeformConv2d
+from solo_d2.layers.masks import chunk_length
 
-from .fpn import build_fcos_fpn, build_fpn
-from .registry import check_freeze_at, register_backbone
+from .registry import check_stages, freeze, register_backbone, register_pyramids
 
 
 class VoVNetBody(NamedTuple):
@@ -126,13 +126,29 @@ class OSAModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        outputs = [x]
+        maps = [x]
         y = x if self.reduction is None else self.reduction(x)
         for layer in self.layers:
             y = layer(y)
-            outputs.append(y)
-        z = self.ese(self.concat(torch.cat(outputs, dim=1)))
-        return x + z if self.identity else z
+            maps.append(y)
+        z = self.ese(self._reduce(maps))
+        return z.add_(x) if self.identity else z
+
+    def _reduce(self, maps: list[Tensor]) -> Tensor:
+        """The 1x1 convolution of the concatenated maps; empties the list to release them.
+
+        Without gradients, it goes through strips of rows: as a whole, the concatenation would be
+        the largest tensor of the network.
+        """
+        n, _, _, width = maps[0].shape
+        recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or recorded:
+            return self.concat(torch.cat(maps, dim=1))
+        rows = chunk_length(n * self.concat.in_channels * width)
+        parts = zip(*(x.split(rows, dim=2) for x in maps))
+        strips = [self.concat(torch.cat(part, dim=1)) for part in parts]
+        maps.clear()
+        return strips[0] if len(strips) == 1 else torch.cat(strips, dim=2)
 
 
 class VoVNet(Backbone):
@@ -168,15 +184,13 @@ class VoVNet(Backbone):
         """
         super().__init__()
         names = ["stem", *_STAGES]
-        if not out_features or not set(out_features) <= set(names):
-            raise ValueError(f"out_features must be some of {names}, not {[*out_features]}")
+        check_stages(out_features, names, freeze_at)
         _check_norm(norm, body)
         if len(deform_on_per_stage) != len(_STAGES):
             raise ValueError(
                 f"deform_on_per_stage must have {len(_STAGES)} values, for stage2 to stage5, "
                 f"not {len(deform_on_per_stage)}"
             )
-        check_freeze_at(freeze_at)
         self._out_features = [name for name in names if name in out_features]
         self.stage_names = names[1 : 1 + names.index(self._out_features[-1])]
 
@@ -201,24 +215,19 @@ class VoVNet(Backbone):
         for module in self.modules():
             if isinstance(module, Conv2d):  # offset convolutions are not, and stay zero
                 nn.init.kaiming_normal_(module.weight)
-        self._freeze(freeze_at)
-
-    def _freeze(self, freeze_at: int) -> None:
         for name in ["stem", *self.stage_names][:freeze_at]:
-            part = getattr(self, name)
-            part.requires_grad_(False)
-            FrozenBatchNorm2d.convert_frozen_batchnorm(part)
+            freeze(getattr(self, name))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, in_channels, H, W) -> a map (N, C, about H / stride, W / stride) per output."""
-        x = self.stem(x)
-        outputs = {"stem": x}
-        for name in self.stage_names:
-            if name != "stage2":
+        outputs = {}
+        for name in ["stem", *self.stage_names]:
+            if name in _STAGES[1:]:
                 x = F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
             x = getattr(self, name)(x)
-            outputs[name] = x
-        return {name: outputs[name] for name in self._out_features}
+            if name in self._out_features:
+                outputs[name] = x
+        return outputs
 
 
 def _check_norm(norm: str, body: VoVNetBody) -> None:
@@ -309,13 +318,8 @@ def build_vovnet_backbone(cfg, input_shape: ShapeSpec) -> VoVNet:
     )
 
 
-@register_backbone
-def build_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under a feature pyramid P2 to P6."""
-    return build_fpn(cfg, build_vovnet_backbone(cfg, input_shape))
-
-
-@register_backbone
-def build_fcos_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under FCOS's feature pyramid, P3 to P7."""
-    return build_fcos_fpn(cfg, build_vovnet_backbone(cfg, input_shape))
+register_pyramids(
+    build_vovnet_backbone,
+    fpn="build_vovnet_fpn_backbone",
+    fcos_fpn="build_fcos_vovnet_fpn_backbone",
+)
