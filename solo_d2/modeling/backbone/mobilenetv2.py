@@ -7,6 +7,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
+from ..options import check_choice
 from .registry import check_stages, freeze, register_backbone, register_pyramids
 
 # Last block of each stride. The final 1x1 conv to 1280 channels belongs to the classifier and is
@@ -40,8 +41,7 @@ class MobileNetV2(Backbone):
         """
         super().__init__()
         check_stages(out_features, [*_STAGES], freeze_at)
-        if norm not in ("FrozenBN", "BN"):
-            raise ValueError(f"norm must be 'FrozenBN' or 'BN', not {norm!r}")
+        check_choice("norm", norm, ("FrozenBN", "BN"))
         blocks = mobilenet_v2(weights=None, width_mult=width_mult).features
         self.features = blocks[: max(_STAGES[name] for name in out_features) + 1]
         self._out_features = list(out_features)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from ..options import check_choice
 
 CRITERIA = ("ratio", "area")
-POOLER_TYPES = ("ROIAlignV2", "ROIAlign")
 # Boxes are clipped to this many image sides around the image.
 MAX_REACH = 16
 
@@ -48,7 +47,6 @@ class AdaptiveROIPooler(nn.Module):
         strides: Sequence[int],
         criterion: str = "ratio",
         sampling_ratio: int = 0,
-        pooler_type: str = "ROIAlignV2",
     ):
         """
         Args:
@@ -56,14 +54,12 @@ class AdaptiveROIPooler(nn.Module):
             strides: strides of the levels, each twice the previous one.
             criterion: "ratio", see ``assign_by_ratio``, or "area", the rule of FPN.
             sampling_ratio: samples per side of a cell; 0: one per pixel.
-            pooler_type: "ROIAlignV2", or "ROIAlign", whose boxes are off by half a pixel.
 
         Raises:
             ValueError: an option has an unsupported value.
         """
         super().__init__()
         check_choice("criterion", criterion, CRITERIA)
-        check_choice("pooler_type", pooler_type, POOLER_TYPES)
         levels = [int(math.log2(stride)) for stride in strides]
         if list(strides) != [2**k for k in range(levels[0], levels[-1] + 1)]:
             raise ValueError(f"strides must be successive powers of 2, not {list(strides)}")
@@ -71,9 +67,7 @@ class AdaptiveROIPooler(nn.Module):
         self.criterion = criterion
         self.output_size = output_size
         self.aligns = nn.ModuleList(
-            ROIAlign(
-                (output_size, output_size), 1 / stride, sampling_ratio, pooler_type == "ROIAlignV2"
-            )
+            ROIAlign((output_size, output_size), 1 / stride, sampling_ratio, aligned=True)
             for stride in strides
         )
 
@@ -111,10 +105,8 @@ class AdaptiveROIPooler(nn.Module):
         if self.criterion == "area":
             # FPN's: a box of 224 x 224 pixels belongs to level 4
             return assign_boxes_to_levels(box_lists, self.min_level, self.max_level, 224, 4)
-        areas = [height * width for height, width in image_sizes]
-        image_areas = [
-            boxes.tensor.new_full((len(boxes),), a) for a, boxes in zip(areas, box_lists)
-        ]
+        sizes = zip(box_lists, image_sizes)
+        image_areas = [boxes.tensor.new_full((len(boxes),), h * w) for boxes, (h, w) in sizes]
         return assign_by_ratio(
             torch.cat([boxes.area() for boxes in box_lists]),
             torch.cat(image_areas),

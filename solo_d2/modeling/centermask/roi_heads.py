@@ -8,14 +8,8 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator.proposal_utils import add_ground_truth_to_proposals
 from detectron2.modeling.roi_heads import ROIHeads, build_mask_head
-from detectron2.structures import (
-    BitMasks,
-    Boxes,
-    ImageList,
-    Instances,
-    PolygonMasks,
-    pairwise_iou,
-)
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, PolygonMasks
+from detectron2.structures.boxes import pairwise_iou
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +18,7 @@ from torch.profiler import record_function
 from solo_d2.layers.distributed import normalizer
 
 from ..num_classes import resolve_num_classes, write_num_classes
+from ..options import check_choice
 from ..prepare import prepare
 from .fcos import features_by_name
 from .mask_iou import MaskIoUHead, crop_masks, mask_iou_targets, visible_share
@@ -50,7 +45,6 @@ class CenterMaskROIHeads(ROIHeads):
         mask_pooler: AdaptiveROIPooler | None = None,
         mask_head: nn.Module | None = None,
         mask_iou_head: nn.Module | None = None,
-        mask_iou_loss_weight: float = 1.0,
     ):
         """
         Args:
@@ -63,7 +57,6 @@ class CenterMaskROIHeads(ROIHeads):
                 ``class_logits``, like ``SpatialAttentionMaskHead``, its loss is computed here;
                 any other head computes its own.
             mask_iou_head: predicts the IoU of masks; None for no mask scores.
-            mask_iou_loss_weight: factor on its loss.
 
         Raises:
             ValueError: ``mask_iou_head`` is given and the mask head has no ``class_logits``.
@@ -88,7 +81,6 @@ class CenterMaskROIHeads(ROIHeads):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
         self.mask_iou_head = mask_iou_head
-        self.mask_iou_loss_weight = mask_iou_loss_weight
         prepare(self)
 
     @classmethod
@@ -101,13 +93,13 @@ class CenterMaskROIHeads(ROIHeads):
         shapes = features_by_name(input_shape, names, "MODEL.ROI_HEADS.IN_FEATURES")
         mask = cfg.MODEL.ROI_MASK_HEAD
         channels, size = shapes[0].channels, mask.POOLER_RESOLUTION
+        check_choice("MODEL.ROI_MASK_HEAD.POOLER_TYPE", mask.POOLER_TYPE, ("ROIAlignV2", ""))
         if mask.POOLER_TYPE:
             options["mask_pooler"] = AdaptiveROIPooler(
                 output_size=size,
                 strides=[shape.stride for shape in shapes],
                 criterion=cfg.MODEL.CENTERMASK.ASSIGN_CRITERION,
                 sampling_ratio=mask.POOLER_SAMPLING_RATIO,
-                pooler_type=mask.POOLER_TYPE,
             )
             head_input = ShapeSpec(channels=channels, width=size, height=size)
         else:  # such as PointRend's head
@@ -253,8 +245,8 @@ class CenterMaskROIHeads(ROIHeads):
         iou = mask_iou_targets(logits > 0, masks, visible)
         predicted = _of_class(self.mask_iou_head(pooled, logits.sigmoid()), classes)
         positive = iou > 0
-        loss = (0.5 * (predicted - iou) ** 2 * positive).sum() / normalizer(positive.sum())
-        losses["loss_maskiou"] = self.mask_iou_loss_weight * loss
+        loss = (0.5 * (predicted - iou) ** 2 * positive).sum()
+        losses["loss_maskiou"] = loss / normalizer(positive.sum())
         return losses
 
     def mask_targets(

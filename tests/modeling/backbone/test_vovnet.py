@@ -386,7 +386,7 @@ def test_strips_of_rows_do_not_change_the_aggregation(monkeypatch, largest_float
     x = torch.randn(2, module.layers[0].in_channels, 12, 16)
     with torch.enable_grad():
         whole = module(x)
-    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 5 * 2 * module.concat.in_channels * 16 * 4)
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 4 * 5 * 2 * module.concat.in_channels * 16 * 4)
     with largest_float() as seen:
         strips = module(x)
     torch.testing.assert_close(strips, whole)
