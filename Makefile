@@ -11,12 +11,13 @@ DEMO_OUTPUT := output/demo
 TEST_WORKERS ?= 2
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format lock clean
+.PHONY: help install demo test test-browser lint format lock clean
 
 help:
 	@echo "make install  create $(VENV) with pinned, hash-checked versions (about 6 GB)"
 	@echo "make demo     train a small SOLOv2 on the CPU, evaluate it, draw pictures ($(DEMO_OUTPUT))"
 	@echo "make test     run the test suite (make test ARGS='-k nms' for a part)"
+	@echo "make test-browser  only the tests of pages, in Chromium (Debian: chromium chromium-driver)"
 	@echo "make lint     check formatting, lint and types;  make format  rewrites the files"
 	@echo "make lock     resolve .ci/*.in to .ci/*.lock again (needs uv)"
 	@echo "make clean    remove what the demo and the tools wrote;  $(VENV) stays"
@@ -51,6 +52,12 @@ demo: $(INSTALLED)
 # Processes of one thread each are quicker than threads for tensors as small as the tests'.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_WORKERS) --dist worksteal --durations 10 $(ARGS)
+
+# `make test` skips these tests where there is no Chromium. With SOLO_D2_AXE=axe.min.js (npm install axe-core),
+# they also check that pages are accessible.
+test-browser: $(INSTALLED)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { echo "no chromium or chromedriver"; exit 1; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m browser $(ARGS)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff format --check .

@@ -28,6 +28,7 @@ setup(
     packages=find_packages(include=["solo_d2", "solo_d2.*"]),
     package_data={
         "solo_d2": ["model_zoo.yaml", "py.typed", "models/*/*"],
+        "solo_d2.tools.click_page": ["static/*"],
         "solo_d2.tools.compare": ["templates/*"],
     },
     cmdclass={"build_py": BuildWithConfigs},
@@ -63,6 +64,7 @@ setup(
             "onnxscript>=0.7",  # torch.onnx.export translates operators with it
             "onnxruntime>=1.23",  # runs the files
         ],
+        "page": ["werkzeug>=3.0.6"],  # click-page's server; Detectron2's tensorboard has it anyway
         "video": ["av>=12"],  # predict writes H.264, which browsers play; 100 MB
     },
 )

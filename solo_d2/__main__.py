@@ -5,10 +5,11 @@ import sys
 
 from solo_d2.tools.env import missing_requirement
 
-# verb -> what it does; each is solo_d2/tools/<verb>.py or a package of that name
+# verb -> what it does; each is solo_d2/tools/<verb>.py or a package of that name (_ for -)
 VERBS = {
     "train": "train and evaluate a model",
     "predict": "segment images, folders and videos",
+    "click-page": "annotate images on a local page: click on an object, and AdaptIS finds it",
     "check": "list every problem of a COCO json file and its images",
     "compare": "train, evaluate and time several models, and report on them",
     "report": "evaluate and time one trained model, and report on it",
@@ -35,7 +36,7 @@ def main() -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     sys.argv = [f"solo-d2 {verb}", *sys.argv[2:]]
-    return importlib.import_module(f"solo_d2.tools.{verb}").main()
+    return importlib.import_module(f"solo_d2.tools.{verb.replace('-', '_')}").main()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def test_links_lead_to_files(name):
 def test_commands_name_verbs_and_configs(name):
     text = (REPOSITORY / name).read_text(encoding="utf-8")
     for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
-        for verb in re.findall(r"^solo-d2 (\w+)", block, re.MULTILINE):
+        for verb in re.findall(r"^solo-d2 ([\w-]+)", block, re.MULTILINE):
             assert verb in front.VERBS
         for config in re.findall(r"[\w./-]+\.yaml", block):
             get_config_file(config)  # raises where there is none

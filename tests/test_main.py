@@ -13,7 +13,7 @@ def test_help_lists_every_verb_and_each_is_a_tool(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == list(front.VERBS)
     for verb in front.VERBS:
-        assert importlib.util.find_spec(f"solo_d2.tools.{verb}") is not None
+        assert importlib.util.find_spec(f"solo_d2.tools.{verb.replace('-', '_')}") is not None
 
 
 @pytest.mark.parametrize(
