@@ -90,15 +90,12 @@ class AdaptiveROIPooler(nn.Module):
         order = levels.argsort(stable=True)
         counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1).tolist()
         rois = torch.cat([F.pad(b.tensor, (1, 0), value=i) for i, b in enumerate(box_lists)])[order]
-        pooled = rois.new_empty((len(rois), x[0].shape[1], self.output_size, self.output_size))
         # Features in half precision are pooled as float32: RoIAlign would convert the boxes to
         # their type, which has only 11 bits for a coordinate. Levels without boxes are pooled too,
         # which connects them to the losses.
-        for align, feature, index, of_level in zip(
-            self.aligns, x, order.split(counts), rois.split(counts)
-        ):
-            pooled.index_copy_(0, index, align(feature.float(), of_level))
-        return pooled
+        parts = zip(self.aligns, x, rois.split(counts))
+        pooled = torch.cat([align(feature.float(), part) for align, feature, part in parts])
+        return pooled.new_empty(pooled.shape).index_copy(0, order, pooled)
 
     def assign(self, box_lists: list[Boxes], image_sizes: list[tuple[int, int]]) -> Tensor:
         """(R,) int64 index of each box's level."""
