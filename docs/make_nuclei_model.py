@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 
 import solo_d2
 from solo_d2.config import load_config
-from solo_d2.data.catalog import _find_folder
+from solo_d2.data.catalog import folder_files, named_folder
 from solo_d2.evaluation.coco_eval import evaluate_coco
 
 TARGET = Path(solo_d2.__file__).parent / "models" / "nuclei"
@@ -112,7 +112,7 @@ def evaluate() -> tuple[dict[str, float], int]:
     """Mask AP of the packed model in percent, and the number of images."""
     from pycocotools.coco import COCO
 
-    json_file, folder = _find_folder("nuclei", "val")()
+    json_file, folder = folder_files(lambda: named_folder("nuclei"), "val")
     truth, model = COCO(str(json_file)), solo_d2.load("nuclei")
     results = []
     for image in truth.dataset["images"]:

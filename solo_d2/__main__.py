@@ -13,6 +13,7 @@ VERBS = {
     "check": "list every problem of a COCO json file and its images",
     "compare": "train, evaluate and time several models, and report on them",
     "report": "evaluate and time one trained model, and report on it",
+    "errors": "say how many points of AP each kind of error in a results file costs",
     "click": "measure how well AdaptIS segments objects from one click each",
     "export": "write a model as ONNX or torch.export file, and compare it with the model",
     "benchmark": "time a model's parts",

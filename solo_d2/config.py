@@ -135,8 +135,8 @@ def _add_training(cfg: CN) -> None:
     # parameter separately.
     cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0
     # The metric that selects model_best.pth. "": the model's main metric ("segm/AP", "bbox/AP"
-    # without masks, "panoptic_seg/PQ" for AdaptIS), on the first test set if there are several. To
-    # choose another test set, write "<name>/segm/AP".
+    # without masks, "panoptic_seg/PQ" of panoptic models), on the first test set if there are
+    # several. To choose another test set, write "<name>/segm/AP".
     cfg.TEST.BEST_METRIC = ""
     # Stop after this many evaluations in a row without improvement (0 = train to the end).
     cfg.TEST.PATIENCE = 0

@@ -19,6 +19,7 @@ class ZooModel(NamedTuple):
     config: str  # for get_config_file and --config-file
     mask_ap: float | None
     box_ap: float | None
+    pq: float | None  # panoptic quality
     data: str | None  # on which the AP was measured
     repository: str | None
     weights_page: str | None  # where the authors offer the weights, a file for "convert"
@@ -56,6 +57,7 @@ def list_models() -> list[ZooModel]:
                 config=name,
                 mask_ap=published.get("mask_ap"),
                 box_ap=published.get("box_ap"),
+                pq=published.get("pq"),
                 data=source.get("data"),
                 repository=source.get("repository"),
                 weights_page=source.get("weights_page"),

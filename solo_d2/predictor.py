@@ -353,6 +353,7 @@ def _inference_settings(cfg: CfgNode) -> str:
     """The settings, besides the weights, that predictions depend on."""
     model = cfg.MODEL.clone()
     model.WEIGHTS = model.DEVICE = ""
+    model.SOLO.PAD_BEFORE_DOWNSAMPLING = True  # concerns training only
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
     return f"{model} {sizes} {cfg.TEST.DETECTIONS_PER_IMAGE}"
 

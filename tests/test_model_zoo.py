@@ -15,17 +15,17 @@ PUBLISHED = ["SOLO", "SOLOv2", "YOLACT", "CenterMask", "MaskRCNN"]
 
 
 def published_ap(folder):
-    """Config -> mask AP and box AP of its first row in the folder's table, as text."""
+    """Config -> mask AP, box AP and PQ of its first row in the folder's table, as text."""
     readme = (CONFIGS / folder / "README.md").read_text(encoding="utf-8")
     table = readme.split("\n## Published")[1].split("\n## ")[0]
     rows = [[cell.strip() for cell in x.split("|")] for x in table.splitlines() if x[:1] == "|"]
     header = rows[0]
     mask = header.index("mask AP" if "mask AP" in header else "AP")
-    box = header.index("box AP") if "box AP" in header else None
+    others = [header.index(x) if x in header else None for x in ("box AP", "PQ")]
     found = {}
     for row in rows[2:]:
         name = f"{folder}/{re.search(r'[(](.+[.]yaml)[)]', row[1])[1]}"
-        found.setdefault(name, (row[mask], row[box] if box else ""))
+        found.setdefault(name, (row[mask], *(row[i] if i else "" for i in others)))
     return found
 
 
@@ -35,7 +35,7 @@ def test_figures_are_those_of_the_tables(folder):
     models = {x.config: x for x in list_models() if x.config.startswith(f"{folder}/")}
     assert set(table) == set(models)
     for name, cells in table.items():
-        published = (models[name].mask_ap, models[name].box_ap)
+        published = (models[name].mask_ap, models[name].box_ap, models[name].pq)
         for cell, ap in zip(cells, published):
             in_table = float(cell) if re.fullmatch(r"\d\d\.\d", cell) else None
             assert ap == in_table, name
@@ -43,7 +43,8 @@ def test_figures_are_those_of_the_tables(folder):
 
 def test_each_published_model_has_its_repository_and_page():
     for model in list_models():
-        assert (model.mask_ap is None) == (model.repository is None), model.config
+        measured = model.mask_ap or model.pq
+        assert (measured is None) == (model.repository is None), model.config
         if model.repository:
             assert re.fullmatch(r"https://github\.com/[\w-]+/[\w-]+", model.repository)
         if model.weights_page:

@@ -45,18 +45,27 @@ def match_configs(
         settings: config keys and values. Configs with other values are returned only if no config
             with these values fits.
     """
-    same: list[str] = []
-    other: list[str] = []
-    for name, cfg in _configs(architecture).items():
-        (other if differing_settings(cfg, settings or {}) else same).append(name)
-    for group in (same, same + other):
-        extra = {name: _differing_names(name, shapes, lacking) for name in group}
+    configs = _configs(architecture)
+    same = [name for name, cfg in configs.items() if not differing_settings(cfg, settings or {})]
+    for group in (same, configs):
+        extra = {
+            name: sum(map(len, differing_names(shapes, packaged_shapes(name, 2), lacking)))
+            for name in group
+        }
         fewest = min(extra.values(), default=0)
         nearest = [_match(name, shapes, fewest) for name in group if extra[name] == fewest]
-        exact = [match for match in nearest if not match.differences]
-        if exact:
+        if exact := [match for match in nearest if not match.differences]:
             return exact
     return sorted(nearest, key=lambda match: match.differences)[:1]
+
+
+def differing_names(
+    shapes: Shapes, model: Shapes, lacking: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Names of the model that a state dict lacks, other than ``lacking``, and those it has more."""
+    optional = re.compile("|".join(lacking) or "(?!)")
+    missing = [name for name in model if name not in shapes and not optional.fullmatch(name)]
+    return missing, [name for name in shapes if name not in model]
 
 
 def differing_settings(cfg: CfgNode, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,17 +119,6 @@ def packaged_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
     return model_shapes(config_with_classes(load_config(name), num_classes))
 
 
-def _differing_names(name: str, shapes: Shapes, lacking: Sequence[str]) -> int:
-    """How many tensors are in the file only, or in the model of the packaged config only."""
-    model = packaged_shapes(name, 2).keys()
-    missing = [
-        key
-        for key in model - shapes.keys()
-        if not any(re.fullmatch(pattern, key) for pattern in lacking)
-    ]
-    return len(missing) + len(shapes.keys() - model)
-
-
 def _match(name: str, shapes: Shapes, differing_names: int) -> Match:
     number, wrong = _fit(shapes, packaged_shapes(name, 2), packaged_shapes(name, 3))
     return Match(name, number, differing_names + wrong)
@@ -132,10 +130,11 @@ def _fit(shapes: Shapes, two: Shapes, three: Shapes) -> tuple[int, int]:
     Returns:
         The number of classes that explains most of the shapes, and how many it does not explain.
     """
-    explained: Counter[int | None] = Counter()  # number of classes -> tensors
-    for key in two.keys() & shapes.keys():
-        if shapes[key] != two[key] or two[key] != three[key]:
-            explained[num_classes_of(shapes[key], two[key], three[key])] += 1
+    explained = Counter(  # number of classes -> tensors
+        num_classes_of(shapes[key], two[key], three[key])
+        for key in two.keys() & shapes.keys()
+        if shapes[key] != two[key] or two[key] != three[key]
+    )
     never = explained.pop(None, 0)
     number, fitting = max(explained.items(), key=lambda item: item[1], default=(2, 0))
     return number or 0, never + sum(explained.values()) - fitting

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import parse_qs, urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -84,6 +83,14 @@ class Checkpointer(DetectionCheckpointer):
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
 
+    def get_checkpoint_file(self) -> str:
+        """The last checkpoint in ``save_dir``; see Detectron2."""
+        try:
+            return super().get_checkpoint_file()
+        except UnicodeDecodeError:
+            file = os.path.join(self.save_dir, "last_checkpoint")
+            raise UserError(f"{file} does not hold the name of a checkpoint") from None
+
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a file or URL into the model; see Detectron2.
 
@@ -100,12 +107,10 @@ class Checkpointer(DetectionCheckpointer):
                 raise UserError("no weights were given")
             return super().load(path)
         self.logger.info(f"Loading {path}")
-        url = urlparse(path)
-        file = url._replace(query="").geturl()
+        file, _, query = path.partition("?")
         checkpoint = load_weights_file(file, allow_pickle=self.allow_pickle)
-        heuristics = parse_qs(url.query).get("matching_heuristics") == ["True"]
         weights, model = checkpoint.pop("model"), self.model.state_dict()
-        if heuristics or checkpoint.get("matching_heuristics"):
+        if query == "matching_heuristics=True" or checkpoint.get("matching_heuristics"):
             caffe2 = checkpoint.get("__author__") == "Caffe2"
             weights = align_and_update_state_dicts(model, weights, c2_conversion=caffe2)
         else:
@@ -129,7 +134,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_weights(
         self, path: str, weights: Mapping[str, Tensor], saved: Mapping[str, Any], *, complete: bool
     ) -> None:
-        model = self.model.state_dict()
+        model, kind = self.model.state_dict(), type(self.model).__name__
         shapes = {
             name: (tuple(tensor.shape), tuple(model[name].shape))
             for name, tensor in weights.items()
@@ -141,21 +146,22 @@ class Checkpointer(DetectionCheckpointer):
         origin = f" (saved from {saved['architecture']})" if saved.get("architecture") else ""
         if not belongs(fitting, weights, model):
             raise UserError(
-                f"weights {path}{origin} are not for {type(self.model).__name__}: hardly any "
-                f"tensor fits; the first in the file is {next(iter(weights))}, the first in the "
-                f"model {next(iter(model))}"
+                f"weights {path}{origin} are not for {kind}: hardly any tensor fits; the first in "
+                f"the file is {next(iter(weights))}, the first in the model {next(iter(model))}"
             )
         missing, unused = self.model.load_state_dict(fitting, strict=False)
         parameters = {name for name, _ in self.model.named_parameters()}
-        missing = [name for name in missing if name in parameters or ".running_" in f".{name}"]
-        missing = [name for name in missing if name not in shapes]
+        missing = [
+            name
+            for name in missing
+            if name not in shapes and (name in parameters or ".running_" in f".{name}")
+        ]
         names, ours = saved.get("thing_classes"), self.thing_classes
         differences = []
         if shapes:
             differences.append(describe_shapes(shapes, len(names or ()), len(ours or ())))
-        if differences + missing and complete:
+        if complete and (shapes or missing):
             differences += [f"the file lacks {listed(missing)}"] if missing else []
-            kind = type(self.model).__name__
             raise UserError(f"weights {path}{origin} do not fit {kind}: {'; '.join(differences)}")
         unused = [name for name in unused if not name.endswith("num_batches_tracked")]
         for what, of in (("not in the file", missing), ("not in the model", unused)):
@@ -166,27 +172,14 @@ class Checkpointer(DetectionCheckpointer):
             self.logger.warning(f"{path} was trained for the classes {names}; the model has {ours}")
 
 
-def build_checkpointer(
-    cfg: CfgNode,
-    model: nn.Module,
-    *,
-    require_complete: bool = False,
-    allow_pickle: bool = False,
-    **checkpointables: Any,
-) -> Checkpointer:
+def build_checkpointer(cfg: CfgNode, model: nn.Module, **options: Any) -> Checkpointer:
     """A checkpointer in OUTPUT_DIR that knows the classes of the config's data.
 
     Args:
         cfg: config of the model.
-        model, require_complete, allow_pickle, checkpointables: see ``Checkpointer``.
+        model, options: see ``Checkpointer``.
     """
     sets = [name for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if isinstance(name, str)]
     classes = [MetadataCatalog.get(name).get("thing_classes") for name in sets]
-    return Checkpointer(
-        model,
-        cfg.OUTPUT_DIR,
-        thing_classes=next(filter(None, classes), None),
-        require_complete=require_complete,
-        allow_pickle=allow_pickle,
-        **checkpointables,
-    )
+    known = next(filter(None, classes), None)
+    return Checkpointer(model, cfg.OUTPUT_DIR, thing_classes=known, **options)

@@ -1,6 +1,5 @@
 """Converting a published checkpoint: every tensor finds its place, or an error names it."""
 
-import re
 from collections.abc import Mapping
 
 from detectron2.config import CfgNode
@@ -8,7 +7,14 @@ from torch import Tensor
 
 from solo_d2.errors import UserError
 
-from .architecture import Match, Shapes, fit_num_classes, match_configs, model_shapes
+from .architecture import (
+    Match,
+    Shapes,
+    differing_names,
+    fit_num_classes,
+    match_configs,
+    model_shapes,
+)
 from .rename_rules import convert
 from .sources import Source
 
@@ -67,16 +73,11 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _check(shapes: Shapes, source: Source, cfg: CfgNode) -> None:
     expected = model_shapes(cfg)
-    missing = [
-        name
-        for name in expected
-        if name not in shapes and not any(re.fullmatch(p, name) for p in source.lacking)
-    ]
-    unused = [name for name in shapes if name not in expected]
+    missing, unused = differing_names(shapes, expected, source.lacking)
     other = [
         f"{name} is {shape}, the model has {expected[name]}"
         for name, shape in shapes.items()
-        if name in expected and shape != expected[name]
+        if expected.get(name, shape) != shape
     ]
     found = {"missing": missing, "unused": unused, "of another shape": other}
     complaints = [f"{what}: {', '.join(names)}" for what, names in found.items() if names]

@@ -186,20 +186,19 @@ def _with_state_dict(content: Any, path: str | Path) -> dict[str, Any]:
 
 def _check_metadata(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Refuse entries of wrong types among those that our checkpointer adds to the tensors."""
-    saved = checkpoint.get("solo_d2")
-    entries = [("iteration", checkpoint.get("iteration"), int), ("solo_d2", saved, dict)]
+    entries: list[tuple[str, Any, type]] = [("iteration", checkpoint.get("iteration"), int)]
+    saved = checkpoint.get("solo_d2") or {}
     if isinstance(saved, dict):
-        classes = saved.get("thing_classes")
         entries += [(key, saved.get(key), str) for key in ("architecture", "format")]
-        entries += [("thing_classes", classes, list)]
-        if isinstance(classes, list):
-            entries += [("class name", name, str) for name in classes]
+        classes = saved.get("thing_classes") or []
+        entries.append(("thing_classes", classes, list))
+        entries += [("class name", name, str) for name in classes if isinstance(classes, list)]
+    else:
+        entries.append(("solo_d2", saved, dict))
     for key, value, expected in entries:
         if value is not None and not isinstance(value, expected):
-            raise UserError(
-                f"weights {path}: its {key} is of type {type(value).__name__}, not "
-                f"{expected.__name__}"
-            )
+            kind = type(value).__name__
+            raise UserError(f"weights {path}: its {key} is of type {kind}, not {expected.__name__}")
 
 
 def _is_state_dict(value: Any) -> bool:

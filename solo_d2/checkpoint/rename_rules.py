@@ -17,10 +17,11 @@ Value = TypeVar("Value")
 
 
 def recognize(names: Iterable[str]) -> Source | None:
-    """The layout whose signature matches one of the names; None if there is none."""
+    """The first layout whose signature matches one of the names; None if there is none."""
     names = list(names)
     for source in SOURCES.values():
-        if any(re.match(source.signature, name) for name in names):
+        patterns = (source.signature, source.also_has)
+        if all(any(re.match(pattern, name) for name in names) for pattern in patterns):
             return source
     return None
 

@@ -13,17 +13,22 @@ _LARGEST_COORDINATE = 1e6
 _BOX_IOU, _BOX_TOLERANCE = 0.5, 2.0
 
 
-class DataError(ValueError):
-    """A json entry that is ambiguous or meaningless; the message is one line."""
+# What the reader does with a faulty entry: it raises an error, skips it, or corrects it.
+REFUSED, SKIPPED, REPAIRED = "refused", "skipped", "repaired"
 
-    def __init__(self, what: str, message: str):
+
+class Fault(ValueError):
+    """An annotation that is not used."""
+
+    def __init__(self, what: str, detail: str = "", *, effect: str = REFUSED):
         """
         Args:
-            what: the kind of error, in the plural.
-            message: what is wrong with this entry.
+            what: the kind of fault, in the plural.
+            detail: the value in question.
+            effect: REFUSED, or SKIPPED.
         """
-        super().__init__(message)
-        self.what = what
+        super().__init__(what)
+        self.what, self.detail, self.effect = what, detail, effect
 
 
 def show(value: Any) -> str:
@@ -67,36 +72,37 @@ def flag(value: Any) -> int | None:
     return None if found is None else {-1: 0, 0: 0, 1: 1}.get(found)
 
 
-def mask_of(value: Any, height: int, width: int, repairs: list[str]) -> tuple[Any, str]:
-    """(segmentation, ""), or (None, why there is none); changes are added to ``repairs``."""
+def mask_of(value: Any, height: int, width: int, repairs: list[str]) -> Any:
+    """The segmentation as polygons or an RLE; changes are added to ``repairs``.
+
+    Raises:
+        Fault: there is none, or it has no one meaning.
+    """
     if not value:
-        return None, "no segmentation"
+        raise Fault("annotations with no segmentation", effect=SKIPPED)
     if isinstance(value, dict):
         return _rle(value, height, width, repairs)
     polygons = _polygons(value, repairs)
     good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0]
     if not good:
-        return None, "a degenerate polygon"
+        raise Fault("annotations with a degenerate polygon", effect=SKIPPED)
     if not mask_util.area(to_rle(good, height, width)):
-        return None, "polygons that cover no pixel"
+        raise Fault("annotations with polygons that cover no pixel", effect=SKIPPED)
     if len(good) < len(polygons):
         repairs.append("masks with a degenerate polygon, which is removed")
-    return good, ""
+    return good
 
 
 def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
     """[[x, y, x, y, ...], ...] from that form, from points in pairs, or from a single polygon."""
-    wrong = DataError(
-        "annotations in another format", "segmentation is neither a list of polygons nor an RLE"
-    )
+    wrong = Fault("annotations whose segmentation is neither polygons nor an RLE", show(value))
     if not isinstance(value, list):
         raise wrong
     if not any(isinstance(x, (list, dict)) for x in value):  # the numbers of one polygon
         value = [value]
         repairs.append("polygons without an enclosing list, which is added")
-    elif len(value) >= 3 and all(isinstance(x, list) and len(x) == 2 for x in value):
-        if not any(isinstance(c, list) for x in value for c in x):  # the points of one polygon
-            value = [value]
+    elif len(value) >= 3 and _are_points(value):  # of one polygon
+        value = [value]
     result = []
     for polygon in value:
         if not isinstance(polygon, list):
@@ -104,53 +110,45 @@ def _polygons(value: Any, repairs: list[str]) -> list[list[float]]:
         if polygon and all(isinstance(point, list) and len(point) == 2 for point in polygon):
             polygon = [c for point in polygon for c in point]
             repairs.append("polygons whose points are pairs, flattened")
+        numbers = polygon
         if not {*map(type, polygon)} <= {int, float}:
             numbers = [number(c) for c in polygon]
-            if None in numbers:
-                bad = polygon[numbers.index(None)]
-                raise DataError(
-                    "polygons whose coordinates are not numbers",
-                    f"segmentation has the coordinate {show(bad)}, which is not a number of pixels",
-                )
-            polygon = numbers
             repairs.append("polygons whose coordinates are texts, converted")
-        for c in polygon:
-            if not abs(c) <= _LARGEST_COORDINATE:  # NaN too
-                raise DataError(
-                    "polygons whose coordinates are not numbers",
-                    f"segmentation has the coordinate {show(c)}, which is not a number of pixels",
-                )
-        result.append(polygon)
+        for c, found in zip(polygon, numbers):
+            if found is None or not abs(found) <= _LARGEST_COORDINATE:  # NaN too
+                what = "polygons whose coordinates are not numbers of pixels"
+                raise Fault(what, f"coordinate {show(c)}")
+        result.append(numbers)
     return result
 
 
-def _rle(value: dict, height: int, width: int, repairs: list[str]) -> tuple[Any, str]:
+def _are_points(value: list) -> bool:
+    pairs = all(isinstance(x, list) and len(x) == 2 for x in value)
+    return pairs and not any(isinstance(c, list) for x in value for c in x)
+
+
+def _rle(value: dict, height: int, width: int, repairs: list[str]) -> dict:
     size, counts = value.get("size"), value.get("counts")
     if not isinstance(size, list) or not isinstance(counts, (list, str)):
-        raise DataError("annotations in another format", "segmentation has no size and counts")
+        raise Fault("annotations whose segmentation is neither polygons nor an RLE", show(value))
     if [whole(side) for side in size] != [height, width]:
-        raise DataError(
-            "masks (RLE) with another size than their image",
-            f"segmentation has the size {show(size)}, but the image has [{height}, {width}]",
-        )
-    runs = [whole(c) for c in counts] if isinstance(counts, list) else _decompress(counts)
+        what = "masks (RLE) with another size than their image"
+        raise Fault(what, f"size {show(size)}, image [{height}, {width}]")
+    runs = [whole(c) for c in counts] if isinstance(counts, list) else decompress(counts)
     # pycocotools fills the missing part of a truncated RLE with uninitialized memory
     numbers = [run for run in runs if run is not None and run >= 0]
     if len(numbers) < len(runs) or sum(numbers) != height * width:
-        raise DataError(
-            "masks (RLE) whose runs do not add up to the image",
-            "the runs (counts) of its RLE segmentation do not add up to the image",
-        )
+        raise Fault("masks (RLE) whose runs (counts) do not add up to the image")
     if not sum(numbers[1::2]):
-        return None, "an empty mask"
+        raise Fault("annotations with an empty mask", effect=SKIPPED)
     integers = isinstance(counts, str) or {*map(type, counts)} == {int}
     if not integers or {*map(type, size)} != {int}:
         repairs.append("masks (RLE) whose numbers are not integers, converted")
         counts = counts if isinstance(counts, str) else numbers
-    return value | {"size": [height, width], "counts": counts}, ""
+    return value | {"size": [height, width], "counts": counts}
 
 
-def _decompress(counts: str) -> list[int | None]:
+def decompress(counts: str) -> list[int | None]:
     """The runs of a compressed RLE: five bits per character; from the fourth on, differences.
 
     [None] if the text is not a compressed RLE.
@@ -173,29 +171,31 @@ def _decompress(counts: str) -> list[int | None]:
 
 def box_of(
     value: Any, mask_box: list[float] | None, height: int, width: int, repairs: list[str]
-) -> list[float] | None:
-    """[x, y, width, height]: as stated, or from the mask; None if there is neither."""
+) -> list[float]:
+    """[x, y, width, height]: as stated, or from the mask.
+
+    Raises:
+        Fault: there is neither.
+    """
     box = _box_in_image(value, height, width)
+    if box is None:
+        kind = "that are not [x, y, width, height] inside the image"
+        if mask_box is None:
+            raise Fault(f"annotations with no mask, and with boxes {kind}", effect=SKIPPED)
+        kind = "missing" if value is None else kind
+        repairs.append(f"boxes {kind}, taken from the masks")
+        return mask_box
     if mask_box is None:
-        if box is None:
-            return None
         x, y, w, h = box
         left, top = max(x, 0), max(y, 0)
         clipped = [left, top, min(x + w, width) - left, min(y + h, height) - top]
         if np.abs(np.subtract(clipped, box)).max() > 1e-3:
             repairs.append("boxes that extend beyond the image, clipped")
             return clipped
-        return box
-    if box is None:
-        state = (
-            "missing" if value is None else "that are not [x, y, width, height] inside the image"
-        )
-        repairs.append(f"boxes {state}, taken from the masks")
-        return mask_box
-    if _are_unlike(box, mask_box):
+    elif _are_unlike(box, mask_box):
         repairs.append("boxes unlike their masks (corners or fractions?), taken from the masks")
         return mask_box
-    if any(isinstance(side, str) for side in value):
+    elif any(isinstance(side, str) for side in value):
         repairs.append("boxes whose numbers are texts, converted")
     return box
 
@@ -224,12 +224,11 @@ def _box_in_image(value: Any, height: int, width: int) -> list[float] | None:
 
 
 def _are_unlike(box: list[float], other: list[float]) -> bool:
-    a, b = np.array(box), np.array(other)
+    a, b = np.array(box, dtype=float), np.array(other, dtype=float)
+    iou = mask_util.iou(a[None], b[None], [0])[0, 0]
     a[2:] += a[:2]
     b[2:] += b[:2]
-    common = np.clip(np.minimum(a, b)[2:] - np.maximum(a, b)[:2], 0, None).prod()
-    union = box[2] * box[3] + other[2] * other[3] - common
-    return bool(common < _BOX_IOU * union and np.abs(a - b).max() > _BOX_TOLERANCE)
+    return bool(iou < _BOX_IOU and np.abs(a - b).max() > _BOX_TOLERANCE)
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict:

@@ -4,12 +4,9 @@ Detectron2's crop, resize and flip; or the augmentation of SSD (arXiv 1512.02325
 published parameters. Random numbers come from numpy's global state, as in Detectron2.
 """
 
-# Detectron2's augmentations use numpy's legacy global state.
-
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
@@ -39,36 +36,6 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T
     if options.AUGMENTATION == "default":
         return [*crop, resize, *flips]
     return [*crop, *_build_ssd(options.FORMAT, options.MASK_FORMAT), *flips, resize]
-
-
-def test_resize(cfg: CfgNode) -> T.Augmentation:
-    """The augmentation that resizes an image for inference."""
-    return build_augmentations(cfg, is_train=False)[0]
-
-
-test_resize.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
-
-
-def to_network_input(
-    image_rgb: np.ndarray, resize: T.Augmentation, image_format: str
-) -> torch.Tensor:
-    """Convert an image to the input of a model.
-
-    Args:
-        image_rgb: (H, W, 3) uint8.
-        resize: see ``test_resize``.
-        image_format: "RGB" or "BGR", the channel order that the model expects.
-
-    Returns:
-        (3, H', W') float32.
-    """
-    image = image_rgb if image_format == "RGB" else image_rgb[:, :, ::-1]
-    transform = resize.get_transform(image)
-    if isinstance(transform, T.ResizeTransform):
-        # a very elongated image would be resized to a side of 0 pixels
-        transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
-    image = transform.apply_image(image)
-    return torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)), dtype=torch.float32)
 
 
 def _build_ssd(image_format: str, mask_format: str) -> list[T.Augmentation | T.Transform]:
@@ -177,19 +144,11 @@ class ConstrainedCrop(T.Augmentation):
         height, width = image.shape[:2]
         centers = (boxes[:, :2] + boxes[:, 2:]) / 2
         while self._rand_range() >= self.KEEP:
-            windows, fits = self._draw(height, width)
-            low, high = windows[:, None, :2], windows[:, None, 2:]
-            fits &= ((low < centers) & (centers < high)).all(axis=2).any(axis=1)
-            if fits.any():
-                x0, y0, x1, y1 = windows[fits.argmax()].astype(int).tolist()
-                return WindowTransform(x0, y0, x1 - x0, y1 - y0)
+            for _ in range(self.TRIES):
+                w, h = self._rand_range(0.3, 1) * width, self._rand_range(0.3, 1) * height
+                left, top = self._rand_range(0, width - w), self._rand_range(0, height - h)
+                low, high = np.floor([left, top]), np.floor([left + w, top + h])
+                has_center = ((low < centers) & (centers < high)).all(axis=1).any()
+                if has_center and 0.5 <= h / w <= 2:
+                    return WindowTransform(*low.astype(int), *(high - low).astype(int))
         return T.NoOpTransform()
-
-    def _draw(self, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """(TRIES, 4) x1, y1, x2, y2, whole numbers, and whether each aspect ratio is allowed."""
-        w = self._rand_range(0.3 * width, width, self.TRIES)
-        h = self._rand_range(0.3 * height, height, self.TRIES)
-        left = self._rand_range(0, 1, self.TRIES) * (width - w)
-        top = self._rand_range(0, 1, self.TRIES) * (height - h)
-        windows = np.floor(np.stack([left, top, left + w, top + h], axis=1))
-        return windows, (0.5 <= h / w) & (h / w <= 2)

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from solo_d2.files import atomic_write
 
 from .cache import cache_folder
 from .coco import REPAIRED, SKIPPED, CocoFile, read_coco, to_records
-from .images import ImageError, read_size
+from .images import ImageError, read_header
 
 logger = logging.getLogger(__name__)
 
@@ -26,41 +28,30 @@ DATASETS_HINT = (
 )
 
 
+@dataclass(eq=False)
 class Loader:
     """The function that ``DatasetCatalog`` calls to load a data set of ours."""
 
-    def __init__(self, name: str):
-        self.name = name
+    name: str
 
     def set_metadata(self, **values: Any) -> None:
         """Set metadata, replacing earlier values, which Detectron2's ``set`` refuses."""
-        metadata = MetadataCatalog.get(self.name)
-        for key, value in values.items():
-            if metadata.get(key, value) != value:
-                delattr(metadata, key)
-            setattr(metadata, key, value)
+        vars(MetadataCatalog.get(self.name)).update(values)
 
 
 class CocoLoader(Loader):
     """Loads a COCO json. If the file needs repairs, the evaluator reads a repaired copy."""
 
-    def __init__(
-        self,
-        name: str,
-        source: Callable[[], tuple[Path, Path]],
-        *,
-        masks: bool = True,
-        crowd_is_object: bool = False,
-    ):
+    def __init__(self, name: str, source: Callable[[], tuple[Path, Path]], **options: bool):
         """
         Args:
             name: name of the data set.
             source: returns the json file and the image folder when the set is loaded.
-            masks, crowd_is_object: see ``read_coco``.
+            options: masks, crowd_is_object; see ``read_coco``.
         """
         super().__init__(name)
         self.source = source
-        self.options = {"masks": masks, "crowd_is_object": crowd_is_object}
+        self.options = options
         self._read: tuple[Any, CocoFile] | None = None  # (identity of the file, its content)
 
     def __call__(self) -> list[dict[str, Any]]:
@@ -80,11 +71,11 @@ class CocoLoader(Loader):
         json_file, image_root = self.source()
         stat = json_file.stat() if json_file.exists() else None
         key = (json_file, image_root, stat and (stat.st_mtime_ns, stat.st_size))
-        read_by_evaluator = MetadataCatalog.get(self.name).get("json_file", "")
-        if self._read and self._read[0] == key and os.path.isfile(read_by_evaluator):
+        metadata = MetadataCatalog.get(self.name)
+        if self._read and self._read[0] == key and os.path.isfile(metadata.get("json_file", "")):
             return self._read[1], image_root
         coco = read_coco(json_file, image_root, **self.options)
-        expected = MetadataCatalog.get(self.name).get("thing_classes", coco.classes)
+        expected = metadata.get("thing_classes", coco.classes)
         if coco.classes != expected:
             raise ValueError(
                 f"{json_file}: data set {self.name!r} has the classes {expected}, the file "
@@ -97,55 +88,42 @@ class CocoLoader(Loader):
             thing_classes=coco.classes,
             thing_dataset_id_to_contiguous_id=coco.ids,
         )
-        parts = [f"{effect} {coco.counts(effect)}" for effect in (REPAIRED, SKIPPED)]
-        remarks = "; ".join(part for part in parts if not part.endswith(" "))
-        if remarks:
+        effects = [(effect, coco.counts(effect)) for effect in (REPAIRED, SKIPPED)]
+        if remarks := "; ".join(f"{effect} {counts}" for effect, counts in effects if counts):
             logger.warning(f"{json_file}: {remarks}. Training and evaluation read {copy}")
         self._read = key, coco
         return coco, image_root
 
 
+@dataclass(eq=False)
 class SubsetLoader(Loader):
     """A few images of another data set."""
 
-    def __init__(self, name: str, parent: str, which: int | Sequence[int]):
-        """
-        Args:
-            name: name of the subset.
-            parent: name of the whole set.
-            which: the number of images to take from the first ones with objects, or image ids.
-        """
-        super().__init__(name)
-        self.parent = parent
-        self.which = which
+    parent: str  # name of the whole set
+    which: int | Sequence[int]  # how many of the first images with objects, or image ids
 
     def __call__(self) -> list[dict[str, Any]]:
         """
         Raises:
-            ValueError: the whole set has fewer such images, or lacks an id.
+            ValueError: the whole set has fewer such images.
         """
-        records = list(DatasetCatalog.get(self.parent))
-        if isinstance(self.which, int):
-            records = [r for r in records if _has_objects(r)]
-            if len(records) < self.which:
-                raise ValueError(
-                    f"data set {self.parent!r} has {len(records)} images with objects, "
-                    f"not {self.which}"
-                )
-            records = records[: self.which]
+        records, which = DatasetCatalog.get(self.parent), self.which
+        if isinstance(which, int):
+            kind, wanted = "with objects", which
+            records = [r for r in records if _has_objects(r)][:wanted]
         else:
-            missing = sorted({*self.which} - {r["image_id"] for r in records})
-            if missing:
-                raise ValueError(f"data set {self.parent!r} has no image with id {missing[0]}")
-            records = [r for r in records if r["image_id"] in self.which]
+            kind, wanted = f"with the ids {which}", len(which)
+            records = [r for r in records if r["image_id"] in which]
+        if len(records) < wanted:
+            raise ValueError(
+                f"data set {self.parent!r} has {len(records)} images {kind}, not {wanted}"
+            )
         metadata = MetadataCatalog.get(self.parent).as_dict()
         if "json_file" in metadata:
             document = json.loads(Path(metadata["json_file"]).read_bytes())
             chosen = {r["image_id"] for r in records}
-            document["images"] = [x for x in document["images"] if x["id"] in chosen]
-            document["annotations"] = [
-                x for x in document["annotations"] if x["image_id"] in chosen
-            ]
+            for section, key in (("images", "id"), ("annotations", "image_id")):
+                document[section] = [x for x in document[section] if x[key] in chosen]
             metadata["json_file"] = write_document(metadata["json_file"], document)
         del metadata["name"]
         self.set_metadata(**metadata)
@@ -164,11 +142,14 @@ def enter(loader: Loader, **metadata: Any) -> None:
     """
     if not is_free(loader.name):
         raise ValueError(f"a data set {loader.name!r} is registered already; use another name")
-    if loader.name in DatasetCatalog:
-        DatasetCatalog.pop(loader.name)
-        MetadataCatalog.pop(loader.name, None)
+    _forget(loader.name)
     DatasetCatalog.register(loader.name, loader)
     loader.set_metadata(evaluator_type="coco", **metadata)
+
+
+def _forget(name: str) -> None:
+    DatasetCatalog.pop(name, None)
+    MetadataCatalog.pop(name, None)
 
 
 def source_file(name: str) -> str:
@@ -220,8 +201,7 @@ def register_coco_json(
     try:
         return loader.read()[0]
     except (OSError, ValueError):
-        DatasetCatalog.pop(name)
-        MetadataCatalog.pop(name, None)
+        _forget(name)
         raise
 
 
@@ -239,7 +219,8 @@ def register_named_sets() -> None:
         for split in ("train", "val"):
             name = f"{folder}_{split}"
             if name not in DatasetCatalog:
-                enter(CocoLoader(name, _find_folder(folder, split + year)), thing_classes=classes)
+                source = partial(folder_files, partial(named_folder, folder), split + year)
+                enter(CocoLoader(name, source), thing_classes=classes)
     for subset, parent, which in (
         ("coco_mini_overfit8", "coco_mini_train", 8),
         # the first four of 360 x 360 pixels: 85 nuclei, half of them wider than 40 pixels
@@ -251,14 +232,21 @@ def register_named_sets() -> None:
             enter(SubsetLoader(subset, parent, which), **known)
 
 
-def _find_folder(folder: str, split: str) -> Callable[[], tuple[Path, Path]]:
-    def find() -> tuple[Path, Path]:
-        root = datasets_folder() / folder
-        if not root.is_dir():
-            raise FileNotFoundError(f"no data set folder {root}. {DATASETS_HINT}")
-        return root / "annotations" / f"instances_{split}.json", root / split
+def folder_files(folder: Callable[[], Path], split: str) -> tuple[Path, Path]:
+    """The json file and the image folder of a split, in a folder like COCO's."""
+    root = folder()
+    return root / "annotations" / f"instances_{split}.json", root / split
 
-    return find
+
+def named_folder(name: str) -> Path:
+    """
+    Raises:
+        FileNotFoundError: $DETECTRON2_DATASETS has no such folder.
+    """
+    root = datasets_folder() / name
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data set folder {root}. {DATASETS_HINT}")
+    return root
 
 
 def datasets_folder() -> Path:
@@ -274,10 +262,9 @@ def check_images_exist(records: Sequence[dict[str, Any]], source: str) -> None:
     """
     missing = [r["file_name"] for r in records if not os.path.isfile(r["file_name"])]
     if missing:
+        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise FileNotFoundError(
-            f"{source}: {len(missing)} of {len(records)} images are missing: "
-            + ", ".join(missing[:3])
-            + (", ..." if len(missing) > 3 else "")
+            f"{source}: {len(missing)} of {len(records)} images are missing: {first}"
         )
 
 
@@ -290,7 +277,7 @@ def check_image_headers(records: Sequence[dict[str, Any]]) -> None:
     for record in records:
         name, stated = record["file_name"], (record["width"], record["height"])
         try:
-            size = read_size(name)
+            size = read_header(name).size
         except ImageError as error:
             raise ValueError(f"image {name}: {error}") from error
         if size != stated:
@@ -304,10 +291,9 @@ def write_document(json_file: str | Path, document: dict[str, Any]) -> str:
     """Write a document to the cache folder, named after source and content; returns the path."""
     content = json.dumps(document).encode()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    folder = cache_folder() / "annotations"
-    folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / f"{Path(json_file).stem}-{digest}.json"
+    copy = cache_folder() / "annotations" / f"{Path(json_file).stem}-{digest}.json"
     if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(copy) as file:
             file.write(content)
     return str(copy)

@@ -9,6 +9,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,10 @@ import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 from .annotations import (
-    DataError,
+    REFUSED,
+    REPAIRED,
+    SKIPPED,
+    Fault,
     box_of,
     box_of_mask,
     flag,
@@ -28,15 +32,11 @@ from .annotations import (
     whole,
 )
 
-# What the reader does with a faulty entry: it raises an error, skips it, or corrects it.
-REFUSED, SKIPPED, REPAIRED = "refused", "skipped", "repaired"
-
 # pycocotools stores ids in float64 and pixel counts in 32 bits.
 _LARGEST_ID = 2**53
 _LARGEST_IMAGE = 2**31
 # COCO itself has 1 % crowds. Brush tools mark each of their masks as a crowd.
 _USUAL_CROWDS = 0.05
-BOXES_UNLIKE_MASKS = "boxes unlike their masks (corners or fractions?), taken from the masks"
 
 
 class CocoFile(NamedTuple):
@@ -82,12 +82,8 @@ def read_coco(
             entry and the field.
     """
     document, plain = _parse(Path(json_file))
-    reader = _Reader(document, Path(image_root), masks, crowd_is_object)
-    reader.tolerant = tolerant
-    try:
-        return reader.read(plain)
-    except DataError as error:
-        raise ValueError(f"{json_file}: {error}") from None
+    reader = _Reader(Path(json_file), document, Path(image_root), masks, crowd_is_object, tolerant)
+    return reader.read(plain)
 
 
 def to_records(coco: CocoFile, image_root: str) -> list[dict[str, Any]]:
@@ -135,27 +131,25 @@ def _parse(path: Path) -> tuple[dict[str, Any], bool]:
     return document, json.detect_encoding(content) == "utf-8"
 
 
+@dataclass
 class _Reader:
-    """One pass over a document."""
+    """One pass over a document; see ``read_coco``."""
 
-    tolerant = False
-
-    def __init__(
-        self, document: dict[str, Any], image_root: Path, masks: bool, crowd_is_object: bool
-    ):
-        self._document = document
-        self._image_root = image_root
-        self._masks = masks
-        self._crowd_is_object = crowd_is_object
-        self._findings: dict[tuple[str, str], list[str]] = {}
+    json_file: Path
+    document: dict[str, Any]
+    image_root: Path
+    masks: bool
+    crowd_is_object: bool
+    tolerant: bool
+    findings: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def read(self, plain: bool) -> CocoFile:
         if not plain:
             self._add(REPAIRED, "files that are not plain UTF-8, converted", "the whole file")
         images = self._images()
         categories = self._categories()
-        if not self._document["categories"]:
-            self._refuse("no categories", "the file has no categories")
+        if not self.document["categories"]:
+            self._add(REFUSED, "no categories", "the whole file")
         annotations = self._annotations(images, categories)
         crowds = [a for a in annotations if a["iscrowd"]]
         if len(crowds) > _USUAL_CROWDS * len(annotations):
@@ -165,7 +159,7 @@ class _Reader:
             )
             for annotation in crowds:
                 self._add(SKIPPED, what, f"annotation {annotation['id']}")
-        document = self._document | {
+        document = self.document | {
             "images": list(images.values()),
             "annotations": annotations,
             "categories": list(categories.values()),
@@ -175,25 +169,22 @@ class _Reader:
             document,
             [category["name"] for category in order],
             {category["id"]: i for i, category in enumerate(order)},
-            self._findings,
-            changed=any(effect == REPAIRED for effect, _ in self._findings)
-            or document != self._document,
+            self.findings,
+            changed=any(effect == REPAIRED for effect, _ in self.findings)
+            or document != self.document,
         )
 
     def _add(self, effect: str, what: str, who: str) -> None:
-        self._findings.setdefault((effect, what), []).append(who)
-
-    def _refuse(self, what: str, message: str) -> None:
-        if not self.tolerant:
-            raise DataError(what, message)
-        self._add(REFUSED, what, message)
+        if effect == REFUSED and not self.tolerant:
+            raise ValueError(f"{self.json_file}: {what}: {who}") from None
+        self.findings.setdefault((effect, what), []).append(who)
 
     def _entries(self, section: str, *needed: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for index, entry in enumerate(self._document[section]):
+        for index, entry in enumerate(self.document[section]):
             where = f"{section}[{index}]"
             missing = [k for k in needed if not isinstance(entry, dict) or entry.get(k) is None]
             if missing:
-                self._refuse(f"{section} without {missing[0]!r}", f"{where} has no {missing[0]!r}")
+                self._add(REFUSED, f"{section} without {missing[0]!r}", where)
             else:
                 yield where, entry
 
@@ -203,13 +194,10 @@ class _Reader:
         for where, entry in self._entries(section, "id", *needed):
             key = identity(entry["id"])
             if key is None:
-                what = f"{section} with an id that is neither a number nor a text"
-                self._refuse(
-                    what, f"{where} has the id {show(entry['id'])}, neither a number nor a text"
-                )
+                what = f"{section} whose id is neither a number nor a text"
+                self._add(REFUSED, what, f"{where} (id {show(entry['id'])})")
             elif key in seen:
-                what = f"{section} with the same id as another one"
-                self._refuse(what, f"the id {show(key)} appears twice in {section!r}")
+                self._add(REFUSED, f"{section} with the same id as another one", f"id {show(key)}")
             else:
                 seen.add(key)
                 yield key, entry
@@ -238,20 +226,16 @@ class _Reader:
             if not (isinstance(name, str) and name and min(height, width) > 0) or (
                 height * width > _LARGEST_IMAGE or not _is_path(name)
             ):
-                self._refuse(
-                    "images whose file name or size is invalid",
-                    f"image {show(key)}: file_name {show(name)}, height "
-                    f"{show(entry['height'])}, width {show(entry['width'])} are not a file "
-                    "name and a size in pixels",
-                )
+                values = (f"{k} {show(entry[k])}" for k in ("file_name", "height", "width"))
+                what = "images whose file name or size is invalid"
+                self._add(REFUSED, what, f"image {show(key)} ({', '.join(values)})")
                 continue
             if any(type(entry[k]) is not int for k in sides):
                 self._add(REPAIRED, "image sizes that are not integers, converted", name)
-            if "\\" in name and not (self._image_root / name).exists():
+            if "\\" in name and not (self.image_root / name).exists():
                 self._add(REPAIRED, "file names with backslashes, replaced by slashes", name)
                 name = name.replace("\\", "/")
-            changes = {"file_name": name, **sides}
-            images[key] = entry | changes
+            images[key] = entry | {"file_name": name, **sides}
         return self._numbered("images", images)
 
     def _categories(self) -> dict[Any, dict]:
@@ -264,7 +248,7 @@ class _Reader:
                 name = str(name)
             if not isinstance(name, str):
                 what = "categories whose name is not a text"
-                self._refuse(what, f"category {show(key)} has the name {show(name)}, not a text")
+                self._add(REFUSED, what, f"category {show(key)} (name {show(name)})")
                 continue
             if name in names:
                 what = "categories with the same name as another one, distinguished by their ids"
@@ -281,20 +265,15 @@ class _Reader:
         for where, entry in self._entries("annotations", "image_id", "category_id"):
             if entry.get("id") is not None:
                 where = f"annotation {show(entry['id'])} of image {show(entry['image_id'])}"
+            repairs: list[str] = []
             try:
-                found = _references(entry, images, categories)
-                repaired, repairs = self._repair(entry | found, images[identity(entry["image_id"])])
-            except DataError as error:
-                self._refuse(error.what, f"{where}: {error}")
+                annotations.append(self._repair(entry, images, categories, repairs))
+            except Fault as fault:
+                detail = f" ({fault.detail})" if fault.detail else ""
+                self._add(fault.effect, fault.what, where + detail)
                 continue
-            if repaired is None:
-                self._add(SKIPPED, f"annotations with {repairs[0]}", where)
-                continue
-            if any(type(entry[k]) is not int for k in found):
-                repairs.append("annotations that refer to ids of another type, converted")
             for what in repairs:
                 self._add(REPAIRED, what, where)
-            annotations.append(repaired)
         return self._with_ids(annotations)
 
     def _with_ids(self, annotations: list[dict]) -> list[dict]:
@@ -309,67 +288,64 @@ class _Reader:
                 self._add(REPAIRED, what, f"annotation {show(value)}")
         return [a | {"id": i} for i, a in enumerate(annotations, start=1)]
 
-    def _repair(self, entry: dict, image: dict) -> tuple[dict | None, list[str]]:
-        """(annotation, repairs), or (None, [why it is skipped])."""
-        height, width = image["height"], image["width"]
-        repaired = dict(entry)
-        repairs: list[str] = []
-        repaired["iscrowd"] = self._crowd_flag(entry, repairs)
-        segmentation, reason = mask_of(entry.get("segmentation"), height, width, repairs)
+    def _repair(
+        self,
+        entry: dict,
+        images: dict[Any, dict],
+        categories: dict[Any, dict],
+        repairs: list[str],
+    ) -> dict:
+        image, category = (identity(entry[key]) for key in ("image_id", "category_id"))
+        if image not in images:
+            raise Fault("annotations of unknown images")
+        if category not in categories:
+            detail = f"category_id {show(entry['category_id'])}"
+            raise Fault("annotations of unknown categories", detail)
+        if type(entry["image_id"]) is not int or type(entry["category_id"]) is not int:
+            repairs.append("annotations that refer to ids of another type, converted")
+        height, width = images[image]["height"], images[image]["width"]
+        repaired = entry | {
+            "image_id": images[image]["id"],
+            "category_id": categories[category]["id"],
+            "iscrowd": self._crowd_flag(entry, repairs),
+        }
         mask_box = area = None
-        if segmentation is None:
-            if self._masks:
-                return None, [reason]
+        try:
+            segmentation = mask_of(entry.get("segmentation"), height, width, repairs)
+        except Fault as fault:
+            if self.masks or fault.effect == REFUSED:
+                raise
             repaired.pop("segmentation", None)
         else:
             rle = to_rle(segmentation, height, width)
             mask_box, area = box_of_mask(segmentation, rle), float(mask_util.area(rle))
             repaired["segmentation"] = segmentation
-        box = box_of(entry.get("bbox"), mask_box, height, width, repairs)
-        if box is None:
-            return None, ["a box that is not four numbers with an area in the image, and no mask"]
-        repaired["bbox"] = box
+        repaired["bbox"] = box_of(entry.get("bbox"), mask_box, height, width, repairs)
         stated = number(entry.get("area"))
         if stated is None or not 0 < stated <= height * width:
             source = "masks" if area else "boxes"
             state = "missing" if entry.get("area") is None else "that are not a number of pixels"
             repairs.append(f"areas {state}, taken from the {source}")
-            stated = area or box[2] * box[3]
+            stated = area or repaired["bbox"][2] * repaired["bbox"][3]
         elif isinstance(entry["area"], str):
             repairs.append("areas that are texts, converted")
-        repaired["area"] = stated
-        return repaired, repairs
+        return repaired | {"area": stated}
 
     def _crowd_flag(self, entry: dict, repairs: list[str]) -> int:
         value = entry.get("iscrowd")
         is_crowd = 0 if value is None else flag(value)
         if is_crowd is None:
-            message = f"iscrowd is {show(value)}, neither 0 nor 1"
-            raise DataError("annotations whose iscrowd is neither 0 nor 1", message)
+            raise Fault("annotations whose iscrowd is neither 0 nor 1", show(value))
         if value is None:
             repairs.append("iscrowd missing, taken as 0")
         elif type(value) is not int or value != is_crowd:
             repairs.append("iscrowd not 0 or 1, converted")
-        if is_crowd and self._crowd_is_object:
+        if is_crowd and self.crowd_is_object:
             repairs.append("crowds taken as objects (DATASETS.CUSTOM.CROWD_IS_OBJECT)")
             is_crowd = 0
         if entry.get("ignore") is not None and flag(entry["ignore"]) != 0:
-            message = 'COCO metrics do not know "ignore"; use "iscrowd": 1'
-            raise DataError('annotations with "ignore"', message)
+            raise Fault('annotations with "ignore", unknown to COCO metrics (use "iscrowd": 1)')
         return is_crowd
-
-
-def _references(entry: dict, images: dict[Any, dict], categories: dict[Any, dict]) -> dict:
-    """The ids of the annotation's image and category after any renumbering."""
-    image, category = identity(entry["image_id"]), identity(entry["category_id"])
-    if image not in images:
-        raise DataError("annotations of unknown images", "there is no such image")
-    if category not in categories:
-        raise DataError(
-            "annotations of unknown categories",
-            f"category id {show(entry['category_id'])} is not among the categories",
-        )
-    return {"image_id": images[image]["id"], "category_id": categories[category]["id"]}
 
 
 def _is_path(name: str) -> bool:

@@ -32,25 +32,15 @@ class InstanceMapper(DatasetMapper):
     @configurable
     def __init__(
         self,
-        is_train: bool,
-        *,
-        augmentations: list[T.Augmentation | T.Transform],
-        image_format: str,
-        use_instance_mask: bool = False,
-        use_keypoint: bool = False,
-        instance_mask_format: str = "polygon",
-        keypoint_hflip_indices: np.ndarray | None = None,
-        precomputed_proposal_topk: int | None = None,
-        recompute_boxes: bool = False,
+        *args: Any,
         keep_crowd: bool = False,
         reject_emptied: bool = False,
         num_classes: int | None = None,
+        **kwargs: Any,
     ):
         """
         Args:
-            is_train, augmentations, image_format, use_instance_mask, use_keypoint,
-            instance_mask_format, keypoint_hflip_indices, precomputed_proposal_topk,
-            recompute_boxes: see ``DatasetMapper``.
+            args, kwargs: see ``DatasetMapper``.
             keep_crowd: also return crowd regions, after the objects; they are marked in a field
                 ``gt_crowd`` (N,) bool of the instances.
             reject_emptied: return None if augmentation removed all objects of an image; the loader
@@ -61,17 +51,7 @@ class InstanceMapper(DatasetMapper):
         Raises:
             ValueError: ``keep_crowd`` is set with polygon masks; COCO stores crowds as RLE.
         """
-        super().__init__(
-            is_train,
-            augmentations=augmentations,
-            image_format=image_format,
-            use_instance_mask=use_instance_mask,
-            use_keypoint=use_keypoint,
-            instance_mask_format=instance_mask_format,
-            keypoint_hflip_indices=keypoint_hflip_indices,
-            precomputed_proposal_topk=precomputed_proposal_topk,
-            recompute_boxes=recompute_boxes,
-        )
+        super().__init__(*args, **kwargs)
         if keep_crowd and self.instance_mask_format != "bitmask":
             raise ValueError(
                 'INPUT.KEEP_CROWD needs INPUT.MASK_FORMAT: "bitmask"; crowds are not polygons'
@@ -157,14 +137,10 @@ class InstanceMapper(DatasetMapper):
             image_shape: height and width of the example.
         """
         self._check(annotations)
-        for annotation in annotations:
-            if not self.use_instance_mask:
-                annotation.pop("segmentation", None)
-            if not self.use_keypoint:
-                annotation.pop("keypoints", None)
+        used = {"segmentation": self.use_instance_mask, "keypoints": self.use_keypoint}
         transformed = [
             utils.transform_instance_annotations(
-                annotation,
+                {key: value for key, value in annotation.items() if used.get(key, True)},
                 transforms,
                 image_shape,
                 keypoint_hflip_indices=self.keypoint_hflip_indices,

@@ -34,6 +34,10 @@ class DrawnObject(NamedTuple):
     is_crowd: bool = False
 
 
+# (H, W, 3) uint8 RGB image, and its objects from bottom to top
+Scene = tuple[NDArray[np.uint8], list[DrawnObject]]
+
+
 class _Layer(NamedTuple):
     alpha: NDArray  # (H, W) coverage in [0, 1]
     area: float  # pixels, including those outside the image
@@ -46,47 +50,30 @@ class _Layer(NamedTuple):
 # --- outlines: contours inside the unit circle; a point is inside where an odd number encloses it
 
 
-def _arc(start: float, stop: float, radius: float = 1.0, x: float = 0.0) -> NDArray[np.float64]:
-    angles = np.linspace(start, stop, 64)
-    return np.stack([x + radius * np.cos(angles), radius * np.sin(angles)], 1)
+def _circle(radius: float = 1.0) -> NDArray[np.float64]:
+    angles = np.linspace(0, 2 * np.pi, 64)
+    return np.stack([radius * np.cos(angles), radius * np.sin(angles)], 1)
 
 
-def _star_polygon(points: int, inner: float) -> NDArray[np.float64]:
+def _star(points: int, inner: float) -> NDArray[np.float64]:
     angles = np.pi * np.arange(2 * points) / points
     radii = np.where(np.arange(2 * points) % 2, inner, 1.0)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
 
 
-def _disc(rng: Generator) -> Contours:
-    return [_arc(0, 2 * np.pi)]
-
-
-def _square(rng: Generator) -> Contours:
-    return [_star_polygon(2, 1.0)]
-
-
-def _triangle(rng: Generator) -> Contours:
-    return [_star_polygon(3, 0.5)]
-
-
-def _ring(rng: Generator) -> Contours:
-    return [_arc(0, 2 * np.pi), _arc(0, 2 * np.pi, rng.uniform(0.5, 0.6))]
-
-
-def _cross(rng: Generator) -> Contours:
-    a = rng.uniform(0.26, 0.34)  # half the width of an arm
-    quarter = np.array([[1, -a], [1, a], [a, a]])
+def _cross(arm: float) -> NDArray[np.float64]:
+    quarter = np.array([[1, -arm], [1, arm], [arm, arm]])  # arm: half its width
     turn = np.array([[0, 1], [-1, 0]])
     turns = [quarter @ np.linalg.matrix_power(turn, k) for k in range(4)]
-    return [np.concatenate(turns) / np.hypot(1, a)]
+    return np.concatenate(turns) / np.hypot(1, arm)
 
 
 _OUTLINES: dict[str, Callable[[Generator], Contours]] = {
-    "disc": _disc,
-    "square": _square,
-    "triangle": _triangle,
-    "ring": _ring,
-    "cross": _cross,
+    "disc": lambda rng: [_circle()],
+    "square": lambda rng: [_star(2, 1.0)],
+    "triangle": lambda rng: [_star(3, 0.5)],
+    "ring": lambda rng: [_circle(), _circle(rng.uniform(0.5, 0.6))],
+    "cross": lambda rng: [_cross(rng.uniform(0.26, 0.34))],
 }
 CLASSES = tuple(_OUTLINES)
 
@@ -195,10 +182,8 @@ def _background(rng: Generator, size: tuple[int, int]) -> NDArray:
         steps = rng.normal(0, 1, (8, 2)) * rng.choice([0.0, 0.6]) + rng.normal(0, 1, 2)
         points = rng.uniform(0, 1, 2) * size[::-1] + np.cumsum(steps, 0) * max(size) / 14
         alpha = np.zeros(size, np.uint8)
-        thickness = int(rng.integers(1, 3))
-        cv2.polylines(
-            alpha, [np.round(points * 16).astype(np.int32)], False, 255, thickness, cv2.LINE_AA, 4
-        )
+        curve, thickness = np.round(points * 16).astype(np.int32), int(rng.integers(1, 3))
+        cv2.polylines(alpha, [curve], False, 255, thickness, cv2.LINE_AA, shift=4)
         color = _contrasting_color(rng, base, 50)
         image = _blend(image, alpha.astype(np.float32) / 255, color)
     return image
@@ -212,15 +197,11 @@ def _crowd_layers(rng: Generator, category: int, size: tuple[int, int]) -> list[
     diameter = rng.uniform(9, 12)
     radii = rng.uniform(22, 40, 2)
     center = rng.uniform(0.2, 0.8, 2) * size[::-1]
-    reach = np.arange(-6, 7)
-    grid = np.stack(np.meshgrid(reach, reach), -1).reshape(-1, 2) * diameter * 1.1
+    grid = np.stack(np.meshgrid(*[np.arange(-6, 7)] * 2), -1).reshape(-1, 2) * diameter * 1.1
     grid = grid[np.sum((grid / radii) ** 2, 1) <= 1]
     grid += center + rng.uniform(-1, 1, grid.shape) * diameter * 0.15
-    inside = np.all((grid > 0) & (grid < np.array(size[::-1])), 1)
-    return [
-        _layer(rng, category, diameter * rng.uniform(0.6, 0.75), point, size)
-        for point in grid[inside]
-    ]
+    points = grid[np.all((grid > 0) & (grid < np.array(size[::-1])), 1)]
+    return [_layer(rng, category, diameter * rng.uniform(0.6, 0.75), p, size) for p in points]
 
 
 def _crowd_region(layers: list[_Layer], size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -239,21 +220,15 @@ def _paint(rng: Generator, image: NDArray, layer: _Layer) -> None:
     window = np.s_[y : y + h, x : x + w]
     alpha, behind = layer.alpha[window], image[window]
     surrounding = (alpha[..., None] * behind).sum((0, 1)) / alpha.sum()
-    contrast = 110 if rng.uniform() < 0.85 else 65
-    color = _contrasting_color(rng, surrounding, contrast)
+    color = _contrasting_color(rng, surrounding, 110 if rng.uniform() < 0.85 else 65)
     image[window] = _blend(behind, alpha, _texture(rng, (h, w), color, spread=20))
 
 
-def draw_scene(
-    rng: Generator, height: int, width: int
-) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
+def draw_scene(rng: Generator, height: int, width: int) -> Scene:
     """One random scene.
 
     Later shapes cover earlier ones. A shape that would hide too much of another one, or that lies
     too far outside the image, is placed again or omitted. So every drawn shape is listed.
-
-    Returns:
-        The image, (H, W, 3) uint8 RGB, and its shapes from the bottom to the top.
     """
     size = (height, width)
     image = _background(rng, size)
@@ -264,13 +239,12 @@ def draw_scene(
     layers: list[_Layer] = []
     if count and rng.uniform() < 0.08:
         category = int(rng.integers(len(CLASSES)))
-        layers = _crowd_layers(rng, category, size)
-        region = _crowd_region(layers, size)
+        tiny = _crowd_layers(rng, category, size)
+        region = _crowd_region(tiny, size)
         if region.sum() >= MIN_PIXELS:
+            layers += tiny
             shapes.append(DrawnObject(category, region, True))
             whole_areas.append(float(region.sum()))
-        else:
-            layers = []
 
     smallest, largest = np.log([_SMALLEST, max(_SMALLEST, _LARGEST * min(size))])
     extents = np.exp(rng.uniform(smallest, largest, count))
@@ -297,4 +271,8 @@ def draw_scene(
     for layer in layers:
         _paint(rng, image, layer)
     image += rng.uniform(2, 6) * rng.standard_normal(image.shape, np.float32)
-    return np.clip(np.round(image), 0, 255).astype(np.uint8), shapes
+    return to_uint8(image), shapes
+
+
+def to_uint8(image: NDArray) -> NDArray[np.uint8]:
+    return np.clip(np.round(image), 0, 255).astype(np.uint8)

@@ -46,12 +46,12 @@ def setup_datasets(cfg: CfgNode) -> None:
     """
     register_shapes(cfg)
     custom = find_custom(cfg)
-    if any(custom.values()):
-        for split, data_set in custom.items():
-            if data_set:
-                _register_custom(cfg, data_set, is_train=split == "TRAIN")
-        splits = {split: (data_set.name,) if data_set else () for split, data_set in custom.items()}
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = splits["TRAIN"], splits["VAL"]
+    for split, data_set in custom.items():
+        _register_custom(cfg, data_set, is_train=split == "TRAIN")
+    if custom:
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (
+            (custom[split].name,) if split in custom else () for split in ("TRAIN", "VAL")
+        )
     _check_same_classes((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.DATASETS.OVERFIT_IMAGES:
         parent, count = cfg.DATASETS.TRAIN[0], cfg.DATASETS.OVERFIT_IMAGES
@@ -128,36 +128,33 @@ def register_shapes(cfg: CfgNode) -> None:
         )
 
 
-def find_custom(cfg: CfgNode) -> dict[str, CustomSet | None]:
-    """The sets that DATASETS.CUSTOM names for "TRAIN" and "VAL"; None if it names none.
+def find_custom(cfg: CfgNode) -> dict[str, CustomSet]:
+    """The sets that DATASETS.CUSTOM names, for "TRAIN", "VAL" or both.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
         ValueError: half of a pair is missing.
     """
     custom = cfg.DATASETS.CUSTOM
-    found: dict[str, CustomSet | None] = {"TRAIN": None, "VAL": None}
-    for split in found:
-        json_key, images_key = f"{split}_JSON", f"{split}_IMAGES"
-        if not custom[json_key] and not custom[images_key]:
-            continue
-        for key, other in ((json_key, images_key), (images_key, json_key)):
-            if not custom[key]:
-                raise ValueError(
-                    f"DATASETS.CUSTOM.{key} is empty, but {other} is {custom[other]!r}"
-                )
-        json_file, image_root = (
-            _find(custom[key], f"DATASETS.CUSTOM.{key}") for key in (json_key, images_key)
-        )
-        found[split] = CustomSet(f"{custom.NAME}_{split.lower()}", json_file, image_root)
+    found = {}
+    for split in ("TRAIN", "VAL"):
+        keys = [f"{split}_JSON", f"{split}_IMAGES"]
+        given = [key for key in keys if custom[key]]
+        if len(given) == 1:
+            empty = next(key for key in keys if not custom[key])
+            raise ValueError(
+                f"DATASETS.CUSTOM.{empty} is empty, but {given[0]} is {custom[given[0]]!r}"
+            )
+        if given:
+            paths = [_find(custom[key], f"DATASETS.CUSTOM.{key}") for key in keys]
+            found[split] = CustomSet(f"{custom.NAME}_{split.lower()}", *paths)
     return found
 
 
 def _find(path: str, key: str) -> Path:
     """The path itself if it exists, else under $DETECTRON2_DATASETS."""
-    candidates = dict.fromkeys(
-        [Path(path).expanduser(), datasets_folder() / Path(path).expanduser()]
-    )
+    given = Path(path).expanduser()
+    candidates = dict.fromkeys([given, datasets_folder() / given])
     for candidate in candidates:
         if candidate.exists():
             return candidate
@@ -165,13 +162,8 @@ def _find(path: str, key: str) -> Path:
 
 
 def _check_same_classes(names: tuple[str, ...]) -> None:
-    known = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
-    sources = {
-        f"{name!r} ({source_file(name)})": classes
-        for name, classes in known.items()
-        if classes is not None
-    }
-    message = class_mismatch(sources)
+    classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    message = class_mismatch({f"{n!r} ({source_file(n)})": c for n, c in classes.items() if c})
     if message:
         raise ValueError(message)
 
@@ -179,14 +171,13 @@ def _check_same_classes(names: tuple[str, ...]) -> None:
 def class_mismatch(sources: dict[str, list[str]]) -> str:
     """The first difference between the class names of data sets, "" if there is none."""
     for source, classes in sources.items():
-        first = next(iter(sources))
-        if classes == sources[first]:
-            continue
-        pairs = zip([*sources[first], "nothing"], [*classes, "nothing"])
-        index, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        return (
-            f"data sets {first} and {source} must have the same classes in the same "
-            f"order, but they have {len(sources[first])} and {len(classes)}; "
-            f"class {index} is {a!r} in one and {b!r} in the other"
-        )
+        first, expected = next(iter(sources.items()))
+        if classes != expected:
+            pairs = zip([*expected, "nothing"], [*classes, "nothing"])
+            index, (a, b) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+            return (
+                f"data sets {first} and {source} must have the same classes in the same "
+                f"order, but they have {len(expected)} and {len(classes)}; "
+                f"class {index} is {a!r} in one and {b!r} in the other"
+            )
     return ""

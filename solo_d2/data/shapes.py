@@ -16,18 +16,15 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from tqdm import trange
 
+from .annotations import decompress
 from .cache import ensure_folder
-from .catalog import CocoLoader, enter
-from .scenes import CLASSES, DrawnObject, draw_scene
+from .catalog import CocoLoader, enter, folder_files
+from .scenes import CLASSES, DrawnObject, Scene, draw_scene
 from .toys import draw_rods, draw_tubes
 
 # A polygon replaces a mask only if pycocotools rasterizes it with at least this IoU.
 _POLYGON_IOU = 0.95
 _JPEG_QUALITY = 95
-
-
-# (random numbers, height, width) -> (H, W, 3) uint8 RGB image, its objects from bottom to top
-DrawScene = Callable[[Generator, int, int], tuple[NDArray[np.uint8], list[DrawnObject]]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class DrawnSet:
     # Part of the cache folder's name: increase it when the same parameters give other files.
     version: int
     category_ids: Mapping[str, int]  # class name -> category id, in class order
-    draw_scene: DrawScene
+    draw_scene: Callable[[Generator, int, int], Scene]  # (random numbers, height, width)
     # Defaults of ``register``: images per split; height and width in pixels.
     train_images: int
     val_images: int
@@ -106,14 +103,12 @@ class DrawnSet:
     def ensure(self, *, count: int, size: tuple[int, int], seed: int, split: str) -> Path:
         """The folder of a split in the cache, drawn if it does not exist yet.
 
-        The cache is $SOLO_D2_CACHE, or ~/.cache/solo_d2. The folder is never incomplete, even if
-        several processes need it at once or one is killed half-way. Arguments and errors are those
-        of ``generate``.
+        The folder is never incomplete, even if several processes need it at once or one is killed
+        half-way. Arguments and errors are those of ``generate``.
         """
-        return ensure_folder(
-            self._folder_name(count, size, seed, split),
-            lambda folder: self.generate(folder, count=count, size=size, seed=seed, split=split),
-        )
+        name = f"{self.name}-v{self.version}-{split}-{count}x{size[0]}x{size[1]}-seed{seed}"
+        draw = partial(self.generate, count=count, size=size, seed=seed, split=split)
+        return ensure_folder(name, draw)
 
     def register(
         self,
@@ -138,19 +133,11 @@ class DrawnSet:
             "val": val_images or self.val_images,
         }
         for split, count in counts.items():
-            draw = partial(
+            ensure = partial(
                 self.ensure, count=count, size=(int(height), int(width)), seed=seed, split=split
             )
-            loader = CocoLoader(f"{self.name}_{split}", partial(_files, draw, split))
+            loader = CocoLoader(f"{self.name}_{split}", partial(folder_files, ensure, split))
             enter(loader, thing_classes=self.classes)
-
-    def _folder_name(self, count: int, size: tuple[int, int], seed: int, split: str) -> str:
-        return f"{self.name}-v{self.version}-{split}-{count}x{size[0]}x{size[1]}-seed{seed}"
-
-
-def _files(draw: Callable[[], Path], split: str) -> tuple[Path, Path]:
-    root = draw()
-    return root / "annotations" / f"instances_{split}.json", root / split
 
 
 def mask_annotation(rng: Generator, thing: DrawnObject, polygons: float) -> dict[str, Any]:
@@ -158,7 +145,7 @@ def mask_annotation(rng: Generator, thing: DrawnObject, polygons: float) -> dict
     rle = mask_util.encode(np.asfortranarray(thing.mask, np.uint8))
     segmentation: Any = {"size": list(thing.mask.shape), "counts": rle["counts"].decode()}
     if thing.is_crowd:  # COCO stores crowds uncompressed
-        segmentation["counts"] = _uncompressed_counts(thing.mask)
+        segmentation["counts"] = decompress(segmentation["counts"])
     elif rng.uniform() < polygons:
         polygon = _polygon(thing.mask)
         if polygon is not None:
@@ -170,13 +157,6 @@ def mask_annotation(rng: Generator, thing: DrawnObject, polygons: float) -> dict
         "bbox": mask_util.toBbox(rle).tolist(),
         "segmentation": segmentation,
     }
-
-
-def _uncompressed_counts(mask: NDArray[np.bool_]) -> list[int]:
-    """Lengths of the runs of 0, 1, 0, ... down the columns."""
-    flat = np.concatenate([[False], mask.ravel(order="F")])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
 
 
 def _polygon(mask: NDArray[np.bool_]) -> list[float] | None:

@@ -9,11 +9,15 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from .scenes import DrawnObject, noise
+from .scenes import DrawnObject, Scene, noise, to_uint8
 
 # An object with fewer visible pixels is drawn but not listed.
 MIN_PIXELS = 20
 _SEGMENTS = 10  # of the polyline that approximates a curve
+
+# Values at the pixels of a window of the picture, which may be empty, and its corner y, x. Depths
+# (h, w) are distances from the pixels' centers to an outline, negative outside.
+_Depth = tuple[NDArray, tuple[int, int]]
 
 
 class _Canvas:
@@ -25,13 +29,7 @@ class _Canvas:
         self.count = 0
 
     def add(self, depth: NDArray, corner: tuple[int, int], color: NDArray, opacity: float) -> None:
-        """
-        Args:
-            depth: (h, w) distance from each pixel's center to the outline, negative outside.
-            corner: y, x of the window in the picture.
-            color: (h, w, 3).
-            opacity: 1 hides everything below.
-        """
+        """Draw an object of a color (h, w, 3); opacity 1 hides everything below."""
         h, w = depth.shape
         window = np.s_[corner[0] : corner[0] + h, corner[1] : corner[1] + w]
         alpha = opacity * np.clip(depth + 0.5, 0, 1)[..., None]
@@ -45,16 +43,11 @@ class _Canvas:
         return [DrawnObject(0, mask) for mask in masks if mask.sum() >= MIN_PIXELS]
 
 
-def draw_rods(
-    rng: Generator, height: int, width: int
-) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
+def draw_rods(rng: Generator, height: int, width: int) -> Scene:
     """Straight rods with round ends, red with a blue rim, on white; later ones cover earlier ones.
 
     8 to 25 of them in 96 x 96 pixels, and as many per area in other sizes. Every second picture
     is blurred, and every second one gets noise.
-
-    Returns:
-        The image, (H, W, 3) uint8 RGB, and its objects from bottom to top.
     """
     canvas = _Canvas(np.full((height, width, 3), 255, np.float32))
     for _ in range(_number(rng, 8, 25, height * width / 96**2)):
@@ -76,19 +69,14 @@ def draw_rods(
         image = cv2.blur(image, (side, side))
     if rng.uniform() < 0.5:
         image = image + rng.uniform(10, 40) * rng.standard_normal(image.shape, np.float32)
-    return _to_uint8(image), canvas.objects()
+    return to_uint8(image), canvas.objects()
 
 
-def draw_tubes(
-    rng: Generator, height: int, width: int
-) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
+def draw_tubes(rng: Generator, height: int, width: int) -> Scene:
     """Bent, tapered tubes and some ellipses, blue, with a dark soft rim, slightly transparent.
 
     12 to 52 of them in 128 x 128 pixels, and as many per area in other sizes, on pale blue. Pixels
     of an object seen through a transparent one belong to the transparent one.
-
-    Returns:
-        The image, (H, W, 3) uint8 RGB, and its objects from bottom to top.
     """
     size = (height, width)
     mottle = noise(rng, size, cells=max(size) / 12)[..., None]
@@ -105,7 +93,7 @@ def draw_tubes(
         darkness = 0.55 * np.clip(1 - depth / 2.5, 0, 1)[..., None]
         canvas.add(depth, corner, color * (1 - darkness), opacity=rng.uniform(0.65, 0.85))
     image = canvas.image + 3 * rng.standard_normal((*size, 3), np.float32)
-    return _to_uint8(image), canvas.objects()
+    return to_uint8(image), canvas.objects()
 
 
 def _number(rng: Generator, low: int, high: int, scale: float) -> int:
@@ -113,9 +101,7 @@ def _number(rng: Generator, low: int, high: int, scale: float) -> int:
     return max(1, round(int(rng.integers(low, high + 1)) * scale))
 
 
-def _bent_tube(
-    rng: Generator, center: NDArray[np.float64], angle: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _bent_tube(rng: Generator, center: NDArray, angle: float) -> tuple[NDArray, NDArray]:
     """Points (n, 2) along a quadratic Bezier curve, and the radius at each."""
     along = np.array([np.cos(angle), np.sin(angle)])
     across = np.array([-along[1], along[0]])
@@ -128,19 +114,10 @@ def _bent_tube(
     return points, (thick + t * (thin - thick))[:, 0]
 
 
-def _stroke_depth(
-    points: NDArray[np.float64], radii: NDArray[np.float64], size: tuple[int, int]
-) -> tuple[NDArray[np.float64], tuple[int, int]]:
-    """Depth within a thick polyline.
+def _stroke_depth(points: NDArray, radii: NDArray, size: tuple[int, int]) -> _Depth:
+    """Depth within a thick polyline in a picture of that height and width.
 
-    Args:
-        points: (n, 2) x, y.
-        radii: (n,) in pixels; linear between the points.
-        size: height and width of the picture.
-
-    Returns:
-        Depth (h, w) in a window of the picture, and the window's corner y, x. The window may be
-        empty.
+    ``points`` (n, 2) are x, y; ``radii`` (n,) are in pixels and linear between the points.
     """
     reach = radii.max() + 1
     xy, corner = _window(points.min(0) - reach, points.max(0) + reach, size)
@@ -152,13 +129,8 @@ def _stroke_depth(
     return (radii[:-1] + t * np.diff(radii) - distance).max(-1), corner
 
 
-def _ellipse_depth(
-    center: NDArray[np.float64],
-    radii: NDArray[np.float64],
-    angle: float,
-    size: tuple[int, int],
-) -> tuple[NDArray[np.float64], tuple[int, int]]:
-    """Depth within a filled ellipse, exact at its outline; see ``_stroke_depth``."""
+def _ellipse_depth(center: NDArray, radii: NDArray, angle: float, size: tuple[int, int]) -> _Depth:
+    """Depth within a filled ellipse, exact at its outline."""
     reach = radii.max() + 1
     xy, corner = _window(center - reach, center + reach, size)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -166,16 +138,10 @@ def _ellipse_depth(
     return (1 - np.linalg.norm(local, axis=-1)) * radii.min(), corner
 
 
-def _window(
-    low: NDArray[np.float64], high: NDArray[np.float64], size: tuple[int, int]
-) -> tuple[NDArray[np.float64], tuple[int, int]]:
+def _window(low: NDArray, high: NDArray, size: tuple[int, int]) -> _Depth:
     """(h, w, 2) x, y of the centers of the picture's pixels between two corners x, y."""
-    height, width = size
-    left, top = np.clip(np.floor(low).astype(int), 0, (width, height))
-    right, bottom = np.clip(np.ceil(high).astype(int), 0, (width, height))
+    sides = size[::-1]
+    left, top = np.clip(np.floor(low).astype(int), 0, sides).tolist()
+    right, bottom = np.clip(np.ceil(high).astype(int), 0, sides).tolist()
     y, x = np.mgrid[top:bottom, left:right] + 0.5
-    return np.stack([x, y], -1), (int(top), int(left))
-
-
-def _to_uint8(image: NDArray) -> NDArray[np.uint8]:
-    return np.clip(np.round(image), 0, 255).astype(np.uint8)
+    return np.stack([x, y], -1), (top, left)

@@ -18,27 +18,15 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# key -> (minimum, what is allowed)
-_LIMITS = {
-    "SOLVER.MAX_ITER": (1, "a positive number of iterations"),
-    "SOLVER.IMS_PER_BATCH": (1, "a positive number of images"),
-    "SOLVER.BASE_LR_END": (0, "0 or more"),
-    "SOLVER.MOMENTUM": (0, "0 or more"),
-    "SOLVER.WEIGHT_DECAY": (0, "0 or more"),
-    "SOLVER.CHECKPOINT_PERIOD": (1, "a positive number of iterations"),
-    "SOLVER.WARMUP_ITERS": (0, "0 or more iterations"),
-    "SOLVER.REFERENCE_WORLD_SIZE": (0, "a number of GPUs, or 0 to scale nothing"),
-    "MODEL.FPN.OUT_CHANNELS": (1, "a positive number of channels"),
-    "MODEL.BACKBONE.FREEZE_AT": (0, "0 (nothing), 1 (the stem) to 5 (everything)"),
-    "INPUT.MAX_SIZE_TRAIN": (1, "a positive number of pixels"),
-    "INPUT.MIN_SIZE_TEST": (0, "a number of pixels, or 0 to leave images as they are"),
-    "INPUT.MAX_SIZE_TEST": (1, "a positive number of pixels"),
-    "DATASETS.OVERFIT_IMAGES": (0, "0 or more images"),
-    "DATALOADER.NUM_WORKERS": (0, "0 or more processes"),
-    "TEST.PATIENCE": (0, "a number of evaluations, or 0 for no early stop"),
-    "TEST.VIS_IMAGES": (0, "0 or more images"),
-}
-
+_POSITIVE = (
+    *("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.BASE_LR"),
+    *("INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST", "MODEL.FPN.OUT_CHANNELS"),
+)
+_NOT_NEGATIVE = (
+    *("SOLVER.BASE_LR_END", "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY", "SOLVER.WARMUP_ITERS"),
+    *("SOLVER.REFERENCE_WORLD_SIZE", "MODEL.BACKBONE.FREEZE_AT", "INPUT.MIN_SIZE_TEST"),
+    *("DATASETS.OVERFIT_IMAGES", "DATALOADER.NUM_WORKERS", "TEST.PATIENCE", "TEST.VIS_IMAGES"),
+)
 _CHOICES = {
     "MODEL.FPN.FUSE_TYPE": ("sum", "avg"),
     "INPUT.FORMAT": ("RGB", "BGR", "L", "YUV-BT.601"),
@@ -57,13 +45,18 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     Raises:
         UserError: a key has an unsupported value; the message names it and what is allowed.
     """
-    for key, (least, allowed) in _LIMITS.items():
-        value = get_value(cfg, key)
-        if value < least:
-            raise UserError(f"{key} is {value!r}, but must be {allowed}")
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
+        value, least = get_value(cfg, key), "positive" if key in _POSITIVE else "0 or more"
+        if not 0 <= value < float("inf") or (value == 0 and key in _POSITIVE):  # NaN too
+            raise UserError(f"{key} is {value!r}, but must be {least}")
     solver = cfg.SOLVER
-    if not 0 < solver.BASE_LR < float("inf"):
-        raise UserError(f"SOLVER.BASE_LR is {solver.BASE_LR!r}, but must be a positive number")
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and solver.BASE_LR_END > solver.BASE_LR:
+        raise UserError(
+            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END}, but must be at most SOLVER.BASE_LR, "
+            f"{solver.BASE_LR}"
+        )
+    for section in ("RPN", "ROI_HEADS", "RETINANET"):
+        _check_matcher(f"MODEL.{section}", cfg.MODEL[section])
     sizes = cfg.INPUT.MIN_SIZE_TRAIN
     if not sizes or min(sizes) < 0:
         raise UserError(f"INPUT.MIN_SIZE_TRAIN is {sizes!r}, but must be numbers of pixels")
@@ -91,6 +84,19 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
         refuse_test_time_augmentation(cfg)
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _check_matcher(section: str, options: CfgNode) -> None:
+    thresholds, labels = list(options.IOU_THRESHOLDS), list(options.IOU_LABELS)
+    if not thresholds or thresholds != sorted(thresholds) or thresholds[0] <= 0:
+        raise UserError(
+            f"{section}.IOU_THRESHOLDS is {thresholds}, but must be positive numbers, sorted"
+        )
+    if len(labels) != len(thresholds) + 1 or not {*labels} <= {-1, 0, 1}:
+        raise UserError(
+            f"{section}.IOU_LABELS is {labels}, but must be one more of -1, 0 and 1 than "
+            f"{section}.IOU_THRESHOLDS, {thresholds}"
+        )
 
 
 @contextmanager

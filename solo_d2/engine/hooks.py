@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ class StopAtNonFiniteLoss(HookBase):
         )
 
 
+@dataclass(eq=False)
 class KeepBest(HookBase):
     """Saves model_best.pth after each evaluation that is better than all earlier ones.
 
@@ -101,29 +103,21 @@ class KeepBest(HookBase):
     and can end the training run.
     """
 
-    def __init__(self, period: int, checkpointer: Checkpointer, metric: str, patience: int = 0):
-        """
-        Args:
-            period: period of the evaluations; their ``EvalHook`` must come before this hook.
-            checkpointer: writes the file in the main process.
-            metric: name of the metric to maximize, for example "segm/AP".
-            patience: stop after this many evaluations in a row without improvement; 0: never.
-        """
-        self._period = period
-        self._checkpointer = checkpointer
-        self._metric = metric
-        self._patience = patience
-        self.best: float | None = None
-        self.best_iter: int | None = None
-        self.waited = 0
+    period: int  # of the evaluations; their ``EvalHook`` must come before this hook
+    checkpointer: Checkpointer  # writes the file in the main process
+    metric: str  # the one to maximize, for example "segm/AP"
+    patience: int = 0  # stop after so many evaluations in a row without improvement; 0: never
+    best: float | None = None
+    best_iter: int | None = None
+    waited: int = 0  # evaluations in a row without improvement
 
     @property
     def is_exhausted(self) -> bool:
-        return 0 < self._patience <= self.waited
+        return 0 < self.patience <= self.waited
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if self._period > 0 and done % self._period == 0 and done != self.trainer.max_iter:
+        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
             self._compare()
             if any(comm.all_gather(self.is_exhausted)):  # only the main process has results
                 raise EarlyStop
@@ -135,31 +129,28 @@ class KeepBest(HookBase):
     def _compare(self) -> None:
         if not comm.is_main_process():
             return
-        logger = logging.getLogger(__name__)
-        latest = self.trainer.storage.latest()
-        if self._metric not in latest:
-            known = sorted(name for name in latest if "/" in name)
+        logger, latest = logging.getLogger(__name__), self.trainer.storage.latest()
+        if self.metric not in latest:
             logger.warning(
-                f"TEST.BEST_METRIC {self._metric!r} is not among the results, so no model_best.pth "
-                f"is written; there are {known}"
+                f"TEST.BEST_METRIC {self.metric!r} is not among the results, so no model_best.pth "
+                f"is written; there are {sorted(name for name in latest if '/' in name)}"
             )
             return
-        value, iteration = latest[self._metric]
+        value, iteration = latest[self.metric]
         if not math.isfinite(value) or (self.best is not None and value <= self.best):
             self.waited += 1
             return
         self.best, self.best_iter, self.waited = value, iteration, 0
-        self._checkpointer.save("model_best", iteration=iteration)
-        logger.info(f"model_best.pth: {self._metric} {value:.3f} after iteration {iteration}")
+        self.checkpointer.save("model_best", iteration=iteration)
+        logger.info(f"model_best.pth: {self.metric} {value:.3f} after iteration {iteration}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_iter": self.best_iter, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not isinstance(state["best"], int | float | None):
-            raise TypeError(f"the best {self._metric} is {state['best']!r}, not a number")
-        self.best, self.best_iter = state["best"], state["best_iter"]
-        self.waited = state["waited"]
+            raise TypeError(f"the best {self.metric} is {state['best']!r}, not a number")
+        self.best, self.best_iter, self.waited = (state[k] for k in self.state_dict())
 
 
 class UntaggedCheckpointer(Checkpointer):

@@ -18,13 +18,15 @@ from solo_d2.errors import UserError
 class ResumableSampler(Sampler[int]):
     """An endless sampler of Detectron2 that can start in the middle of its stream."""
 
-    def __init__(self, build: Callable[..., Sampler[int]], seed: int):
+    def __init__(self, build: Callable[..., Sampler[int]], seed: int, images: int):
         """
         Args:
             build: creates the sampler of this process, given ``seed``; must be picklable.
             seed: the same in all processes.
+            images: number of images in an epoch of all processes.
         """
         self._build = build
+        self.images = images
         self.seek(seed, 0)
 
     def seek(self, seed: int, start: int) -> None:
@@ -47,27 +49,21 @@ def resumable_sampler(loader: Any) -> ResumableSampler | None:
     return None
 
 
-def build_train_loader(cfg: CfgNode) -> Any:
-    """Detectron2's ``build_detection_train_loader`` with our mapper and a ``ResumableSampler``.
-
-    Iterable data sets and Detectron2's less common samplers start over after an interruption.
+def training_records(cfg: CfgNode) -> Any:
+    """What Detectron2 trains on: a list of records, or a torch data set.
 
     Raises:
         UserError: DATASETS.TRAIN has no usable image, or a record lacks its size.
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name data sets there, or give --data")
-    loader, mapper = cfg.DATALOADER, InstanceMapper(cfg, is_train=True)
+    keypoints, loader = cfg.MODEL.ROI_KEYPOINT_HEAD, cfg.DATALOADER
     try:
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
             filter_empty=loader.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=(
-                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-            ),
-            proposal_files=(
-                cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-            ),
+            min_keypoints=keypoints.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         )
     except AssertionError as error:  # Detectron2's report that no image is left
         raise UserError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)}: {error}") from error
@@ -78,14 +74,30 @@ def build_train_loader(cfg: CfgNode) -> Any:
                     f"DATALOADER.ASPECT_RATIO_GROUPING needs 'width' and 'height' of image "
                     f"{record.get('file_name')}; set it to False"
                 )
-    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-    sampler = None
+    return records
+
+
+def build_train_loader(cfg: CfgNode) -> Any:
+    """Detectron2's ``build_detection_train_loader`` with our mapper and a ``ResumableSampler``.
+
+    Iterable data sets and Detectron2's less common samplers start over after an interruption.
+
+    Raises:
+        UserError: see ``training_records``.
+    """
+    records, loader = training_records(cfg), cfg.DATALOADER
+    build: Callable[..., Sampler[int]] | None = None
     if not isinstance(records, IterableDataset):
         if loader.SAMPLER_TRAIN == "TrainingSampler":
-            sampler = ResumableSampler(partial(TrainingSampler, len(records)), seed)
+            build = partial(TrainingSampler, len(records))
         elif loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
             factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
                 records, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT
             )
-            sampler = ResumableSampler(partial(RepeatFactorTrainingSampler, factors), seed)
+            build = partial(RepeatFactorTrainingSampler, factors)
+    sampler = None
+    if build is not None:
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        sampler = ResumableSampler(build, seed, len(records))
+    mapper = InstanceMapper(cfg, is_train=True)
     return build_detection_train_loader(cfg, dataset=records, mapper=mapper, sampler=sampler)

@@ -17,29 +17,22 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from torch import nn
 from torch.utils.data import DataLoader
 
 from solo_d2.checkpoint import build_checkpointer
 from solo_d2.data.mapper import InstanceMapper
-from solo_d2.errors import UserError
 from solo_d2.evaluation.build import build_evaluators
 from solo_d2.evaluation.coco import summary_lines, write_results
 from solo_d2.modeling.own_keys import all_keys_honored
 from solo_d2.modeling.prepare import prepare
 
 from .checks import check_config
+from .console import ProgressBar, epoch_printer
 from .hooks import EarlyStop, KeepBest, StopAtNonFiniteLoss, UntaggedCheckpointer
 from .optimizer import build_optimizer
 from .sampler import build_train_loader, resumable_sampler
-
-
-def _is_worth_a_traceback(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
-
-
-# Detectron2's loop logs every exception with a traceback; for a UserError the message is enough.
-logging.getLogger("detectron2.engine.train_loop").addFilter(_is_worth_a_traceback)
 
 
 class Trainer(DefaultTrainer):
@@ -76,6 +69,15 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, hooks.EvalHook):
                 result.append(self.keep_best)
         return result
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's; the printed line also has the epoch, if the data have a length."""
+        sampler = resumable_sampler(self.data_loader)
+        if sampler is None:
+            return super().build_writers()
+        printer = epoch_printer(self.max_iter, sampler.images / self.cfg.SOLVER.IMS_PER_BATCH)
+        writers = super().build_writers()
+        return [printer if isinstance(x, CommonMetricPrinter) else x for x in writers]
 
     def train(self) -> dict[str, Any]:
         """Train, evaluate, and write results.json; returns the results (main process)."""
@@ -152,9 +154,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        return DatasetEvaluators(
-            build_evaluators(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, folder))
-        )
+        evaluators = build_evaluators(cfg, dataset_name, os.path.join(cfg.OUTPUT_DIR, folder))
+        return DatasetEvaluators([ProgressBar(dataset_name), *evaluators])
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict[str, Any]:

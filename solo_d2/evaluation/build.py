@@ -7,13 +7,12 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, PanopticFPN
 
 from solo_d2.errors import UserError
 from solo_d2.modeling.segmentor import InstanceSegmentor
@@ -26,7 +25,8 @@ from .pictures import PredictionPictures
 def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:
     """The evaluators that Detectron2's train_net.py builds for the data set, then ours.
 
-    If the ``best_metric`` of the model class is panoptic, it is evaluated on any data set.
+    A model whose ``best_metric`` is panoptic is evaluated so on any data set, a ``PanopticFPN`` on
+    panoptic ones. ``PanopticEvaluator`` replaces Detectron2's, which needs ``panopticapi``.
 
     Args:
         cfg: config of the model.
@@ -50,8 +50,6 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[Datas
     if not issubclass(architecture, InstanceSegmentor):
         if kind in ("sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
-        if kind == "coco_panoptic_seg":
-            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if kind == "cityscapes_sem_seg":
             evaluators.append(CityscapesSemSegEvaluator(dataset_name))
     if not evaluators:
@@ -59,7 +57,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[Datas
             f"{cfg.MODEL.META_ARCHITECTURE} cannot be evaluated on data set {dataset_name!r} of "
             f"evaluator_type {kind!r}"
         )
-    if getattr(architecture, "best_metric", "").startswith("panoptic_seg/"):
+    is_panoptic = getattr(architecture, "best_metric", "").startswith("panoptic_seg/")
+    if is_panoptic or (issubclass(architecture, PanopticFPN) and kind == "coco_panoptic_seg"):
         evaluators.append(PanopticEvaluator(dataset_name))
     if cfg.TEST.VIS_IMAGES > 0:
         pictures = PredictionPictures(

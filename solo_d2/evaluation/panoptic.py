@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.coco_panoptic import load_coco_panoptic_json
 from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BitMasks
@@ -31,9 +32,10 @@ VOID = -1
 class PanopticEvaluator(DatasetEvaluator):
     """PQ, SQ and RQ of all classes, things and stuff, under the names of Detectron2's evaluator.
 
-    The ground truth of a record with "pan_seg_file_name" is that picture. Otherwise it is painted
-    from the annotations, smaller objects over larger ones; crowds are void, and the rest is the
-    first class of stuff.
+    The ground truth of a record with "pan_seg_file_name" is that picture, and so is that of a set
+    with "panoptic_json" in its metadata, such as Detectron2's "separated" ones. Otherwise it is
+    painted from the annotations, smaller objects over larger ones; crowds are void, and the rest is
+    the background.
 
     Void pixels of the ground truth do not count in a union, and predictions that lie in them by
     more than half are not counted. Averages exclude classes that neither occur nor are predicted.
@@ -44,8 +46,8 @@ class PanopticEvaluator(DatasetEvaluator):
     def __init__(self, dataset_name: str):
         """
         Args:
-            dataset_name: a registered set. If its metadata have no ``stuff_classes``, there is one
-                class of stuff, the background.
+            dataset_name: a registered set. If its metadata have no ``stuff_classes``, all stuff is
+                one class, the background.
 
         Raises:
             UserError: torchmetrics is not installed.
@@ -56,6 +58,13 @@ class PanopticEvaluator(DatasetEvaluator):
         self._things = len(metadata.get("thing_classes") or ())
         self._stuff = len(metadata.get("stuff_classes") or ("background",))
         self._dataset_name = dataset_name
+        if metadata.get("panoptic_json") and not any("pan_seg_file_name" in r for r in records):
+            records = load_coco_panoptic_json(
+                metadata.panoptic_json,
+                metadata.image_root,
+                metadata.panoptic_root,
+                metadata.as_dict(),
+            )
         self._records = {r["file_name"]: r for r in records}
         self.reset()
 
@@ -78,6 +87,12 @@ class PanopticEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for x, output in zip(inputs, outputs):
             ids, segments = output["panoptic_seg"]
+            stuff = max((s["category_id"] for s in segments if not s["isthing"]), default=0)
+            if stuff >= max(2, self._stuff):  # one class may be counted from 1
+                raise UserError(
+                    f"the model predicts stuff class {stuff}, but data set {self._dataset_name!r} "
+                    f"has {self._stuff} (see MODEL.ADAPTIS.NUM_STUFF)"
+                )
             predicted = self._label(ids, segments, void=self._things + self._stuff)
             truth = self._label(*self.ground_truth(self._records[x["file_name"]]), void=VOID)
             # on the predictions' device, because sorting all pixels is slow
@@ -95,8 +110,11 @@ class PanopticEvaluator(DatasetEvaluator):
         """(H, W, 2): class, things before stuff, and id."""
         classes = torch.full_like(ids, void, dtype=torch.int64)
         for segment in segments:
-            shift = 0 if segment["isthing"] else self._things
-            classes[ids == segment["id"]] = segment["category_id"] + shift
+            category = segment["category_id"]
+            if not segment["isthing"]:
+                # of one class of stuff, the number does not matter: some models count from 1
+                category = self._things + (category if self._stuff > 1 else 0)
+            classes[ids == segment["id"]] = category
         # all void pixels are one region
         return torch.stack([classes, torch.where(classes == void, 0, ids.long())], dim=-1)
 

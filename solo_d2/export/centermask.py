@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.structures import Boxes
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,6 +40,10 @@ class CenterMaskGraph(Graph):
                     f"CenterMask and FCOS, with {known.__name__}, can; for Detectron2's own models "
                     "see its tools/deploy/export_model.py"
                 )
+        if isinstance(model, PanopticFPN) or heads.keypoint_branch is not None:
+            raise UserError(
+                "panoptic segmentation and keypoints cannot be exported: only boxes and masks can"
+            )
         if heads.mask_on and (heads.mask_pooler is None or not heads.has_class_logits):
             raise UserError(
                 f"the mask head {type(heads.mask_head).__name__} cannot be exported; set "

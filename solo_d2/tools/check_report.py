@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,9 +12,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from solo_d2.data.coco import REFUSED, REPAIRED, SKIPPED
-from solo_d2.modeling.solo.targets import level_offsets
 
-from .occupancy import Advice, Grids, Occupancy
+from .occupancy import Cells
 
 # In addition to the reader's effects: something odd that training uses unchanged.
 REMARK = "remark"
@@ -27,20 +26,7 @@ _QUANTILES["max"] = 1.0
 _EXAMPLES = 3
 
 
-@dataclasses.dataclass
-class Cells:
-    """Assignment of the objects to grid cells at test size."""
-
-    features: list[str]  # per level
-    grids: Grids
-    occupancy: Occupancy
-    below: int  # objects that are smaller than every range
-    above: int  # larger than every range
-    scales: dict[str, float]  # quantiles of sqrt(box area)
-    advice: list[Advice]
-
-
-@dataclasses.dataclass
+@dataclass
 class Report:
     """The findings about one data set; "objects" excludes crowds."""
 
@@ -48,13 +34,15 @@ class Report:
     keys: list[str]
     json_file: str
     image_root: str
-    findings: dict[tuple[str, str], list[str]] = dataclasses.field(default_factory=dict)
+    options: dict[str, bool] = field(default_factory=dict)  # of ``read_coco``
+    expected_classes: list[str] | None = None  # None: any
+    findings: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     images: int = 0
     objects: int = 0
     crowds: int = 0
     most_objects: int = 0  # in one image
-    classes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # objects, images
-    sizes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    classes: dict[str, tuple[int, int]] = field(default_factory=dict)  # objects, images
+    sizes: dict[str, dict[str, float]] = field(default_factory=dict)
     cells: Cells | None = None
 
     @property
@@ -64,6 +52,25 @@ class Report:
     def add(self, effect: str, what: str, offender: str) -> None:
         """Add an entry to the findings of its kind."""
         self.findings.setdefault((effect, what), []).append(offender)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, for ``json.dumps``."""
+        findings = [
+            {"effect": effect, "what": what, "offenders": who}
+            for (effect, what), who in self.findings.items()
+        ]
+        cells = self.cells and {k: v for k, v in vars(self.cells).items() if k in _COUNTS}
+        return vars(self) | {"findings": findings, "cells": cells}
+
+
+# Attributes of ``Cells``, and what happens to the objects that have no cell.
+_REASONS = {
+    "lost": "lose all of theirs to objects that come later in the json: raise MODEL.SOLO.NUM_GRIDS",
+    "too_small": "are too small for MODEL.SOLO.SCALE_RANGES: lower the first bound",
+    "out_of_range": "are too large for MODEL.SOLO.SCALE_RANGES, or between two: raise a bound",
+    "empty": "have no pixel of their mask left: raise INPUT.MIN_SIZE_TEST",
+}
+_COUNTS = {"levels", "objects", *_REASONS}
 
 
 def size_row(areas: Tensor) -> dict[str, float]:
@@ -89,20 +96,25 @@ def to_text(report: Report, cfg: CfgNode) -> str:
     parts = [
         f"{title}\n{'=' * len(title)}\n{report.json_file}\n{report.images} images in "
         f"{report.image_root}, {report.objects} objects (at most {report.most_objects} an image), "
-        f"{report.crowds} crowds"
+        f"{report.crowds} crowds",
+        "No problems.",
     ]
-    findings = sorted(report.findings.items(), key=lambda x: _EFFECTS.index(x[0][0]))
-    rows = [(effect, len(who), what, _examples(who)) for (effect, what), who in findings]
-    if rows:
+    if report.findings:
+        findings = sorted(report.findings.items(), key=lambda x: _EFFECTS.index(x[0][0]))
+        rows = [(effect, len(who), what, _examples(who)) for (effect, what), who in findings]
         headers = ["training", "count", "finding", "offenders"]
-        parts.append(tabulate(rows, headers, maxcolwidths=[None, None, 44, 60]))
-    else:
-        parts.append("No problems.")
+        parts[1] = tabulate(rows, headers, maxcolwidths=[None, None, 44, 60])
     if report.objects:
-        parts.append(_class_table(report.classes))
-        parts.append(_size_table(report, cfg))
-        if report.cells:
-            parts.append(_cell_tables(report.cells, cfg))
+        low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        size = f"shorter side {low}, longer at most {high}" if low else "that of the image"
+        sizes = [{"sqrt(area)": name} | row for name, row in report.sizes.items()]
+        parts += [
+            _class_table(report.classes),
+            f"{tabulate(sizes, headers='keys')}\n"
+            f"Test size: {size} (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST).",
+        ]
+    if report.cells and report.objects:
+        parts.append(_cell_table(report.cells, cfg))
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,91 +135,44 @@ def _class_table(classes: dict[str, tuple[int, int]]) -> str:
     return tabulate(rows, ["class", "objects", "images"] * blocks)
 
 
-def _size_table(report: Report, cfg: CfgNode) -> str:
-    rows = [{"sqrt(mask area)": name} | row for name, row in report.sizes.items()]
-    if report.cells:
-        row = {"sqrt(mask area)": "sqrt(box area) at test size"}
-        rows.append(row | dict.fromkeys(("small", "medium", "large"), "") | report.cells.scales)
-    text = tabulate(rows, headers="keys")
-    return f"{text}\nTest size: {_test_size(cfg)}."
-
-
-def _test_size(cfg: CfgNode) -> str:
-    low, high = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if low == 0:
-        return "that of the image (INPUT.MIN_SIZE_TEST is 0)"
-    return f"shorter side {low}, longer at most {high} (INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST)"
-
-
-def _cell_tables(cells: Cells, cfg: CfgNode) -> str:
-    counts, grids = cells.occupancy, cells.grids
+def _cell_table(cells: Cells, cfg: CfgNode) -> str:
+    solo = cfg.MODEL.SOLO
     rows = [
         (feature, number, f"{low:g} to {high:g}", *level)
         for feature, number, (low, high), level in zip(
-            cells.features, grids.num_grids, grids.scale_ranges, counts.levels
+            solo.IN_FEATURES, solo.NUM_GRIDS, solo.SCALE_RANGES, cells.levels
         )
     ]
-    headers = ["level", "NUM_GRIDS", "SCALE_RANGES", "objects", "share a cell", "lose all cells"]
-    between = counts.out_of_range - cells.below - cells.above
+    headers = ["level", "NUM_GRIDS", "SCALE_RANGES", "objects", "without a cell there"]
     lines = [
         f"Grid cells of {cfg.MODEL.META_ARCHITECTURE} at test size, each image padded by itself",
         tabulate(rows, headers),
-        f"{counts.without_cell} of {counts.objects} objects have no cell on any level"
-        + (":" if counts.without_cell else "."),
+        f"{cells.without_cell} of {cells.objects} objects have no cell on any level"
+        + (":" if cells.without_cell else "."),
     ]
-    reasons = {
-        "lose all of theirs to objects that come later in the json": counts.lost,
-        "are too small for SCALE_RANGES": cells.below,
-        "are too large for SCALE_RANGES": cells.above,
-        "are between two of SCALE_RANGES": between,
-        "have no pixel of their mask left (INPUT.MIN_SIZE_TEST is too small)": counts.empty,
-    }
-    lines += [f"  {count} {reason}" for reason, count in reasons.items() if count]
-    if cells.advice:
-        total = level_offsets(grids.num_grids)[-1]
-        options = [("as it is", counts.without_cell, total)]
-        options += [
-            (f'{a.key} "{a.value}"', a.occupancy.without_cell, a.cells) for a in cells.advice
-        ]
-        lines += ["", "Settings that would help, each by itself:"]
-        lines.append(tabulate(options, ["setting", "objects without a cell", "cells in all"]))
-    return "\n".join(lines)
+    counts = {reason: getattr(cells, name) for name, reason in _REASONS.items()}
+    return "\n".join(lines + [f"  {count} {reason}" for reason, count in counts.items() if count])
 
 
 def summary(reports: Sequence[Report]) -> str:
     """One line about all data sets."""
     counts: Counter[str] = Counter()
-    for report in reports:
-        for (effect, _), offenders in report.findings.items():
-            counts[effect] += len(offenders)
+    for effect, offenders in _findings(reports):
+        counts[effect] += len(offenders)
     sets = "1 data set" if len(reports) == 1 else f"{len(reports)} data sets"
     text = f"{sets} checked: no problems"
     if counts:
         text = f"{sets} checked: " + ", ".join(f"{counts[e]} {e}" for e in _EFFECTS[:3])
         text += f", {counts[REMARK]} remarks"
-    without = sum(report.cells.occupancy.without_cell for report in reports if report.cells)
+    without = sum(report.cells.without_cell for report in reports if report.cells)
     return text + (f"; {without} objects without a grid cell" if without else "")
 
 
 def has_problems(reports: Sequence[Report]) -> bool:
     """Whether training would refuse or skip anything."""
-    return any(effect in (REFUSED, SKIPPED) for report in reports for effect, _ in report.findings)
+    return any(effect in (REFUSED, SKIPPED) for effect, _ in _findings(reports))
 
 
-def to_json(value: Any) -> Any:
-    """Dataclasses and named tuples as dicts, for json; findings as a list of dicts."""
-    if isinstance(value, Report):
-        findings = [
-            {"effect": effect, "what": what, "offenders": who}
-            for (effect, what), who in value.findings.items()
-        ]
-        return to_json(vars(value) | {"findings": findings})
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if hasattr(value, "_asdict"):
-        return to_json(value._asdict())
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    return value
+def _findings(reports: Sequence[Report]) -> Iterable[tuple[str, list[str]]]:
+    for report in reports:
+        yield from ((effect, who) for (effect, _), who in report.findings.items())

@@ -5,6 +5,7 @@ Only the standard library is imported at the top, so that this runs where nothin
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -28,8 +29,8 @@ class Requirement(NamedTuple):
     purpose: str = ""  # of an optional package
 
     @property
-    def required(self) -> bool:
-        return not self.purpose
+    def title(self) -> str:
+        return "Detectron2" if self.module == "detectron2" else self.distribution
 
 
 MINIMUM_PYTHON = (3, 10)
@@ -72,7 +73,7 @@ def missing_requirement() -> str:
     missing = [r for r in REQUIREMENTS if r.module in names and _find_spec(r.module) is None]
     if not missing:
         return ""
-    titles = " and ".join(_title(requirement) for requirement in missing)
+    titles = " and ".join(requirement.title for requirement in missing)
     verb = "is" if len(missing) == 1 else "are"
     return f"solo_d2 needs {titles}, which {verb} not installed. Run: {_command(missing)}"
 
@@ -93,8 +94,8 @@ def report() -> tuple[list[str], list[str]]:
         problems.append(f"solo_d2 needs Python {least}, this is {platform.python_version()}")
     for requirement in REQUIREMENTS:
         state, complaint = _inspect(requirement)
-        if complaint and requirement.required:
-            problems.append(f"solo_d2 needs {_title(requirement)}, which {complaint}")
+        if complaint and not requirement.purpose:
+            problems.append(f"solo_d2 needs {requirement.title}, which {complaint}")
             wanted.append(requirement)
         elif complaint:
             state = f"{state} (optional, for {requirement.purpose})"
@@ -131,7 +132,9 @@ def _inspect(requirement: Requirement) -> tuple[str, str]:
         return "not installed", "is not installed"
     try:
         module = importlib.import_module(requirement.module)
+        place = ""
         if requirement.module == "detectron2":
+            place = f" ({Path(str(module.__file__)).parent})"
             # Releases of 2021 can be imported, but fail here with current Pillow or NumPy versions.
             importlib.import_module("detectron2.data.transforms")
             modeling = importlib.import_module("detectron2.modeling")
@@ -140,27 +143,18 @@ def _inspect(requirement: Requirement) -> tuple[str, str]:
     except Exception as error:  # a broken installation can raise anything
         first_line = (str(error).splitlines() or [""])[0]
         return "broken", f"cannot be imported ({type(error).__name__}: {first_line})"
-    version = str(getattr(module, "__version__", "") or _distribution_version(requirement))
-    place = f" ({Path(str(module.__file__)).parent})" if requirement.module == "detectron2" else ""
+    version = str(getattr(module, "__version__", "") or "")
+    if not version:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(requirement.distribution)
     if version and _numbers(version) < _numbers(requirement.minimum):
         return version + place, f"{version} is too old; it needs {requirement.minimum} or newer"
     return (version or "version unknown") + place, ""
 
 
-def _distribution_version(requirement: Requirement) -> str:
-    try:
-        return importlib.metadata.version(requirement.distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(x) for x in match.group().split(".")) if match else ()
-
-
-def _title(requirement: Requirement) -> str:
-    return "Detectron2" if requirement.module == "detectron2" else requirement.distribution
 
 
 def _command(requirements: Sequence[Requirement]) -> str:
@@ -172,7 +166,7 @@ def _command(requirements: Sequence[Requirement]) -> str:
         if r.module != "detectron2"
     ]
     commands = [f"{pip} --upgrade {' '.join(packages)}"] if packages else []
-    if any(r.module == "detectron2" for r in requirements):
+    if len(packages) < len(requirements):
         commands.append(f"{pip} {_detectron2()}")
     return " && ".join(commands)
 

@@ -227,6 +227,12 @@ def test_wrong_types_beside_the_tensors_are_one_line(tmp_path, entries, complain
     assert path in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_pointer_to_the_last_checkpoint_that_is_not_text_is_one_line(tmp_path):
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="last_checkpoint does not hold the name of a checkpoint"):
+        Checkpointer(Toy(), str(tmp_path)).resume_or_load("", resume=True)
+
+
 def test_backbone_files_are_loaded(tmp_path):
     path = tmp_path / "imagenet.pth"
     state = {f"backbone.{k}": v for k, v in Toy().backbone.state_dict().items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint import Checkpointer
-from solo_d2.checkpoint.architecture import config_with_classes
+from solo_d2.checkpoint.architecture import config_with_classes, packaged_shapes
 from solo_d2.checkpoint.convert import convert_checkpoint, find_configs
 from solo_d2.checkpoint.load import adapt_to_model
 from solo_d2.checkpoint.rename_rules import convert, join, recognize
@@ -109,6 +109,41 @@ class TestDetectors:
             levels, again = model.eval().backbone(image), other.eval().backbone(image)
         assert list(levels) == ["p3", "p4", "p5", "p6", "p7"]
         assert all(torch.equal(levels[name], again[name]) for name in levels)
+
+    def test_panoptic_models_convert(self):
+        """Their names are made from ours here; the semantic branch is Detectron2's."""
+        name = "CenterMask/PanopticCenterMask_R50_3x.yaml"
+        weights = numbered(packaged_shapes(name, 80))
+        scales = weights.pop("proposal_generator.head.scales")
+        published = {official_head_name(k): v for k, v in weights.items()}
+        published |= {
+            f"proposal_generator.fcos_head.scales.{i}.scale": scales[i : i + 1] for i in range(5)
+        }
+        source = recognize(published)
+        assert (source.name, source.architecture) == ("centermask2_panoptic", "PanopticFPN")
+        (match,) = find_configs(published, source)
+        assert (match.name, match.num_classes, match.differences) == (name, 80, 0)
+        converted = convert_checkpoint(published, source, match.config())
+        key = "sem_seg_head.p5.4.norm.weight"
+        assert torch.equal(converted[key], published[key])
+
+    @pytest.mark.golden
+    def test_a_panoptic_vovnet_has_the_names_of_the_instance_model_and_a_few_more(self, key_table):
+        name = "CenterMask/PanopticCenterMask_V39_3x.yaml"
+        more = re.compile(r"sem_seg_head\.|backbone\.fpn_(lateral|output)2\.")
+        semantic = {k: v for k, v in numbered(packaged_shapes(name, 80)).items() if more.match(k)}
+        published = {**key_table("centermask_v39"), **semantic}
+        (match,) = find_configs(published, recognize(published))
+        assert (match.name, match.differences) == (name, 0)
+
+    def test_detectron2s_own_panoptic_models_are_not_taken_for_them(self):
+        names = ["sem_seg_head.predictor.weight", "proposal_generator.rpn_head.conv.weight"]
+        assert recognize(names) is None
+
+
+def numbered(sizes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Tensors with different numbers, without memory for values."""
+    return {k: torch.tensor(float(i)).expand(x) for i, (k, x) in enumerate(sizes.items())}
 
 
 def old_mobilenetv2_name(name: str) -> str:

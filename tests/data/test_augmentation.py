@@ -20,7 +20,6 @@ from solo_d2.data.augmentation import (
     RandomExpand,
     WindowTransform,
     build_augmentations,
-    test_resize,
 )
 from solo_d2.data.mapper import InstanceMapper
 from solo_d2.engine import Trainer
@@ -231,7 +230,7 @@ class TestMapper:
         assert "instances" not in example and example["height"] == HEIGHT
         image = np.asarray(Image.open(example["file_name"]))
         augmented = T.AugInput(image)
-        test_resize(config())(augmented)
+        build_augmentations(config(), is_train=False)[0](augmented)
         assert torch.equal(example["image"], torch.from_numpy(augmented.image).permute(2, 0, 1))
 
 

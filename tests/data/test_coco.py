@@ -387,19 +387,21 @@ def annotation_error(document, write):
 def test_an_unknown_category_is_named(document, write):
     document["annotations"][1]["category_id"] = 5
     message = annotation_error(document, write)
-    assert "annotation 12 of image 7: category id 5 is not among the categories" in message
+    assert "unknown categories: annotation 12 of image 7 (category_id 5)" in message
 
 
 def test_an_unknown_image_is_named(document, write):
     document["annotations"][1]["image_id"] = 70
-    assert "annotation 12 of image 70: there is no such image" in annotation_error(document, write)
+    assert "unknown images: annotation 12 of image 70" in annotation_error(document, write)
 
 
 @pytest.mark.parametrize("section", ["images", "categories"])
 def test_an_id_used_twice_is_named(document, write, section):
     document[section][1]["id"] = document[section][0]["id"]
     identity = document[section][0]["id"]
-    assert f"id {identity} appears twice in '{section}'" in annotation_error(document, write)
+    assert f"{section} with the same id as another one: id {identity}" in annotation_error(
+        document, write
+    )
 
 
 @pytest.mark.parametrize(
@@ -413,28 +415,25 @@ def test_a_missing_key_is_named(document, write, section, key):
     json_file.write_text(json.dumps(document))
     with pytest.raises(ValueError) as error:
         register_coco_json("custom", json_file, folder)
-    assert one_line(error) == f"{json_file}: {section}[1] has no {key!r}"
+    assert one_line(error) == f"{json_file}: {section} without {key!r}: {section}[1]"
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (
-            {"segmentation": "[[1, 1, 9, 1, 9, 9]]"},
-            "segmentation is neither a list of polygons nor an RLE",
-        ),
-        ({"segmentation": [{"x": 1}]}, "segmentation is neither a list of polygons nor an RLE"),
+        ({"segmentation": "[[1, 1, 9, 1, 9, 9]]"}, "neither polygons nor an RLE"),
+        ({"segmentation": [{"x": 1}]}, "neither polygons nor an RLE"),
         ({"segmentation": [[1, 1, 9, 1, 9, None]]}, "coordinate None"),
         ({"segmentation": [[1, 1, 9, 1, 9, "x"]]}, "coordinate 'x'"),
         ({"segmentation": [[1, 1, 9, 1, 9, float("inf")]]}, "coordinate inf"),
         ({"segmentation": [[1, 1, 9, 1, 9, 10**400]]}, "coordinate 1000"),
-        ({"segmentation": {"size": [9, 9], "counts": [0, 81]}}, "the size [9, 9], but"),
+        ({"segmentation": {"size": [9, 9], "counts": [0, 81]}}, "size [9, 9], image [40, 60]"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [3, 4]}}, "do not add up"),
-        ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "counts"),
+        ({"segmentation": {"size": [HEIGHT, WIDTH]}}, "neither polygons nor an RLE"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "Q=0"}}, "do not add up"),
         ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "é"}}, "do not add up"),
-        ({"iscrowd": 2}, "iscrowd is 2, neither 0 nor 1"),
-        ({"iscrowd": "maybe"}, "iscrowd is 'maybe', neither 0 nor 1"),
+        ({"iscrowd": 2}, "neither 0 nor 1: annotation 12 of image 7 (2)"),
+        ({"iscrowd": "maybe"}, "neither 0 nor 1: annotation 12 of image 7 ('maybe')"),
         ({"ignore": 1}, '"iscrowd": 1'),
     ],
 )
@@ -448,15 +447,15 @@ def test_a_malformed_annotation_is_named(document, write, change, complaint):
 @pytest.mark.parametrize(
     ("section", "change", "complaint"),
     [
-        ("images", {"id": [3]}, "images[0] has the id [3], neither a number nor a text"),
-        ("images", {"id": 1.5}, "images[0] has the id 1.5"),
-        ("images", {"id": True}, "images[0] has the id True"),
-        ("images", {"height": 0}, "height 0, width 60 are not"),
-        ("images", {"height": 10**9, "width": 10**9}, "are not a file name and a size"),
-        ("images", {"width": "wide"}, "width 'wide' are not"),
+        ("images", {"id": [3]}, "neither a number nor a text: images[0] (id [3])"),
+        ("images", {"id": 1.5}, "images[0] (id 1.5)"),
+        ("images", {"id": True}, "images[0] (id True)"),
+        ("images", {"height": 0}, "image 7 (file_name 'b.png', height 0, width 60)"),
+        ("images", {"height": 10**9, "width": 10**9}, "whose file name or size is invalid"),
+        ("images", {"width": "wide"}, "width 'wide'"),
         ("images", {"file_name": 3}, "file_name 3"),
         ("images", {"file_name": "a\0.png"}, "file_name 'a\\x00.png'"),
-        ("categories", {"name": ["cat"]}, "category 9 has the name ['cat'], not a text"),
+        ("categories", {"name": ["cat"]}, "is not a text: category 9 (name ['cat'])"),
     ],
 )
 def test_an_image_or_category_without_a_meaning_is_named(
@@ -488,4 +487,4 @@ def test_a_name_that_somebody_else_registered_is_refused(document, write):
 
 def test_a_file_without_categories_is_refused(document, write):
     document["categories"], document["annotations"] = [], []
-    assert "has no categories" in annotation_error(document, write)
+    assert "no categories" in annotation_error(document, write)

@@ -204,12 +204,6 @@ def test_masks_that_one_polygon_cannot_show_get_none(holed):
     assert shapes._polygon(mask) is None
 
 
-def test_uncompressed_runs_are_cocos():
-    mask = np.array([[1, 0], [1, 1]], bool)
-    assert shapes._uncompressed_counts(mask) == [0, 2, 1, 1]
-    assert shapes._uncompressed_counts(np.zeros((2, 2), bool)) == [4]
-
-
 def test_visible_parts_do_not_overlap_and_every_shape_stays_visible():
     overlapped = 0
     for index in range(40):

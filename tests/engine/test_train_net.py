@@ -2,6 +2,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
@@ -314,6 +315,7 @@ def test_the_console_is_short_and_the_log_is_complete(run_quietly, tmp_path, cap
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) < 30 and "\x1b" not in printed
     assert "Starting training from iteration 0" in printed
+    assert re.search(r"epoch 0\.\d/0\.\d .*iter: 1  ", printed)
     table = [line.split() for line in printed.splitlines() if line.startswith(("segm ", "    "))]
     assert table[0] == ["AP", "AP50", "AP75", "APs", "APm", "APl"]
     assert table[1][0] == "segm" and len(table[1]) == 7

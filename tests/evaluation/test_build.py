@@ -1,6 +1,6 @@
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import LVISEvaluator
+from detectron2.evaluation import LVISEvaluator, SemSegEvaluator
 
 from solo_d2.config import load_config
 from solo_d2.errors import UserError
@@ -42,13 +42,21 @@ def of_kind(shapes_val):
         ("GeneralizedRCNN", "coco", [InstanceEvaluator]),
         ("AdaptIS", "coco", [InstanceEvaluator, PanopticEvaluator]),
         ("AdaptIS", "coco_panoptic_seg", [InstanceEvaluator, PanopticEvaluator]),
+        ("PanopticSOLOv2", "coco", [InstanceEvaluator, PanopticEvaluator]),
+        ("PanopticFPN", "coco", [InstanceEvaluator]),
+        (
+            "PanopticFPN",
+            "coco_panoptic_seg",
+            [InstanceEvaluator, SemSegEvaluator, PanopticEvaluator],
+        ),
     ],
 )
 def test_evaluators_follow_the_data_set_and_the_model(
     of_kind, tmp_path, monkeypatch, architecture, kind, classes
 ):
-    # the package of LVIS need not be installed
-    monkeypatch.setattr(LVISEvaluator, "__init__", lambda self, *args, **options: None)
+    # the package of LVIS need not be installed, and the set has no semantic labels
+    for evaluator in (LVISEvaluator, SemSegEvaluator):
+        monkeypatch.setattr(evaluator, "__init__", lambda self, *args, **options: None)
     cfg = load_config(opts=("MODEL.META_ARCHITECTURE", architecture, "TEST.VIS_IMAGES", 1))
     found = build_evaluators(cfg, of_kind(kind), str(tmp_path))
     assert [type(x) for x in found] == [*classes, PredictionPictures]

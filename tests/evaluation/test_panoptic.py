@@ -1,5 +1,6 @@
 """Panoptic quality against cases worked out by hand, and against the original's counts."""
 
+import json
 import math
 import sys
 
@@ -219,6 +220,50 @@ def test_a_panoptic_picture_is_the_truth_where_there_is_one(data_set, tmp_path):
     results = evaluator.evaluate()["panoptic_seg"]
     # the crowd is not in the union
     assert results["PQ"] == results["PQ_st"] == results["PQ_th"] == pytest.approx(100)
+
+
+def test_more_stuff_than_the_data_have_is_named(data_set):
+    record = {"file_name": "a", "height": 10, "width": 20, "annotations": []}
+    evaluator = PanopticEvaluator(data_set([record]))
+    output = {"panoptic_seg": prediction((mask((0, 10), (0, 20)), False, 2))}
+    with pytest.raises(UserError, match="predicts stuff class 2, but data set .* has 1 .*NUM_STUF"):
+        evaluator.process([record], [output])
+
+
+def test_of_one_class_of_stuff_the_number_does_not_matter(evaluate):
+    """Detectron2's panoptic models count stuff from 1: 0 stands for all things."""
+    ids, segments = prediction(BACKGROUND)
+    segments[0]["category_id"] = 1
+    assert evaluate(([], (ids, segments)))["PQ_st"] == pytest.approx(100)
+
+
+def test_the_truth_of_a_separated_set_is_its_panoptic_json(data_set, tmp_path):
+    """Its records have instances and semantic labels, but not the panoptic picture."""
+    ids = np.full(SIZE, 70000)
+    ids[:5, :5] = 300
+    save_panoptic(tmp_path / "x.png", ids)
+    (tmp_path / "x.jpg").touch()
+    segments = [
+        {"id": 70000, "category_id": 92, "iscrowd": 0},
+        {"id": 300, "category_id": 7, "iscrowd": 0},
+    ]
+    document = {"annotations": [{"image_id": 1, "file_name": "x.png", "segments_info": segments}]}
+    (tmp_path / "panoptic.json").write_text(json.dumps(document))
+    record = {"file_name": str(tmp_path / "x.jpg"), "annotations": []}
+    name = data_set(
+        [record],
+        stuff_classes=["things", "sky", "sea"],
+        panoptic_json=str(tmp_path / "panoptic.json"),
+        panoptic_root=str(tmp_path),
+        image_root=str(tmp_path),
+        thing_dataset_id_to_contiguous_id={3: 0, 7: 1},
+        stuff_dataset_id_to_contiguous_id={0: 0, 92: 1, 94: 2},
+    )
+    evaluator = PanopticEvaluator(name)
+    panoptic = prediction((mask((0, 10), (0, 20)), False, 1), (mask((0, 5), (0, 5)), True, 1))
+    evaluator.process([record], [{"panoptic_seg": panoptic}])
+    results = evaluator.evaluate()["panoptic_seg"]
+    assert results["PQ_st"] == results["PQ_th"] == pytest.approx(100)
 
 
 def test_a_set_may_know_its_classes_only_when_it_is_loaded():

@@ -124,6 +124,7 @@ def test_of_more_candidates_than_a_graph_holds_it_takes_the_best(tiny, name, mon
             | {"MODEL__CENTERMASK__MASK_IOU_ON": False},
             "MaskRCNNConvUpsampleHead",
         ),
+        ("FCOS", {"MODEL__KEYPOINT_ON": True}, "keypoints cannot be exported"),
         (
             "FCOS",
             {"MODEL__ROI_HEADS__NAME": "StandardROIHeads", "MODEL__PROPOSAL_GENERATOR__NAME": "RPN"}

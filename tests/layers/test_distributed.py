@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from solo_d2.layers.distributed import normalizer
+from solo_d2.layers.distributed import normalize_per_process, normalizer
 
 # per process: images with different numbers of positives
 INPUTS = [torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]]), torch.tensor([[-2.0, 1.0]])]
@@ -38,6 +38,8 @@ def work(rank: int, port: int, folder: str) -> None:
     model = DistributedDataParallel(linear())
     loss(model, INPUTS[rank]).backward()
     shares = [normalizer(torch.tensor(n[rank])).item() for n in ((3, 4), (0, 0))]
+    normalize_per_process()
+    shares.append(normalizer(torch.tensor(5 + rank)).item())
     torch.save((model.module.weight.grad, shares), f"{folder}/{rank}.pth")
     torch.distributed.destroy_process_group()
 
@@ -52,4 +54,4 @@ def test_gradients_of_two_processes_are_those_of_one_with_all_images(tmp_path):
     for rank in range(2):
         gradient, shares = torch.load(tmp_path / f"{rank}.pth")
         torch.testing.assert_close(gradient, model.weight.grad)
-        assert shares == [3.5, 0.5]
+        assert shares == [3.5, 0.5, 5 + rank]

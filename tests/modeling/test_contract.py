@@ -11,7 +11,16 @@ import torch
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from example_inputs import BATCHES, NUM_CLASSES, ORDINARY, SIZE, example
-from tiny_models import ADAPTIS, CENTERMASK, FCOS, SOLO, YOLACT, YOLACT_PLUS, tiny_model
+from tiny_models import (
+    ADAPTIS,
+    CENTERMASK,
+    FCOS,
+    PANOPTIC_SOLO,
+    SOLO,
+    YOLACT,
+    YOLACT_PLUS,
+    tiny_model,
+)
 from torch import nn
 
 from solo_d2.layers import masks as mask_ops
@@ -85,6 +94,9 @@ ARCHITECTURES = {
         },
         SOLO_LOSSES,
         excite_solo,
+    ),
+    "PanopticSOLOv2": Architecture(
+        {**PANOPTIC_SOLO, **FINDS}, SOLO_LOSSES | {"loss_sem_seg"}, excite_solo
     ),
     "YOLACT": Architecture(
         {**YOLACT, **YOLACT_THAT_FINDS}, YOLACT_LOSSES, excite_yolact, tight_boxes=False

@@ -72,22 +72,26 @@ _CENTERMASK: tuple[Rule, ...] = (
     (r"roi_heads\.maskiou_head\.maskiou_fcn(\d)\.(\w+)", r"roi_heads.mask_iou_head.conv\1.\2"),
     (r"roi_heads\.maskiou_head\.maskiou_fc(\d)\.(\w+)", r"roi_heads.mask_iou_head.fc\1.\2"),
     (r"roi_heads\.maskiou_head\.maskiou\.(\w+)", r"roi_heads.mask_iou_head.predictor.\1"),
+    # Detectron2's semantic branch
+    (r"sem_seg_head\.((?:p\d\.\d|predictor)\..+)", r"sem_seg_head.\1"),
+)
+
+_CENTERMASK2 = Source(
+    name="centermask2",
+    signature=r"proposal_generator\.fcos_head\.",
+    rules=_CENTERMASK,
+    joined=((rf"({_HEAD}\.scales)\.\d+\.scale", r"\1"),),
+    # files of older Detectron2 versions have the pixel statistics
+    dropped=(COUNTERS, "pixel_mean", "pixel_std"),
+    architecture="GeneralizedRCNN",
+    settings={"INPUT.FORMAT": "BGR", "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675]},
 )
 
 SOURCES = (
-    Source(
-        name="centermask2",
-        signature=r"proposal_generator\.fcos_head\.",
-        rules=_CENTERMASK,
-        joined=((rf"({_HEAD}\.scales)\.\d+\.scale", r"\1"),),
-        # files of older Detectron2 versions have the pixel statistics
-        dropped=(COUNTERS, "pixel_mean", "pixel_std"),
-        architecture="GeneralizedRCNN",
-        settings={
-            "INPUT.FORMAT": "BGR",
-            "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675],
-        },
+    _CENTERMASK2._replace(
+        name="centermask2_panoptic", also_has=r"sem_seg_head\.", architecture="PanopticFPN"
     ),
+    _CENTERMASK2,
     # ImageNet weights. Other detectors of the same authors use these names for the backbone and
     # Detectron2's names for the rest.
     Source(

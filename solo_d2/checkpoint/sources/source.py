@@ -27,6 +27,8 @@ class Source(NamedTuple):
     dropped: Sequence[str] = ()
     # Patterns for whole names of ours that files of this layout lack; for training state only.
     lacking: Sequence[str] = ()
+    # Pattern for the beginning of another name that a file must have to be of this layout.
+    also_has: str = ""
     # Meta-architecture; None for the weights of a backbone alone.
     architecture: str | None = None
     # Config keys that the weights need and that their shapes do not determine.

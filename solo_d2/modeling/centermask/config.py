@@ -7,7 +7,7 @@ def add_centermask_config(cfg: CN) -> None:
     """Add the keys to ``cfg``, in place.
 
     CenterMask's other options have keys in Detectron2: MODEL.ROI_HEADS (sampling, IN_FEATURES),
-    MODEL.ROI_MASK_HEAD (layers and pooling), TEST.DETECTIONS_PER_IMAGE.
+    MODEL.ROI_MASK_HEAD and MODEL.ROI_KEYPOINT_HEAD (layers and pooling), TEST.DETECTIONS_PER_IMAGE.
     """
     # FCOS as "FCOSProposalGenerator": CenterMask's boxes, or a detector by itself if MODEL.MASK_ON
     # is False. The defaults are those of CenterMask's published code and configs.

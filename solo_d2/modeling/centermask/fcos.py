@@ -81,7 +81,7 @@ class FCOSProposalGenerator(nn.Module):
             score_threshold_train, score_threshold_test, threshold_with_centerness, pre_nms_topk,
                 nms_threshold: see ``inference.select_boxes``.
             max_proposals, max_detections: boxes per image in training and in inference; 0: all.
-            needs_proposals: whether a mask branch is trained with the boxes found in training.
+            needs_proposals: whether another branch is trained with the boxes found in training.
 
         Raises:
             ValueError: an option has an unsupported value.
@@ -137,7 +137,7 @@ class FCOSProposalGenerator(nn.Module):
             "score_threshold_test": fcos.SCORE_THRESH_TEST,
             "nms_threshold": fcos.NMS_THRESH,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "needs_proposals": cfg.MODEL.MASK_ON,
+            "needs_proposals": cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON,
         }
 
     def forward(

@@ -21,15 +21,16 @@ from ..num_classes import resolve_num_classes, write_num_classes
 from ..options import check_choice
 from ..prepare import prepare
 from .fcos import features_by_name
+from .keypoints import KeypointBranch
 from .mask_iou import MaskIoUHead, crop_masks, mask_iou_targets, visible_share
 from .pooler import AdaptiveROIPooler
 
 
 @ROI_HEADS_REGISTRY.register()
 class CenterMaskROIHeads(ROIHeads):
-    """Adds masks to the detections of ``FCOSProposalGenerator``, which do not change.
+    """Adds masks and keypoints to the detections of ``FCOSProposalGenerator``, which do not change.
 
-    There is no box head. Without a mask head, the detections are passed through.
+    There is no box head. Without any head, the detections are passed through.
     """
 
     @configurable
@@ -45,6 +46,7 @@ class CenterMaskROIHeads(ROIHeads):
         mask_pooler: AdaptiveROIPooler | None = None,
         mask_head: nn.Module | None = None,
         mask_iou_head: nn.Module | None = None,
+        keypoint_branch: KeypointBranch | None = None,
     ):
         """
         Args:
@@ -57,6 +59,7 @@ class CenterMaskROIHeads(ROIHeads):
                 ``class_logits``, like ``SpatialAttentionMaskHead``, its loss is computed here;
                 any other head computes its own.
             mask_iou_head: predicts the IoU of masks; None for no mask scores.
+            keypoint_branch: None for no keypoints.
 
         Raises:
             ValueError: ``mask_iou_head`` is given and the mask head has no ``class_logits``.
@@ -81,6 +84,7 @@ class CenterMaskROIHeads(ROIHeads):
         self.mask_pooler = mask_pooler
         self.mask_head = mask_head
         self.mask_iou_head = mask_iou_head
+        self.keypoint_branch = keypoint_branch
         prepare(self)
 
     @classmethod
@@ -88,6 +92,8 @@ class CenterMaskROIHeads(ROIHeads):
         num_classes = _num_classes(cfg)
         names = cfg.MODEL.ROI_HEADS.IN_FEATURES
         options = {**super().from_config(cfg), "mask_in_features": names}
+        if cfg.MODEL.KEYPOINT_ON:
+            options["keypoint_branch"] = KeypointBranch.from_config(cfg, input_shape)
         if not cfg.MODEL.MASK_ON:
             return options
         shapes = features_by_name(input_shape, names, "MODEL.ROI_HEADS.IN_FEATURES")
@@ -128,24 +134,28 @@ class CenterMaskROIHeads(ROIHeads):
             images: not used.
             features: the backbone's features.
             proposals: results of ``FCOSProposalGenerator``, per image.
-            targets: for training, with ``gt_boxes``, ``gt_classes`` and ``gt_masks`` (PolygonMasks
-                or BitMasks; an image without objects has none).
+            targets: for training, with ``gt_boxes``, ``gt_classes`` and what the heads learn:
+                ``gt_masks`` (PolygonMasks or BitMasks), ``gt_keypoints``. An image without objects
+                has neither.
 
         Returns:
-            Training: the sampled proposals and the losses of the masks. Inference: the results of
+            Training: the sampled proposals and the losses of the heads. Inference: the results of
             ``forward_with_given_boxes`` and no losses.
         """
         if not self.training:
             return self.forward_with_given_boxes(features, proposals), {}
-        if not self.mask_on:
+        if not self.mask_on and self.keypoint_branch is None:
             return proposals, {}
         proposals = self.label_and_sample_proposals(proposals, targets)
-        return proposals, self.mask_losses(features, proposals, targets)
+        losses = self.mask_losses(features, proposals, targets) if self.mask_on else {}
+        if self.keypoint_branch is not None:
+            losses |= self.keypoint_branch.losses(features, proposals, targets)
+        return proposals, losses
 
     def forward_with_given_boxes(
         self, features: dict[str, Tensor], instances: list[Instances]
     ) -> list[Instances]:
-        """Add masks to boxes, for instance those that test-time augmentation has merged.
+        """Add masks and keypoints to boxes, such as those that test-time augmentation has merged.
 
         Args:
             features: the backbone's features.
@@ -153,8 +163,11 @@ class CenterMaskROIHeads(ROIHeads):
 
         Returns:
             The same with soft ``pred_masks`` (n, 1, 2 S, 2 S) in the boxes and, if they have
-            ``scores`` and the IoU is predicted, ``mask_scores``, by which masks are ranked.
+            ``scores`` and the IoU is predicted, ``mask_scores``, by which masks are ranked; and
+            with ``pred_keypoints`` (n, K, 3).
         """
+        if self.keypoint_branch is not None:
+            instances = self.keypoint_branch(features, instances)
         if not self.mask_on:
             return instances
         pooled = self.pool(features, [x.pred_boxes for x in instances], instances)
@@ -188,7 +201,7 @@ class CenterMaskROIHeads(ROIHeads):
     ) -> list[Instances]:
         """The proposals that fit an object, of each image a limited number at random.
 
-        Unlike Detectron2's, it omits the background, which has no masks, and waits for the device
+        Unlike Detectron2's, it omits the background, which no head learns, and waits for the device
         once, not several times per image.
 
         Returns:

@@ -205,6 +205,7 @@ class SOLOFamily(InstanceSegmentor):
             "strides": solo.STRIDES,
             "scale_ranges": solo.SCALE_RANGES,
             "center_sigma": solo.CENTER_SIGMA,
+            "pad_before_downsampling": solo.PAD_BEFORE_DOWNSAMPLING,
             "max_positives": solo.MAX_POSITIVES,
             "mask_loss_type": solo.MASK_LOSS_TYPE,
             "mask_loss_weight": solo.MASK_LOSS_WEIGHT,

@@ -39,6 +39,9 @@ def add_solo_config(cfg: CN) -> None:
     cfg.MODEL.SOLO.MASK_LOSS_WEIGHT = 3.0
     # Limit on the (instance, cell) pairs per image in the mask loss, chosen at random; 0: no limit.
     cfg.MODEL.SOLO.MAX_POSITIVES = 0
+    # Downsample mask targets after padding, which is exact. False: before, as AdelaiDet does; its
+    # targets are off where a side is not a multiple of the mask stride.
+    cfg.MODEL.SOLO.PAD_BEFORE_DOWNSAMPLING = True
 
     cfg.MODEL.SOLO.SCORE_THRESH_TEST = 0.1
     cfg.MODEL.SOLO.MASK_THRESH_TEST = 0.5

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.coord import append_coordinates
+from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.resample import resize, upsample2x
 
 from ..options import check_at_least, check_channels
@@ -178,6 +179,10 @@ class MaskFeatureBranch(nn.Module):
             convs = [conv_norm_relu(a, b, **options) for a, b in zip(widths, widths[1:])]
             self.levels.append(nn.ModuleList(convs))
         self.output = conv_norm_relu(conv_dim, out_dim, kernel_size=1, **options)
+        for conv in self.modules():
+            if isinstance(conv, DeformConv2d):  # as published; in the towers, offsets start at zero
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.normal_(conv.offset.weight, std=0.01)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """

@@ -9,71 +9,68 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from solo_d2.evaluation.coco_eval import evaluate_coco, mask_score
+from solo_d2.evaluation.oracle import error_costs, match, overlaps
 from solo_d2.files import atomic_write
 
 TASKS = ("segm", "bbox")
 # In the order of ``COCOeval.stats``.
-METRICS = (
-    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-)
+METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+MAIN_METRICS = {"segm": "AP", "bbox": "AP", "sem_seg": "mIoU"}
 # Detections that count as a model's answer, in the gallery and in the confusion matrix.
 SCORE_THRESHOLD = 0.3
-MATCH_IOU = 0.5
 # The gallery draws at most this many detections per image; more would hide each other.
 _MOST_DETECTIONS = 40
-_VERSION = 2  # of accuracy.json; raise it when its content changes
+_VERSION = 3  # of accuracy.json; raise it when its content changes
 
 
 class TestSet:
-    """A registered data set, with its annotations as COCO has them."""
+    """A registered data set; ``coco`` has its annotations if it has instances."""
 
     __test__ = False  # pytest would take it for a test
 
     def __init__(self, name: str):
         metadata = MetadataCatalog.get(name)
-        # loading the records may draw or fetch the files
-        self.file_names = {x["image_id"]: x["file_name"] for x in DatasetCatalog.get(name)}
+        records = DatasetCatalog.get(name)  # those of label maps have no ids
+        self.file_names = {x.get("image_id", x["file_name"]): x["file_name"] for x in records}
         self.name = name
-        self.class_names: list[str] = list(metadata.thing_classes)
-        to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {
-            i: i for i in range(len(self.class_names))
-        }
-        self.category_names = {c: self.class_names[i] for c, i in to_contiguous.items()}
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(metadata.json_file)
-
-    @property
-    def image_ids(self) -> list[int]:
-        return list(self.file_names)
-
-    def wrong_detection(self) -> dict[str, Any]:
-        """An empty mask, in COCO's format."""
-        image = self.coco.imgs[self.image_ids[0]]
-        mask = np.zeros((image["height"], image["width"]), np.uint8, order="F")
-        found = {"image_id": image["id"], "category_id": min(self.category_names), "score": 0.0}
-        return {**found, "bbox": [0.0, 0.0, 0.0, 0.0], "segmentation": mask_util.encode(mask)}
+        self.class_names = list(metadata.get("thing_classes") or metadata.get("stuff_classes", []))
+        ids = metadata.get("thing_dataset_id_to_contiguous_id")
+        ids = ids or {i: i for i in range(len(self.class_names))}
+        self.category_names = {c: self.class_names[i] for c, i in ids.items()}
+        self.coco = COCO()
+        if "json_file" in metadata.as_dict():
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco = COCO(metadata.json_file)
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
         """Annotations with "rle", their masks; crowds come last."""
-        annotations = sorted(self.coco.imgToAnns[image_id], key=lambda x: x.get("iscrowd", 0))
-        return [{**x, "rle": self.coco.annToRLE(x)} for x in annotations]
+        annotations = self.coco.imgToAnns.get(image_id, ())
+        ordered = sorted(annotations, key=lambda x: x.get("iscrowd", 0))
+        return [{**x, "rle": self.coco.annToRLE(x)} for x in ordered]
 
 
 def load_accuracy(data: TestSet, detections_file: Path, results_file: Path) -> dict[str, Any]:
-    """``evaluate_detections`` of a run, computed once and kept beside the detections."""
+    """``evaluate_detections`` of a run, computed once and kept beside its results.
+
+    "metrics" has what else is in results.json, too: those of label maps and of panoptic masks. A
+    model that writes no detections has those alone.
+    """
     kept = results_file.with_name("accuracy.json")
     if kept.exists() and kept.stat().st_mtime_ns >= results_file.stat().st_mtime_ns:
         accuracy = json.loads(kept.read_bytes())
         if accuracy.get("version") == _VERSION:
             return {**accuracy, "ious": dict(accuracy["ious"])}
-    accuracy = evaluate_detections(data, json.loads(detections_file.read_bytes()))
+    accuracy = {"metrics": {}, "ious": {}}
+    if detections_file.exists():
+        accuracy = evaluate_detections(data, json.loads(detections_file.read_bytes()))
+    for task, metrics in json.loads(results_file.read_bytes()).items():
+        if task not in TASKS:  # those of classes have names such as "IoU-person"
+            accuracy["metrics"][task] = {k: v for k, v in metrics.items() if "-" not in k}
     with atomic_write(kept) as file:
         pairs = list(accuracy["ious"].items())  # JSON has string keys only
         file.write(json.dumps({**accuracy, "ious": pairs, "version": _VERSION}).encode())
@@ -84,120 +81,84 @@ def evaluate_detections(data: TestSet, detections: Sequence[Mapping[str, Any]]) 
     """All of COCO's numbers for detections in COCO's format.
 
     Returns:
-        Per task: "metrics", "per_class" ("AP", "AP50" and "AR100" by class), "pr_curves" (see
-        ``precision_recall``) and "best_f1" (see ``best_f1``), AP and AR in percent. And "ious" per
-        image id (see ``object_ious``) and "confusion" (see ``confusion_matrix``).
+        Per task: "metrics" in percent, "per_class" (see ``class_metrics``) and "pr_curves" (see
+        ``precision_recall``). Also "ious" per image id (see ``object_ious``), "confusion" (see
+        ``confusion_matrix``) and "errors" (see ``error_costs``).
     """
-    result: dict[str, Any] = {"metrics": {}, "per_class": {}, "pr_curves": {}, "best_f1": {}}
+    found: dict[str, Any] = {"metrics": {}, "per_class": {}, "pr_curves": {}}
     for task in TASKS:
-        with contextlib.redirect_stdout(io.StringIO()):
-            # COCO has no numbers for no detections; for one that is wrong everywhere it has
-            evaluation = evaluate_coco(data.coco, detections or [data.wrong_detection()], task)
-        assert evaluation is not None
+        evaluation = evaluate_coco(data.coco, detections, task)
         percent = [None if x < 0 else 100 * float(x) for x in evaluation.stats]
-        result["metrics"][task] = dict(zip(METRICS, percent, strict=True))
+        found["metrics"][task] = dict(zip(METRICS, percent))
         names = [data.category_names[c] for c in evaluation.params.catIds]
-        precision, recall = (evaluation.eval[key] for key in ("precision", "recall"))
-        result["per_class"][task] = {
-            name: {
-                "AP": _mean_percent(precision[:, :, k, 0, -1]),
-                "AP50": _mean_percent(precision[0, :, k, 0, -1]),
-                "AR100": _mean_percent(recall[:, k, 0, -1]),
-            }
-            for k, name in enumerate(names)
-        }
-        result["pr_curves"][task] = precision_recall(evaluation, names)
-        result["best_f1"][task] = best_f1(evaluation, names)
+        found["per_class"][task] = class_metrics(evaluation, names)
+        found["pr_curves"][task] = precision_recall(evaluation, names)
     by_image = _by_image(detections)
-    result["ious"] = {i: object_ious(data, i, by_image[i]) for i in data.image_ids}
-    result["confusion"] = confusion_matrix(data, by_image)
-    return result
+    found["ious"] = {i: object_ious(data, i, by_image[i]) for i in data.file_names}
+    found["confusion"] = confusion_matrix(data, by_image)
+    found["errors"] = error_costs(data.coco, detections)
+    return found
 
 
-def precision_recall(evaluation: COCOeval, class_names: Sequence[str]) -> dict[str, Any]:
-    """Precision at 101 recalls, for objects of all sizes and the largest number of detections.
+def main_score(accuracy: Mapping[str, Any]) -> float | None:
+    """What decides between learning rates, in percent: AP of masks, else of boxes, else mIoU."""
+    metrics = accuracy["metrics"]
+    known = (metrics.get(task, {}).get(key) for task, key in MAIN_METRICS.items())
+    return next((x for x in known if x is not None), None)
 
-    Returns:
-        "recall"; "classes": per class with objects, and "all": their mean, the precisions at IoU
-        0.5 ("50"), 0.75 ("75") and on average over COCO's ten IoU thresholds ("mean").
+
+def class_metrics(
+    evaluation: COCOeval, class_names: Sequence[str]
+) -> dict[str, dict[str, float | None]]:
+    """AP, AP50, AR100 and the largest F1 at IoU 0.5 in percent, and the score threshold of that F1.
+
+    By class; all are None for a class without objects.
+    """
+    precision, scores = (evaluation.eval[key][..., 0, -1] for key in ("precision", "scores"))
+    recall, recalls = evaluation.eval["recall"][..., 0, -1], evaluation.params.recThrs
+    found: dict[str, dict[str, float | None]] = {}
+    for k, name in enumerate(class_names):
+        p = precision[:, :, k]
+        f1 = 2 * p[0] * recalls / np.maximum(p[0] + recalls, 1e-12)
+        best = f1.argmax()
+        percent = {
+            "AP": p.mean(),
+            "AP50": p[0].mean(),
+            "AR100": recall[:, k].mean(),
+            "F1": f1[best],
+        }
+        numbers = {key: 100 * float(x) for key, x in percent.items()}
+        numbers["threshold"] = float(scores[0, best, k])
+        found[name] = numbers if (p > -1).all() else dict.fromkeys(numbers)  # type: ignore[assignment]
+    return found
+
+
+def precision_recall(evaluation: COCOeval, class_names: Sequence[str]) -> dict[str, list[float]]:
+    """Precision at 101 recalls from 0 to 1, for objects of all sizes, by name of the curve.
+
+    There are the mean over the classes at several IoU, and each class that has objects at IoU 0.5.
     """
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
     present = [k for k in range(precision.shape[2]) if (precision[:, :, k] > -1).all()]
-
-    def curves(chosen: np.ndarray) -> dict[str, list[float]]:
-        rows = {"50": chosen[0], "75": chosen[5], "mean": chosen.mean(axis=0)}
-        return {name: np.round(row, 4).tolist() for name, row in rows.items()}
-
-    result: dict[str, Any] = {
-        "recall": np.round(evaluation.params.recThrs, 4).tolist(),
-        "classes": {class_names[k]: curves(precision[:, :, k]) for k in present},
-    }
+    curves = {}
     if present:
-        result["all"] = curves(precision[:, :, present].mean(axis=2))
-    return result
-
-
-def best_f1(evaluation: COCOeval, class_names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per class with objects, the largest F1 at IoU 0.5 and the score threshold that gives it."""
-    precision, scores = (evaluation.eval[key][0, :, :, 0, -1] for key in ("precision", "scores"))
-    recall = evaluation.params.recThrs
-    found = {}
-    for k, name in enumerate(class_names):
-        p = precision[:, k]
-        if (p < 0).any():
-            continue
-        f1 = 2 * p * recall / np.maximum(p + recall, 1e-12)
-        best = int(f1.argmax())
-        found[name] = {"f1": float(f1[best]), "score": float(scores[best, k])}
-    return found
+        mean = precision[:, :, present].mean(axis=2)
+        curves = {"all classes, IoU 0.5": mean[0], "all classes, IoU 0.75": mean[5]}
+        curves["all classes, mean over IoU 0.5 to 0.95"] = mean.mean(axis=0)
+    curves |= {f"{class_names[k]}, IoU 0.5": precision[0, :, k] for k in present}
+    return {name: np.round(curve, 4).tolist() for name, curve in curves.items()}
 
 
 def object_ious(
     data: TestSet, image_id: int, detections: Iterable[Mapping[str, Any]]
 ) -> list[float]:
     """Per object (no crowd), the best mask IoU with a confident detection of its class."""
-    confident = [x for x in detections if mask_score(x) >= SCORE_THRESHOLD]
-    best = []
-    for x in data.objects(image_id):
-        if x.get("iscrowd"):
-            continue
-        masks = [d["segmentation"] for d in confident if d["category_id"] == x["category_id"]]
-        ious = mask_util.iou(masks, [x["rle"]], [0]) if masks else [[0.0]]
-        best.append(float(np.max(ious)))
-    return best
-
-
-def match(overlaps: np.ndarray, crowd: Sequence[bool]) -> list[int | None]:
-    """For each prediction, best first, the object it finds: each object is found once.
-
-    Args:
-        overlaps: (predictions, objects) IoU; with a crowd, the share of the prediction inside.
-        crowd: per object; a crowd can be found many times.
-
-    Returns:
-        Index of the object with the largest overlap among those left, None below ``MATCH_IOU``.
-    """
-    found: list[int | None] = []
-    left = np.ones(len(crowd), dtype=bool)
-    for row in overlaps:
-        row = np.where(left, row, 0.0)
-        best = int(row.argmax()) if len(row) else -1
-        if best < 0 or row[best] < MATCH_IOU:
-            found.append(None)
-            continue
-        left[best] = crowd[best]
-        found.append(best)
-    return found
-
-
-def overlaps(detections: Sequence[Mapping], objects: Sequence[Mapping]) -> np.ndarray:
-    """(detections, objects) mask IoU; both have "rle", a crowd has "iscrowd"."""
-    if not detections or not objects:
-        return np.zeros((len(detections), len(objects)))
-    crowd = [int(bool(x.get("iscrowd"))) for x in objects]
-    return np.asarray(
-        mask_util.iou([x["rle"] for x in detections], [x["rle"] for x in objects], crowd)
-    )
+    objects = [x for x in data.objects(image_id) if not x.get("iscrowd")]
+    confident = _confident(detections)
+    iou = overlaps([x["segmentation"] for x in confident], objects)
+    classes = [np.array([x["category_id"] for x in found]) for found in (confident, objects)]
+    same = (classes[0][:, None] == classes[1]).reshape(iou.shape)
+    return np.where(same, iou, 0.0).max(axis=0, initial=0.0).tolist()
 
 
 def confusion_matrix(data: TestSet, by_image: Mapping[int, Sequence[Mapping]]) -> list[list[int]]:
@@ -209,15 +170,15 @@ def confusion_matrix(data: TestSet, by_image: Mapping[int, Sequence[Mapping]]) -
     index = {c: i for i, c in enumerate(data.category_names)}
     background = len(index)
     counts = np.zeros((background + 1, background + 1), dtype=int)
-    for image_id in data.image_ids:
+    for image_id in data.file_names:
         objects = data.objects(image_id)
         detections = _confident(by_image.get(image_id, ()))
-        matches = match(overlaps(detections, objects), [bool(x.get("iscrowd")) for x in objects])
+        iou = overlaps([x["segmentation"] for x in detections], objects)
+        matches = match(iou, [bool(x.get("iscrowd")) for x in objects])
         for x, m in zip(detections, matches):
-            if m is None:
-                counts[background, index[x["category_id"]]] += 1
-            elif not objects[m].get("iscrowd"):
-                counts[index[objects[m]["category_id"]], index[x["category_id"]]] += 1
+            if m is None or not objects[m].get("iscrowd"):
+                truth = background if m is None else index[objects[m]["category_id"]]
+                counts[truth, index[x["category_id"]]] += 1
         for i, x in enumerate(objects):
             if i not in matches and not x.get("iscrowd"):
                 counts[index[x["category_id"]], background] += 1
@@ -248,14 +209,14 @@ def choose_gallery(
         count: of images. With one model the worst images come first; those without objects last.
     """
     ranked = []
-    for image_id in data.image_ids if ious else ():
+    for image_id in data.file_names if ious else ():
         of_models = {name: x[image_id] for name, x in ious.items()}
         span = disagreement(of_models)
         mean = float(np.mean(list(of_models.values()))) if any(of_models.values()) else 1.0
         ranked.append((-1.0 if span is None else span, -mean, image_id, of_models))
     ranked = sorted(ranked, key=lambda x: x[:2], reverse=True)[:count]
     chosen = {x[2] for x in ranked}
-    predictions = {
+    found = {
         name: _by_image(x for x in json.loads(file.read_bytes()) if x["image_id"] in chosen)
         for name, file in detection_files.items()
     }
@@ -265,28 +226,28 @@ def choose_gallery(
             "image_id": image_id,
             "disagreement": None if span < 0 else span,
             "ious": {name: float(np.mean(x)) if x else None for name, x in of_models.items()},
-            "ground_truth": [
-                {
-                    "class": data.category_names[x["category_id"]],
-                    "rle": _with_text(x["rle"]),
-                    "iscrowd": bool(x.get("iscrowd")),
-                }
-                for x in data.objects(image_id)
-            ],
+            "ground_truth": [_drawn(data, x, x["rle"]) for x in data.objects(image_id)],
             "predictions": {
                 name: [
-                    {
-                        "class": data.category_names[x["category_id"]],
-                        "score": round(mask_score(x), 4),
-                        "rle": x["rle"],
-                    }
-                    for x in _confident(found[image_id])[:_MOST_DETECTIONS]
+                    _drawn(data, x, x["segmentation"])
+                    for x in _confident(detections[image_id])[:_MOST_DETECTIONS]
                 ]
-                for name, found in predictions.items()
+                for name, detections in found.items()
             },
         }
         for span, _, image_id, of_models in ranked
     ]
+
+
+def _drawn(data: TestSet, x: Mapping[str, Any], rle: Mapping[str, Any]) -> dict[str, Any]:
+    """What the gallery shows of an object or a detection, as JSON has it."""
+    counts = rle["counts"]
+    counts = counts.decode() if isinstance(counts, bytes) else counts
+    shown = {"class": data.category_names[x["category_id"]]}
+    shown |= {"rle": {"size": list(rle["size"]), "counts": counts}}
+    if "score" in x:
+        return shown | {"score": round(mask_score(x), 4)}
+    return shown | {"iscrowd": bool(x.get("iscrowd"))}
 
 
 def summarize(values: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -297,11 +258,10 @@ def summarize(values: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     summary = {}
     for name in values[0] if values else ():
         numbers = [finite_or_none(x.get(name)) for x in values]
-        known = [x for x in numbers if x is not None]
-        complete = len(known) == len(numbers)
+        complete = None not in numbers
         summary[name] = {
-            "mean": float(np.mean(known)) if complete else None,
-            "std": float(np.std(known, ddof=1)) if complete and len(known) > 1 else None,
+            "mean": float(np.mean(numbers)) if complete else None,  # type: ignore[arg-type]
+            "std": float(np.std(numbers, ddof=1)) if complete and len(numbers) > 1 else None,  # type: ignore[arg-type]
             "values": numbers,
         }
     return summary
@@ -321,18 +281,19 @@ def training_curve(folder: Path) -> dict[str, Any] | None:
     """Losses and validations of a training, from its metrics.json.
 
     Returns:
-        "iteration", "losses" by name, "validation" with its own "iteration" and AP, bbox and segm;
-        None where nothing was trained.
+        "iteration", "losses" by name, "validation" with its own "iteration" and the main metric of
+        each task; None where nothing was trained.
     """
     lines = read_metrics(folder)
     steps = [x for x in lines if "total_loss" in x]
     # an evaluation has a line of its own, or shares one with the losses
-    evaluated = [x for x in lines if any(f"{task}/AP" in x for task in TASKS)]
+    keys = [f"{task}/{metric}" for task, metric in MAIN_METRICS.items()]
+    evaluated = [x for x in lines if any(key in x for key in keys)]
     if not steps:
         return None
     names = sorted({k for x in steps for k in x if k.startswith("loss_") or k == "total_loss"})
     validation: dict[str, list] = {"iteration": [x["iteration"] for x in evaluated]}
-    for key in ("segm/AP", "bbox/AP"):
+    for key in keys:
         if any(key in x for x in evaluated):
             validation[key] = [finite_or_none(x.get(key)) for x in evaluated]
     return {
@@ -347,11 +308,6 @@ def finite_or_none(value: Any) -> float | None:
     return None if value is None or not np.isfinite(value) else float(value)
 
 
-def _mean_percent(values: np.ndarray) -> float | None:
-    valid = values[values > -1]
-    return 100 * float(valid.mean()) if valid.size else None
-
-
 def _by_image(detections: Iterable[Mapping[str, Any]]) -> defaultdict[int, list]:
     result: defaultdict[int, list] = defaultdict(list)
     for x in detections:
@@ -359,15 +315,7 @@ def _by_image(detections: Iterable[Mapping[str, Any]]) -> defaultdict[int, list]
     return result
 
 
-def _confident(detections: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """From ``SCORE_THRESHOLD`` on, best first, with "rle"."""
+def _confident(detections: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """From ``SCORE_THRESHOLD`` on, best first."""
     kept = [x for x in detections if mask_score(x) >= SCORE_THRESHOLD]
-    return [{**x, "rle": x["segmentation"]} for x in sorted(kept, key=mask_score, reverse=True)]
-
-
-def _with_text(rle: Mapping[str, Any]) -> dict[str, Any]:
-    counts = rle["counts"]
-    return {
-        "size": list(rle["size"]),
-        "counts": counts.decode() if isinstance(counts, bytes) else counts,
-    }
+    return sorted(kept, key=mask_score, reverse=True)

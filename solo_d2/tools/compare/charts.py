@@ -3,12 +3,12 @@
 Each chart has a parameter "shown", the names of the models that are drawn; the page sets it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
-from .measure import PARTS
+from solo_d2.evaluation.oracle import KINDS
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
@@ -36,9 +36,10 @@ def make_charts(report: Report) -> dict[str, Any]:
     made = {
         "accuracy": _accuracy(report, names),
         "time": _time(report, names),
-        "losses": _curves(_loss_rows(report), names, "loss", "total_loss", zero=False),
-        "validation": _curves(_validation_rows(report), names, "AP", "mask AP", zero=True),
+        "losses": _curves(report, names, "loss", _losses),
+        "validation": _curves(report, names, "AP", _validation),
         "precision": _precision(report, names),
+        "errors": _errors(report, names),
     }
     return {name: chart for name, chart in made.items() if chart is not None}
 
@@ -52,11 +53,10 @@ def _base(rows: Sequence[Row], names: Sequence[str]) -> alt.Chart:
     )
 
 
-def _chosen(chart: alt.Chart, field: str, rows: Sequence[Row], first: str) -> alt.Chart:
-    """Show the rows whose ``field`` is what a select box says; no box for a single value."""
+def _chosen(chart: alt.Chart, field: str, rows: Sequence[Row]) -> alt.Chart:
+    """Show the rows whose ``field`` is what a select box says, first that of the first row."""
     options = list(dict.fromkeys(row[field] for row in rows))
-    value = first if first in options else options[0]
-    choice: dict[str, Any] = {"name": field, "value": value}
+    choice: dict[str, Any] = {"name": field, "value": options[0]}
     if len(options) > 1:
         choice["bind"] = alt.binding_select(options=options, name=f"{field} ")
     return chart.add_params(alt.param(**choice)).transform_filter(f"datum.{field} == {field}")
@@ -68,33 +68,34 @@ def _color(names: Sequence[str]) -> alt.Color:
 
 
 def _accuracy(report: Report, names: Sequence[str]) -> Any:
-    """AP over a cost: latency, parameters, operations, memory."""
+    """AP over a cost: latency, parameters, operations."""
     rows = []
     for model in report["models"]:
         costs = {
-            **{
-                f"ms per image, batch {x['batch']}": [
-                    1e3 * x["total"][k] for k in ("median", "q1", "q3")
-                ]
-                for x in model.get("latency") or []
-            },
-            "millions of parameters": [(model.get("parameters") or 0) / 1e6] * 3,
-            "GFLOPs of the network": [(model.get("flops") or 0) / 1e9] * 3,
+            f"ms per image, batch {x['batch']}": [
+                1e3 * x["total"][k] for k in ("median", "q1", "q3")
+            ]
+            for x in model["latency"]
         }
+        for key, title, scale in (
+            ("parameters", "millions of parameters", 1e-6),
+            ("flops", "GFLOPs of the network", 1e-9),
+        ):
+            if model.get(key):
+                costs[title] = [scale * model[key]] * 3
         for task, title in TASKS.items():
-            ap = ((model.get("metrics") or {}).get(task) or {}).get("AP") or {}
-            if ap.get("mean") is None:
+            ap = model["metrics"].get(task, {}).get("AP", {"mean": None})
+            if ap["mean"] is None:
                 continue
+            spread = ap["std"] or 0.0
+            row = {"model": model["name"], "task": title, "AP": ap["mean"]}
+            row |= {"worst": ap["mean"] - spread, "best": ap["mean"] + spread}
             for cost, (x, low, high) in costs.items():
-                if x:
-                    spread = ap.get("std") or 0.0
-                    row = {"model": model["name"], "cost": cost, "task": title, "x": x}
-                    row |= {"low": low, "high": high, "AP": ap["mean"]}
-                    rows.append(row | {"worst": ap["mean"] - spread, "best": ap["mean"] + spread})
+                rows.append(row | {"cost": cost, "x": x, "low": low, "high": high})
     if not rows:
         return None
     base = _base(rows, names).encode(color=_color(names), tooltip=["model:N", "x:Q", "AP:Q"])
-    base = _chosen(_chosen(base, "cost", rows, rows[0]["cost"]), "task", rows, "mask")
+    base = _chosen(_chosen(base, "cost", rows), "task", rows)
     x = alt.X("x:Q", title="cost (select below)", scale=alt.Scale(zero=False, padding=20))
     y = alt.Y("AP:Q", title="AP", scale=alt.Scale(zero=False, padding=20))
     return alt.layer(
@@ -105,6 +106,24 @@ def _accuracy(report: Report, names: Sequence[str]) -> Any:
     )
 
 
+def _bars(
+    rows: Sequence[Row], names: Sequence[str], parts: Sequence[str], field: str, what: str
+) -> alt.Chart | None:
+    """A bar for each model, stacked from the values of its parts."""
+    if not rows:
+        return None
+    colors = alt.Scale(domain=list(parts), range=[color_of(i + 3) for i in range(len(parts))])
+    rows = [{**row, "order": parts.index(row["part"])} for row in rows]
+    chart = _chosen(_base(rows, names), field, rows)
+    return chart.mark_bar(height={"band": 0.6}).encode(
+        x=alt.X("value:Q", title=what),
+        y=alt.Y("model:N", sort=list(names), title=None),
+        color=alt.Color("part:N", scale=colors, legend=_LEGEND),
+        order="order:Q",
+        tooltip=["model:N", "part:N", alt.Tooltip("value:Q", title=what, format=".1f")],
+    )
+
+
 def _time(report: Report, names: Sequence[str]) -> alt.Chart | None:
     """Mean time per image, stacked by part."""
     rows = [
@@ -112,105 +131,87 @@ def _time(report: Report, names: Sequence[str]) -> alt.Chart | None:
             "model": model["name"],
             "batch": f"{timed['batch']}",
             "part": PART_TITLES[part],
-            "order": PARTS.index(part),
-            "ms": 1e3 * timed["parts"][part]["mean"],
+            "value": 1e3 * stat["mean"],
         }
         for model in report["models"]
-        for timed in model.get("latency") or []
-        for part in timed.get("parts") or ()
+        for timed in model["latency"]
+        for part, stat in timed["parts"].items()
     ]
-    if not rows:
-        return None
-    parts = alt.Scale(domain=list(PART_TITLES.values()), range=COLORS[3:4] + COLORS[:3])
-    chart = _chosen(_base(rows, names), "batch", rows, "1")
-    return chart.mark_bar(height={"band": 0.6}).encode(
-        x=alt.X("ms:Q", title="mean time per image, ms"),
-        y=alt.Y("model:N", sort=list(names), title=None),
-        color=alt.Color("part:N", scale=parts, legend=_LEGEND),
-        order="order:Q",
-        tooltip=["model:N", "part:N", alt.Tooltip("ms:Q", format=".1f")],
-    )
+    what = "mean time per image, ms"
+    return _bars(rows, names, list(PART_TITLES.values()), "batch", what)
+
+
+def _errors(report: Report, names: Sequence[str]) -> alt.Chart | None:
+    """Points that each kind of error costs; "masks" is left out, as it contains localization."""
+    kinds = [kind for kind in KINDS if kind != "masks"]
+    rows = [
+        {"model": model["name"], "part": kind, "metric": metric, "value": max(0.0, stat["mean"])}
+        for model in report["models"]
+        for kind in kinds
+        for metric, stat in (model.get("errors") or {}).get(kind, {}).items()
+        if stat["mean"] is not None
+    ]
+    return _bars(rows, names, kinds, "metric", "points that each kind of error costs")
 
 
 def _curves(
-    rows: Sequence[Row], names: Sequence[str], what: str, first: str, *, zero: bool
+    report: Report, names: Sequence[str], what: str, read: Callable[[Any], tuple[Any, Any]]
 ) -> alt.Chart | None:
-    """A value over the iterations, one line for each training."""
+    """Values over the iterations, one line for each training.
+
+    Args:
+        what: the name of the values.
+        read: gives the iterations of a training curve and its values by name.
+    """
+    rows = []
+    for model in report["models"]:
+        offset, seed = 0, None  # iterations of the stages before
+        for curve in model.get("training_curves", ()):
+            offset = offset if curve["seed"] == seed and curve["stage"] else 0
+            iterations, values = read(curve)
+            row = {"model": model["name"], "training": f"seed {curve['seed']}"}
+            for name, of_name in values.items():
+                points = [(x, y) for x, y in zip(iterations, of_name) if y is not None]
+                for x, y in points[:: max(1, len(points) // _MOST_POINTS)]:
+                    rows.append(row | {what: name, "iteration": offset + x, "value": y})
+            offset, seed = offset + curve["iteration"][-1] + 1, curve["seed"]
     if not rows:
         return None
-    chart = _chosen(_base(rows, names), what, rows, first)
-    return chart.mark_line(point=zero).encode(
-        x=alt.X("iteration:Q"),
-        y=alt.Y("value:Q", title=what, scale=alt.Scale(zero=zero)),
-        color=_color(names),
-        detail="training:N",
-        tooltip=["model:N", "training:N", "iteration:Q", "value:Q"],
+    return (
+        _chosen(_base(rows, names), what, rows)
+        .mark_line(point=what == "AP")
+        .encode(
+            x=alt.X("iteration:Q"),
+            y=alt.Y("value:Q", title=what, scale=alt.Scale(zero=what == "AP")),
+            color=_color(names),
+            detail=["model:N", "training:N"],
+            tooltip=["model:N", "training:N", "iteration:Q", "value:Q"],
+        )
     )
 
 
-def _loss_rows(report: Report) -> list[Row]:
-    rows = []
-    for model, curve, offset in _trainings(report):
-        for name, values in curve["losses"].items():
-            pairs = zip(curve["iteration"], values)
-            rows += [
-                {**_of(model, curve), "loss": name, "iteration": offset + x, "value": y}
-                for x, y in _thinned([(x, y) for x, y in pairs if y is not None])
-            ]
-    return rows
+def _losses(curve: Mapping[str, Any]) -> tuple[list[int], dict[str, list]]:
+    total = {"total_loss": curve["losses"]["total_loss"]}  # comes first
+    return curve["iteration"], total | curve["losses"]
 
 
-def _validation_rows(report: Report) -> list[Row]:
-    rows = []
-    for model, curve, offset in _trainings(report):
-        for key, values in curve["validation"].items():
-            if key == "iteration":
-                continue
-            title = f"{TASKS[key.split('/')[0]]} AP"
-            rows += [
-                {**_of(model, curve), "AP": title, "iteration": offset + x, "value": y}
-                for x, y in zip(curve["validation"]["iteration"], values)
-                if y is not None
-            ]
-    return rows
-
-
-def _trainings(report: Report) -> Iterable[tuple[str, Mapping[str, Any], int]]:
-    """Model, curve, and the iterations of the stages before it."""
-    for model in report["models"]:
-        offset, seed = 0, None
-        for curve in model.get("training_curves") or []:
-            offset = offset if curve["seed"] == seed and curve["stage"] else 0
-            yield model["name"], curve, offset
-            offset, seed = offset + curve["iteration"][-1] + 1, curve["seed"]
-
-
-def _of(model: str, curve: Mapping[str, Any]) -> Row:
-    stage = f", {curve['stage']}" if curve["stage"] else ""
-    seed = "" if curve["seed"] is None else f", seed {curve['seed']}"
-    return {"model": model, "training": f"{model}{seed}{stage}"}
-
-
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return points[:: max(1, len(points) // _MOST_POINTS)]
+def _validation(curve: Mapping[str, Any]) -> tuple[list[int], dict[str, list]]:
+    found = curve["validation"]
+    titles = {"mask AP": "segm/AP", "box AP": "bbox/AP", "mIoU": "sem_seg/mIoU"}
+    return found["iteration"], {title: found[k] for title, k in titles.items() if k in found}
 
 
 def _precision(report: Report, names: Sequence[str]) -> alt.Chart | None:
     rows = []
-    ious = {"50": "IoU 0.5", "75": "IoU 0.75", "mean": "mean over IoU 0.5 to 0.95"}
     for model in report["models"]:
-        for task, found in (model.get("pr_curves") or {}).items():
-            curves = {f"{name}, IoU 0.5": x["50"] for name, x in found["classes"].items()}
-            if "all" in found:
-                curves |= {f"all classes, {ious[key]}": x for key, x in found["all"].items()}
+        for task, curves in (model.get("pr_curves") or {}).items():
             for name, values in curves.items():
                 row = {"model": model["name"], "task": TASKS[task], "curve": name}
-                points = list(zip(found["recall"], values))[::4]
-                rows += [{**row, "recall": x, "precision": y} for x, y in points]
+                for i, y in enumerate(values[::4]):
+                    rows.append(row | {"recall": i / 25, "precision": y})
     if not rows:
         return None
-    chart = _chosen(_base(rows, names), "task", rows, "mask")
-    chart = _chosen(chart, "curve", rows, f"all classes, {ious['50']}")
+    chart = _chosen(_chosen(_base(rows, names), "task", rows), "curve", rows)
     whole = alt.Scale(domain=[0, 1])
     return chart.mark_line().encode(
         x=alt.X("recall:Q", scale=whole),

@@ -7,32 +7,26 @@ from detectron2.config import CfgNode
 
 from solo_d2.errors import UserError
 
-# What may differ besides MODEL, and why. The rest of a config is data, schedule and evaluation.
-ALLOWED = {
-    "INPUT.KEEP_CROWD": "whether crowd regions reach the model, which ignores what it finds there",
-    "INPUT.FORMAT": "the order of the colors that the weights were trained with",
-    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": "PointRend's key, not looked at for instances",
-    "INPUT.COLOR_AUG_SSD": "PointRend's key, not looked at for instances",
-    "DATALOADER.NUM_WORKERS": "no influence on the result",
-    "SOLVER.CHECKPOINT_PERIOD": "no influence on the result",
-    "TEST.EVAL_PERIOD": "no influence on the final model",
-    "TEST.BEST_METRIC": "no influence on the final model",
-    "TEST.VIS_IMAGES": "no influence on the result",
-    "TEST.VIS_SCORE_THRESH": "no influence on the result",
-    "VIS_PERIOD": "no influence on the result",
+# Groups of differences, in the order of the report; all but the first are allowed.
+GROUPS = {
+    "forbidden": "Not allowed in a fair comparison",
+    "backbone": "The backbone, which is no property of the architecture",
+    "other": "Without influence on the result, or what a model's own training needs",
+    "model": "The architectures themselves",
 }
-# Below MODEL, what is no property of an architecture: a study should have it equal.
-BACKBONE = ("MODEL.BACKBONE.", "MODEL.FPN.", "MODEL.WEIGHTS", "MODEL.PIXEL_")
-# Likewise, where the backbone's name has the word.
-BACKBONES = {
-    "MODEL.RESNETS.": "resnet",
-    "MODEL.MOBILENETV2.": "mobilenetv2",
-    "MODEL.VOVNET.": "vovnet",
-    "MODEL.DARKNET.": "darknet",
-    "MODEL.UNET.": "unet",
-}
+# What may differ besides MODEL. The rest of a config is data, schedule and evaluation.
+_LISTED = (
+    *("INPUT.KEEP_CROWD", "INPUT.FORMAT"),
+    # PointRend's, which instances do not depend on
+    *("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA", "INPUT.COLOR_AUG_SSD"),
+    *("DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),
+    *("TEST.BEST_METRIC", "TEST.VIS_IMAGES", "TEST.VIS_SCORE_THRESH", "VIS_PERIOD"),
+)
+# Below MODEL, what a study should have equal; so too a section that the name of a backbone has.
+_BACKBONE = ("MODEL.BACKBONE.", "MODEL.FPN.", "MODEL.WEIGHTS", "MODEL.PIXEL_")
+_BACKBONES = ("RESNETS", "MOBILENETV2", "VOVNET", "DARKNET", "UNET")
 # What only a training looks at.
-TRAINING = (
+_TRAINING = (
     *("SOLVER.", "DATALOADER.", "SEED", "DATASETS.TRAIN", "DATASETS.PROPOSAL_FILES_TRAIN"),
     *("DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "DATASETS.CUSTOM.TRAIN_", "INPUT.MIN_SIZE_TRAIN"),
     *("INPUT.MAX_SIZE_TRAIN", "INPUT.CROP.", "INPUT.RANDOM_FLIP", "INPUT.AUGMENTATION"),
@@ -40,7 +34,6 @@ TRAINING = (
 )
 # Set by the comparison itself, or only the layout of the file.
 _IGNORED = {"OUTPUT_DIR", "VERSION"}
-_GROUPS = ("forbidden", "backbone", "listed", "rates", "stages", "model", "evaluation only")
 
 
 class Difference(NamedTuple):
@@ -48,8 +41,7 @@ class Difference(NamedTuple):
 
     key: str
     values: dict[str, Any]  # by model
-    group: str  # one of _GROUPS
-    reason: str
+    group: str  # of GROUPS
 
     @property
     def allowed(self) -> bool:
@@ -80,26 +72,29 @@ def find_differences(
         training: whether they are trained; else what only a training looks at may differ.
         rates: whether each model is trained with several learning rates; theirs may differ.
     """
-    stages = {name: [_comparable(cfg) for cfg in cfgs] for name, cfgs in models.items()}
-    first = {name: _total(flats) for name, flats in stages.items()}
+    stages = {name: [flatten(cfg) for cfg in cfgs] for name, cfgs in models.items()}
+    iterations = {n: sum(x["SOLVER.MAX_ITER"] for x in flats) for n, flats in stages.items()}
+    first = {
+        name: flats[0] | {"SOLVER.MAX_ITER": iterations[name]} for name, flats in stages.items()
+    }
     differences = []
-    for key in sorted(set().union(*first.values())):
+    for key in sorted(set().union(*first.values()) - _IGNORED):
         values = {name: flat.get(key) for name, flat in first.items()}
+        sign = " + " if key == "SOLVER.MAX_ITER" else ", then "
         within = {
-            name: _join(flats, key)
+            name: sign.join(str(flat.get(key)) for flat in flats)
             for name, flats in stages.items()
             if any(flat.get(key) != flats[0].get(key) for flat in flats)
         }
         if any(value != values[next(iter(values))] for value in values.values()):
-            group, reason = _judge(key, list(first.values()), training=training)
-            if rates and key == "SOLVER.BASE_LR":
-                group, reason = "rates", "each model is trained with each of --lrs"
+            tried = rates and key == "SOLVER.BASE_LR"
+            group = "other" if tried else _group(key, list(first.values()), training=training)
         elif within and key != "MODEL.WEIGHTS":
-            group, reason = "stages", "the model is trained in stages"
+            group = "other"
         else:
             continue
-        differences.append(Difference(key, values | within, group, reason))
-    return sorted(differences, key=lambda x: (_GROUPS.index(x.group), x.key))
+        differences.append(Difference(key, values | within, group))
+    return sorted(differences, key=lambda x: ([*GROUPS].index(x.group), x.key))
 
 
 def check_fair(differences: Sequence[Difference], *, allow: bool = False) -> None:
@@ -132,9 +127,8 @@ def describe(difference: Difference) -> str:
 
 def architecture(cfg: CfgNode) -> str:
     """The name that its users know: an R-CNN is called after its heads."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    if name != "GeneralizedRCNN":
-        return name
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        return cfg.MODEL.META_ARCHITECTURE
     if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "FCOSProposalGenerator":
         return "CenterMask" if cfg.MODEL.MASK_ON else "FCOS"
     if "POINT_HEAD" in cfg.MODEL:
@@ -142,37 +136,16 @@ def architecture(cfg: CfgNode) -> str:
     return "Mask R-CNN" if cfg.MODEL.MASK_ON else "Faster R-CNN"
 
 
-def images_seen(cfgs: Sequence[CfgNode]) -> int:
-    """By all stages of a training."""
-    return sum(cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH for cfg in cfgs)
-
-
-def _comparable(cfg: CfgNode) -> dict[str, Any]:
-    return {k: v for k, v in flatten(cfg).items() if k not in _IGNORED}
-
-
-def _total(stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return stages[0] | {"SOLVER.MAX_ITER": sum(flat["SOLVER.MAX_ITER"] for flat in stages)}
-
-
-def _join(stages: Sequence[dict[str, Any]], key: str) -> str:
-    sign = " + " if key == "SOLVER.MAX_ITER" else ", then "
-    return sign.join(str(flat.get(key)) for flat in stages)
-
-
-def _judge(key: str, models: Sequence[dict[str, Any]], *, training: bool) -> tuple[str, str]:
-    """(group, reason) of a key that differs between models."""
-    backbones = {flat["MODEL.BACKBONE.NAME"] for flat in models}
-    word = next((word for prefix, word in BACKBONES.items() if key.startswith(prefix)), "-")
-    if key.startswith(BACKBONE) or any(word in name for name in backbones):
-        return "backbone", "part of the model, but no property of its architecture"
+def _group(key: str, models: Sequence[dict[str, Any]], *, training: bool) -> str:
+    """That of a key which differs between models."""
+    names = "".join(flat["MODEL.BACKBONE.NAME"] for flat in models)
+    used = tuple(f"MODEL.{x}." for x in _BACKBONES if x.lower().rstrip("s") in names)
+    if key.startswith((*_BACKBONE, *used)):
+        return "backbone"
     if key.startswith("MODEL.") and key != "MODEL.DEVICE":
-        return "model", "the model is what is compared"
-    if key in ALLOWED:
-        return "listed", ALLOWED[key]
-    if not training and key.startswith(TRAINING):
-        return "evaluation only", "nothing is trained here"
-    return "forbidden", "data, schedule and evaluation must be the same for all"
+        return "model"
+    unused = not training and key.startswith(_TRAINING)
+    return "other" if unused or key in _LISTED else "forbidden"
 
 
 def _plain(value: Any) -> Any:

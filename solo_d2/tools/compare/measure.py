@@ -16,19 +16,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from solo_d2.checkpoint import build_checkpointer
-from solo_d2.data import InstanceMapper
+from solo_d2.data import InstanceMapper, setup_datasets
 from solo_d2.engine import Trainer, build_optimizer
 from solo_d2.errors import one_line
 from solo_d2.modeling import InstanceSegmentor
@@ -42,17 +44,6 @@ Inputs = list[dict[str, Any]]
 Seconds = dict[str, float]
 
 
-class ModelError(Exception):
-    """A model fails where it is measured together with others."""
-
-    def __init__(self, name: str, error: Exception):
-        super().__init__(name, one_line(error))
-        self.name = name
-
-    def __str__(self) -> str:
-        return self.args[1]
-
-
 def load_model(cfg: CfgNode) -> nn.Module:
     """The model of a config, whose data sets are registered, with its weights, in eval mode."""
     model = Trainer.build_model(cfg)
@@ -60,7 +51,7 @@ def load_model(cfg: CfgNode) -> nn.Module:
     return model.eval()
 
 
-def test_inputs(cfg: CfgNode, count: int) -> Inputs:
+def sample_inputs(cfg: CfgNode, count: int) -> Inputs:
     """``count`` images, spread evenly over the test set, as the model of ``cfg`` takes them."""
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round()
@@ -68,7 +59,59 @@ def test_inputs(cfg: CfgNode, count: int) -> Inputs:
     return [mapper(records[int(i)]) for i in chosen]
 
 
-test_inputs.__test__ = False  # type: ignore[attr-defined]  # pytest would take it for a test
+def measure_inference(cfg: CfgNode, images: int) -> dict[str, Any]:
+    """Most frequent input size (height, width), bytes of memory, parameters, operations, "notes".
+
+    To be called in a process of its own, like ``training_memory`` and ``measure_times``.
+    """
+    setup_datasets(cfg)
+    inputs = sample_inputs(cfg, images)
+    device = torch.device(cfg.MODEL.DEVICE)
+    memory = {"device": device.type, "baseline": _peak_memory(device)}
+    model = load_model(cfg)
+    with torch.no_grad():
+        for x in inputs[:_FEW]:
+            model([x])
+    memory["inference"] = _peak_memory(device)
+    sizes = Counter(tuple(x["image"].shape[-2:]) for x in inputs)
+    found = {"input_size": [*sizes.most_common(1)[0][0]], "memory": memory, "notes": []}
+    found["parameters"] = sum(x.numel() for x in model.parameters())
+    try:
+        return found | count_flops(model, inputs[:_FEW])
+    except Exception as error:  # of a user's own model
+        return found | {"notes": [f"operations not counted: {one_line(error)}"]}
+
+
+def training_memory(cfg: CfgNode) -> int:
+    """Bytes at the peak of a few training steps."""
+    setup_datasets(cfg)
+    step = training_step(cfg, load_model(cfg))
+    for _ in range(_FEW):
+        step()
+    return _peak_memory(torch.device(cfg.MODEL.DEVICE))
+
+
+def measure_times(
+    cfgs: Mapping[str, CfgNode],
+    train_cfgs: Mapping[str, CfgNode],
+    batch_size: int,
+    images: int,
+    steps: int,
+) -> dict[str, Any]:
+    """By model, "latency" of batches of 1 and of ``batch_size``, training "steps", and "notes"."""
+    notes: dict[str, list[str]] = {name: [] for name in cfgs}
+    latency: dict[str, list[dict[str, Any]]] = {name: [] for name in cfgs}
+    for cfg in (*cfgs.values(), *train_cfgs.values()):
+        setup_datasets(cfg)
+    models = {name: load_model(cfg) for name, cfg in cfgs.items()}
+    inputs = {name: sample_inputs(cfg, images) for name, cfg in cfgs.items()}
+    for size in sorted({1, batch_size}):
+        batches = {name: make_batches(x, size) for name, x in inputs.items()}
+        for name, row in time_inference(models, batches, notes).items():
+            latency[name].append(row)
+    models = {name: load_model(cfg) for name, cfg in train_cfgs.items()} if steps else {}
+    found = time_training(models, train_cfgs, steps, notes)
+    return {"latency": latency, "steps": found, "notes": notes}
 
 
 def make_batches(inputs: Inputs, size: int) -> list[Inputs]:
@@ -76,20 +119,6 @@ def make_batches(inputs: Inputs, size: int) -> list[Inputs]:
     count = max(_FEW, -(-len(inputs) // size)) if size > 1 else len(inputs)
     stream = itertools.cycle(inputs)
     return [list(itertools.islice(stream, size)) for _ in range(count)]
-
-
-def input_size(inputs: Inputs) -> list[int]:
-    """The most frequent height and width."""
-    sizes = Counter(tuple(x["image"].shape[-2:]) for x in inputs)
-    return list(sizes.most_common(1)[0][0])
-
-
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    parameters = list(model.parameters())
-    return {
-        "parameters": sum(x.numel() for x in parameters),
-        "parameters_trainable": sum(x.numel() for x in parameters if x.requires_grad),
-    }
 
 
 def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
@@ -111,7 +140,7 @@ def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
         network = sum(n for name, n in counts.items() if _is_outermost(name, counts))
         totals["flops"].append(network)
         totals["flops_post"].append(total - network)
-        totals["detections"].append(len(result["instances"]))
+        totals["detections"].append(len(result.get("instances", ())))
     return {name: float(np.mean(values)) for name, values in totals.items()}
 
 
@@ -130,56 +159,46 @@ def _deform_conv_flops(
 
 
 def time_inference(
-    models: Mapping[str, nn.Module], batches: Mapping[str, Sequence[Inputs]]
+    models: Mapping[str, nn.Module],
+    batches: Mapping[str, Sequence[Inputs]],
+    notes: Mapping[str, list[str]],
 ) -> dict[str, dict[str, Any]]:
     """Time models in turn on the same images, so that a slower minute favors none.
 
     Args:
         models: in eval mode.
         batches: per model, the same number for each.
+        notes: gets a line about each model that fails, which is left out.
 
     Returns:
         Per model "batch", "images", and seconds per image: "total" and "parts" (of the models whose
         stages are known, see ``stages``), each with "median", "q1", "q3" and "mean".
-
-    Raises:
-        ModelError: a model fails.
     """
-    totals: dict[str, list[float]] = {name: [] for name in models}
-    parts: dict[str, list[Seconds]] = {name: [] for name in models}
 
-    def infer(name: str, number: int) -> None:
+    @torch.no_grad()
+    def infer(name: str, number: int) -> Seconds:
         model, batch = models[name], batches[name][number]
         _synchronize(model)
         start = time.perf_counter()
         model(batch)
         _synchronize(model)
-        totals[name].append((time.perf_counter() - start) / len(batch))
-        if _has_stages(model):
-            parts[name].append({k: x / len(batch) for k, x in time_stages(model, batch).items()})
+        seconds = {"total": time.perf_counter() - start}
+        seconds |= time_stages(model, batch) if _has_stages(model) else {}
+        return {part: x / len(batch) for part, x in seconds.items()}
 
+    rows = {}
     rounds = min(len(x) for x in batches.values())
-    with torch.no_grad():
-        _in_turn(list(models), rounds, infer)
-    return {
-        name: {
-            "batch": len(batches[name][0]),
-            "images": sum(len(x) for x in batches[name]),
-            "total": quartiles(totals[name][_WARM_UP:]),
-            "parts": {
-                part: quartiles([x[part] for x in parts[name][_WARM_UP:]])
-                for part in PARTS
-                if parts[name]
-            },
-        }
-        for name in models
-    }
+    for name, found in _in_turn(list(models), rounds, infer, notes).items():
+        parts = {part: quartiles([x[part] for x in found]) for part in found[0]}
+        size, images = len(batches[name][0]), sum(map(len, batches[name]))
+        rows[name] = {"batch": size, "images": images, "total": parts.pop("total"), "parts": parts}
+    return rows
 
 
 def time_stages(model: nn.Module, batch: Inputs) -> Seconds:
     """Seconds of each part of one inference, for a model that ``_has_stages``."""
     seconds = dict.fromkeys(PARTS, 0.0)
-    with _watched_modules(model) as in_modules:
+    with _watched_heads(model) as in_modules:
         _synchronize(model)
         start = time.perf_counter()
         for part in stages(model, batch):
@@ -212,31 +231,38 @@ def stages(model: nn.Module, batch: Inputs) -> Iterator[str]:
 
 
 def _has_stages(model: nn.Module) -> bool:
-    rcnn = isinstance(model, GeneralizedRCNN) and model.proposal_generator is not None
-    return rcnn or isinstance(model, InstanceSegmentor)
+    if isinstance(model, GeneralizedRCNN):  # a subclass such as PanopticFPN has more of them
+        own = type(model).inference is not GeneralizedRCNN.inference
+        return not own and model.proposal_generator is not None
+    return isinstance(model, InstanceSegmentor)
 
 
 @contextmanager
-def _watched_modules(model: nn.Module) -> Iterator[list[float]]:
-    """Within it, a sum of the seconds that the heads' modules are at work."""
-    total, depth, started = [0.0], [0], [0.0]
+def _watched_heads(model: nn.Module) -> Iterator[list[float]]:
+    """Within it, a sum of the seconds that the heads' modules are at work.
+
+    All modules of a head are watched, as it may be entered by another method than ``forward``. The
+    two heads of an R-CNN are mere containers, which choose and suppress between their modules.
+    """
+    total, started = [0.0], list[float]()
 
     def enter(*_: Any) -> None:
-        if depth[0] == 0:
+        if not started:
             _synchronize(model)
-            started[0] = time.perf_counter()
-        depth[0] += 1
+        started.append(time.perf_counter())
 
     def leave(*_: Any) -> None:
-        depth[0] -= 1
-        if depth[0] == 0:
+        start = started.pop()
+        if not started:
             _synchronize(model)
-            total[0] += time.perf_counter() - started[0]
+            total[0] += time.perf_counter() - start
 
-    handles = []
-    for module in _head_modules(model):
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
+    heads = [head for name, head in model.named_children() if name != "backbone"]
+    containers = [getattr(model, name, None) for name in ("proposal_generator", "roi_heads")]
+    modules = {module: None for head in heads for module in head.modules()}
+    watched = [module for module in modules if not any(module is x for x in containers)]
+    handles = [x.register_forward_pre_hook(enter) for x in watched]
+    handles += [x.register_forward_hook(leave) for x in watched]
     try:
         yield total
     finally:
@@ -244,38 +270,16 @@ def _watched_modules(model: nn.Module) -> Iterator[list[float]]:
             handle.remove()
 
 
-def _head_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules beside the backbone that only compute; an R-CNN's two stages are containers."""
-    modules: list[nn.Module] = []
-    for name, child in model.named_children():
-        if name == "backbone":
-            continue
-        if name in ("proposal_generator", "roi_heads"):
-            modules += [x for x in child.modules() if x is not child]
-        else:
-            modules += child.modules()  # a head may be entered by another method than forward
-    return list(dict.fromkeys(modules))
-
-
 def time_training(
-    models: Mapping[str, nn.Module], *, cfgs: Mapping[str, CfgNode], steps: int
+    models: Mapping[str, nn.Module],
+    cfgs: Mapping[str, CfgNode],
+    steps: int,
+    notes: Mapping[str, list[str]],
 ) -> dict[str, dict[str, Any]]:
-    """Time training steps of models in turn, without changing their parameters.
-
-    Returns:
-        Per model seconds per step ("median", "q1", "q3", "mean") and the images per step,
-        "batch". Loading is not part of it.
-
-    Raises:
-        ModelError: a model fails.
-    """
-    step = {name: training_step(cfgs[name], models[name]) for name in models}
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    _in_turn(list(models), steps, lambda name, _: samples[name].append(step[name]()))
-    return {
-        name: {**quartiles(samples[name][_WARM_UP:]), "batch": cfgs[name].SOLVER.IMS_PER_BATCH}
-        for name in models
-    }
+    """Quartiles of the seconds per training step, without loading; see ``time_inference``."""
+    step = {name: training_step(cfgs[name], model) for name, model in models.items()}
+    samples = _in_turn(list(models), steps, lambda name, _: step[name](), notes)
+    return {name: quartiles(found) for name, found in samples.items()}
 
 
 def training_step(cfg: CfgNode, model: nn.Module) -> Callable[[], float]:
@@ -287,45 +291,18 @@ def training_step(cfg: CfgNode, model: nn.Module) -> Callable[[], float]:
     optimizer = build_optimizer(cfg, model)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    device = next(model.parameters()).device
-    amp = cfg.SOLVER.AMP.ENABLED and device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=amp)
-    model.train()
+    amp = cfg.SOLVER.AMP.ENABLED and next(model.parameters()).is_cuda
+    trainer = (AMPTrainer if amp else SimpleTrainer)(model, batches, optimizer)
 
     def step() -> float:
-        batch = next(batches)
         _synchronize(model)
         start = time.perf_counter()
-        with EventStorage(0), torch.autocast(device.type, enabled=amp):
-            loss = sum(model(batch).values())
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        with EventStorage(0):
+            trainer.run_step()
         _synchronize(model)
         return time.perf_counter() - start
 
     return step
-
-
-def inference_memory(cfg: CfgNode) -> tuple[int, int]:
-    """Bytes before there is a model, and at the peak; to be called in a process of its own."""
-    inputs = test_inputs(cfg, _FEW)
-    device = torch.device(cfg.MODEL.DEVICE)
-    baseline = _peak_memory(device)
-    model = load_model(cfg)
-    with torch.no_grad():
-        for x in inputs:
-            model([x])
-    return baseline, _peak_memory(device)
-
-
-def training_memory(cfg: CfgNode) -> int:
-    """Bytes at the peak of a few steps; to be called in a process of its own."""
-    step = training_step(cfg, load_model(cfg))
-    for _ in range(_FEW):
-        step()
-    return _peak_memory(torch.device(cfg.MODEL.DEVICE))
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
@@ -333,38 +310,25 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3, "mean": float(np.mean(values))}
 
 
-def iteration_time(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Quartiles of the seconds per iteration that lines of metrics.json have."""
-    times = [x["time"] for x in metrics if "time" in x]
-    return quartiles(times) if times else None
-
-
-def without_failing(
-    models: Mapping[str, nn.Module],
-    measure: Callable[[Mapping[str, nn.Module]], dict[str, Any]],
-    what: str,
-    errors: list[str],
-) -> dict[str, Any]:
-    """Measure all models, again without the one that fails, for lack of memory for example."""
-    chosen = dict(models)
-    while chosen:
-        try:
-            return measure(chosen)
-        except ModelError as error:
-            errors.append(f"{error.name}: no {what}: {error}")
-            del chosen[error.name]
-    return {}
-
-
-def _in_turn(names: Sequence[str], rounds: int, run: Callable[[str, int], None]) -> None:
-    """``_WARM_UP`` rounds and then ``rounds``, each beginning with another name."""
+def _in_turn(
+    names: Sequence[str],
+    rounds: int,
+    run: Callable[[str, int], Any],
+    notes: Mapping[str, list[str]],
+) -> dict[str, list[Any]]:
+    """What ``rounds`` calls give for each name, after a warm-up; each round begins with another."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
     for number in range(_WARM_UP + rounds):
-        first = number % len(names)
+        first = number % max(1, len(names))
         for name in (*names[first:], *names[:first]):
+            if name not in found:
+                continue
             try:
-                run(name, max(0, number - _WARM_UP))
-            except Exception as error:
-                raise ModelError(name, error) from error
+                found[name].append(run(name, max(0, number - _WARM_UP)))
+            except Exception as error:  # it runs out of memory, for example; the others go on
+                notes[name].append(f"not timed: {one_line(error)}")
+                del found[name]
+    return {name: values[_WARM_UP:] for name, values in found.items()}
 
 
 def _synchronize(model: nn.Module) -> None:
@@ -377,14 +341,10 @@ def _peak_memory(device: torch.device) -> int:
     """Bytes of tensors on a GPU, or of the whole process, since the start of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status") as status:
-            # getrusage would give the peak of the process that this one was forked from
-            peak = next(line for line in status if line.startswith("VmHWM"))
-            return int(peak.split()[1]) * 1024
-    except (OSError, StopIteration):  # no Linux
-        import resource
-        import sys
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would give the peak of the process that this one is a fork of
+        peak = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    import resource
 
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return usage if sys.platform == "darwin" else usage * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes

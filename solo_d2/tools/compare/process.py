@@ -1,17 +1,13 @@
 """Work in a process of its own: its memory can be measured, and its output goes to a file."""
 
 import functools
-import importlib
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from pathlib import Path
 from typing import Any
-
-from detectron2.config import CfgNode
 
 _POLL_SECONDS = 1.0
 
@@ -29,15 +25,14 @@ def in_process(
         log: file that its standard output and error are appended to.
         progress: called about once a second meanwhile.
     """
-    methods = multiprocessing.get_all_start_methods()
-    method = "forkserver" if "forkserver" in methods else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
+    if forkserver:
         # It imports once and is small: a fork of this process would begin with its memory.
         context.set_forkserver_preload(["solo_d2.tools.compare.measure"])
     start = functools.partial(_start, log, os.environ.copy())
     with ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool:
-        result = pool.submit(_call, function, args)
+        result = pool.submit(function, *args)
         while True:
             try:
                 return result.result(timeout=_POLL_SECONDS)
@@ -51,8 +46,6 @@ def _start(log: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    sys.stdout.flush()
-    sys.stderr.flush()
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     parent = multiprocessing.parent_process()
@@ -63,11 +56,3 @@ def _start(log: Path, environment: dict[str, str]) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-
-
-def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Register what configs need that this process has not read from their files."""
-    for cfg in args:
-        if isinstance(cfg, CfgNode) and "POINT_HEAD" in cfg.MODEL:
-            importlib.import_module("detectron2.projects.point_rend")
-    return function(*args)

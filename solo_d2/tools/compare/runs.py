@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,30 +60,20 @@ class Run:
     cfgs: tuple[CfgNode, ...]  # of the stages, with OUTPUT_DIR, SEED and weights
 
     @property
-    def cfg(self) -> CfgNode:
-        """The last stage's, which is evaluated."""
-        return self.cfgs[-1]
-
-    @property
     def title(self) -> str:
         if self.seed is None:
             return "evaluation"
-        rate = "" if self.rate is None else f"rate {self.rate:g}, "
-        return f"{rate}seed {self.seed}"
+        return ("" if self.rate is None else f"rate {self.rate:g}, ") + f"seed {self.seed}"
 
     @property
     def detections_file(self) -> Path:
-        return Path(self.cfg.OUTPUT_DIR) / "inference" / RESULTS_FILE
+        """Does not exist for a model without instances."""
+        return Path(self.cfgs[-1].OUTPUT_DIR) / "inference" / RESULTS_FILE
 
     @property
     def results_file(self) -> Path:
         """What an evaluation writes last."""
-        return _results_file(self.cfg)
-
-    @property
-    def weights(self) -> str:
-        """Of the model that is evaluated."""
-        return self.model.weights or str(Path(self.cfg.OUTPUT_DIR) / "model_final.pth")
+        return _results_file(self.cfgs[-1])
 
     @property
     def training_folders(self) -> list[Path]:
@@ -90,6 +81,16 @@ class Run:
         if self.model.weights:
             return [Path(self.model.weights).parent]
         return [Path(cfg.OUTPUT_DIR) for cfg in self.cfgs]
+
+    @property
+    def final_cfg(self) -> CfgNode:
+        """Of the model that is evaluated, with its weights."""
+        return _with_weights(self.cfgs[-1], self.model.weights)
+
+    @property
+    def training_cfg(self) -> CfgNode | None:
+        """Of the first stage, with the weights that it ended with; None: nothing is trained."""
+        return None if self.seed is None else _with_weights(self.cfgs[0])
 
     @property
     def record(self) -> dict[str, Any]:
@@ -106,8 +107,8 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
-        done = self.detections_file.exists() and all(_results_file(x).exists() for x in self.cfgs)
-        return done and (self.folder / _RECORD).exists()
+        files = [self.folder / _RECORD, *map(_results_file, self.cfgs)]
+        return all(file.exists() for file in files)
 
     def check_unchanged(self) -> None:
         """
@@ -120,8 +121,7 @@ class Run:
                 raise UserError(f"{self.folder} was not made by a comparison; use another --output")
             return
         old, new = json.loads(file.read_bytes()), json.loads(json.dumps(self.record))
-        changes = _changes(old, new)
-        if changes:
+        if changes := _changes(old, new):
             raise UserError(
                 f"{self.folder} was made with other settings: {'; '.join(changes)}. Use another "
                 "--output, or remove that folder"
@@ -250,27 +250,30 @@ def _train(cfg: CfgNode, num_gpus: int) -> None:
 
 def _train_one(cfg: CfgNode) -> None:
     """One stage, in each process."""
-    try:
+    with _one_line_errors():
         _set_up(cfg)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=True)
-    except Exception as error:
-        if is_user_error(error):
-            raise UserError(one_line(error)) from error
-        raise
     trainer.train()
 
 
 def _evaluate(cfg: CfgNode, _: int) -> None:
-    try:
+    with _one_line_errors():
         _set_up(cfg)
         model = Trainer.build_model(cfg)
         build_checkpointer(cfg, model, require_complete=True).load(cfg.MODEL.WEIGHTS)
+    write_results(Trainer.test(cfg, model), cfg.OUTPUT_DIR)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What the user can mend becomes a UserError, which crosses the process."""
+    try:
+        yield
     except Exception as error:
         if is_user_error(error):
             raise UserError(one_line(error)) from error
         raise
-    write_results(Trainer.test(cfg, model), cfg.OUTPUT_DIR)
 
 
 def _set_up(cfg: CfgNode) -> None:
@@ -278,6 +281,12 @@ def _set_up(cfg: CfgNode) -> None:
     setup_datasets(cfg)
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
+
+
+def _with_weights(cfg: CfgNode, weights: str | None = None) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = weights or str(Path(cfg.OUTPUT_DIR) / "model_final.pth")
+    return cfg
 
 
 def _results_file(cfg: CfgNode) -> Path:
@@ -301,9 +310,8 @@ def _digest(path: str) -> str | None:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    changes = []
-    if len(old["stages"]) != len(new["stages"]):
-        changes.append(f"{len(old['stages'])} stages, now {len(new['stages'])}")
+    numbers = [len(record["stages"]) for record in (old, new)]
+    changes = [f"{numbers[0]} stages, now {numbers[1]}"] if numbers[0] != numbers[1] else []
     defaults = flatten(load_config())  # of keys that are newer than the record
     same_weights = new["weights"] is not None and old["weights"] == new["weights"]
     for before, after in zip(old["stages"], new["stages"]):

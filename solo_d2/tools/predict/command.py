@@ -21,6 +21,7 @@ from solo_d2.predictor import Result, load
 
 from . import outputs as formats
 from .inputs import Source, Video, find_sources, output_names
+from .prototypes import Prototypes
 
 Predict = Callable[[str | np.ndarray], Result]
 
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         predictor.max_pixels = round(options.max_megapixels * 1e6)
         if points and not predictor.takes_points:
             raise UserError(f"--points needs AdaptIS, not {type(predictor.model).__name__}")
+        if options.prototypes:
+            outputs.append(Prototypes(folder, options.score, predictor))
         folder.mkdir(parents=True, exist_ok=True)
     except Exception as error:
         print_error(error, options)
@@ -194,6 +197,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="X,Y",
         help="find the objects under these points of each image, in pixels (AdaptIS only)",
+    )
+    parser.add_argument(
+        "--prototypes",
+        action="store_true",
+        help="also draw the prototypes of each image as a grid (YOLACT only)",
     )
     parser.add_argument(
         "--max-megapixels",

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from solo_d2 import SOLO, DecoupledSOLO, SOLOv2
 from solo_d2.layers import masks as mask_ops
+from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.frozen_bn import FoldedConv2d
 from solo_d2.layers.resample import UpsampledConv2d
 from solo_d2.modeling.solo.decoupled_solo import DecoupledSOLOHead
@@ -176,6 +177,7 @@ def test_greedy_nms_leaves_scores_alone():
 
 
 SHARED_OPTIONS = [
+    {"MODEL__SOLO__PAD_BEFORE_DOWNSAMPLING": False},
     {"MODEL__SOLO__COORD_CONV": False},
     {"MODEL__SOLO__DEFORM": "last"},
     {"MODEL__SOLO__DEFORM": "all", "MODEL__SOLO__DEFORM_MODULATED": True},
@@ -241,7 +243,6 @@ def test_every_option_of_solov2_trains_and_infers(options):
 PYTHON_OPTIONS = [
     {"tower": {"norm": ""}},
     {"tower": {"norm": "BN"}, "focal_loss_gamma": 1.0, "category_loss_weight": 0.5},
-    {"pad_before_downsampling": False},
     {"inclusive_boxes": True},
     {"nms_kernel": "linear", "nms_finite": True},
 ]
@@ -259,6 +260,21 @@ def test_a_model_made_in_python_equals_the_one_of_the_config(name):
     made.load_state_dict(configured.state_dict())
     assert any(isinstance(x, FoldedConv2d) for x in made.backbone.modules())
     assert made.train()([example(many(6))]) == configured.train()([example(many(6))])
+
+
+def test_deformable_convolutions_start_as_published():
+    shapes = build_backbone(tiny_config()).output_shape()
+    branch = MaskFeatureBranch(shapes, conv_dim=64, out_dim=64, deformable=True, modulated=True)
+    convs = [x for x in branch.modules() if isinstance(x, DeformConv2d)]
+    assert len(convs) == 8
+    for conv in convs:
+        fan_out = 64 * conv.kernel_size[0] ** 2
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+        assert conv.offset.weight.std().item() == pytest.approx(0.01, rel=0.2)
+    tower = TowerSpec(num_convs=1, conv_dim=64, deform="all").build(64)
+    (conv,) = (x for x in tower.modules() if isinstance(x, DeformConv2d))
+    assert conv.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert (conv.offset.weight == 0).all()
 
 
 WRONG_OPTIONS = {

@@ -10,6 +10,8 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
+from solo_d2.evaluation import oracle
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
@@ -22,7 +24,8 @@ def _stat(*values):
 
 
 def _of_class(ap):
-    return {"AP": _stat(ap), "AP50": _stat(ap + 10), "AR100": _stat(ap + 5)}
+    found = {"AP": ap, "AP50": ap + 10, "AR100": ap + 5, "F1": 80.0, "threshold": 0.45}
+    return {name: _stat(value) for name, value in found.items()}
 
 
 def _times(seconds):
@@ -38,8 +41,7 @@ def rectangle(height, width, x1, y1, x2, y2):
 
 
 def _model(name, architecture, ap, seconds):
-    recall = [i / 100 for i in range(101)]
-    curve = {"50": [1 - r**4 for r in recall], "75": [1 - r for r in recall], "mean": recall[::-1]}
+    curve = [1 - (i / 100) ** 4 for i in range(101)]
     iterations = list(range(19, 400, 20))
     return {
         "name": name,
@@ -53,18 +55,17 @@ def _model(name, architecture, ap, seconds):
         "per_class": {
             t: {"disc": _of_class(ap), "bar": _of_class(ap / 2)} for t in ("segm", "bbox")
         },
-        "best_f1": {t: {"disc": {"f1": 0.8, "score": 0.45}} for t in ("segm", "bbox")},
         "confusion": [[10, 1, 2], [0, 8, 3], [1, 2, 0]],
-        "errors": None,
+        "errors": {
+            "as it is": {k: _stat(ap - 1, ap + 1) for k in oracle.METRICS},
+            **{kind: dict.fromkeys(oracle.METRICS, _stat(ap / 9)) for kind in oracle.KINDS},
+        },
         "rates": [],
-        "images_evaluated": 20,
+        "notes": [],
         "parameters": 3_000_000,
-        "parameters_trainable": 2_900_000,
         "flops": 1.5e9,
         "flops_post": 1e8,
         "detections": 12.0,
-        "flops_error": None,
-        "memory_error": None,
         "input_size": [128, 128],
         "latency": [
             {
@@ -77,18 +78,14 @@ def _model(name, architecture, ap, seconds):
         ],
         "training": {
             "iterations": 400,
-            "images_per_batch": 8,
-            "images_seen": 3200,
             "seconds_per_iteration": _times(0.25),
-            "step": {**_times(0.2), "batch": 8},
+            "step": _times(0.2),
         },
         "memory": {
             "device": "cpu",
             "baseline": 500_000_000,
             "inference": 620_000_000,
             "training": 900_000_000,
-            "inference_batch": 1,
-            "training_batch": 8,
         },
         "training_curves": [
             {
@@ -103,10 +100,7 @@ def _model(name, architecture, ap, seconds):
             }
             for seed in (1, 2)
         ],
-        "pr_curves": {
-            t: {"recall": recall, "classes": {"disc": curve, "bar": curve}, "all": curve}
-            for t in ("segm", "bbox")
-        },
+        "pr_curves": {t: {"all classes, IoU 0.5": curve, "disc": curve} for t in ("segm", "bbox")},
     }
 
 
@@ -156,9 +150,7 @@ def example_report(tmp_path):
             {
                 "key": "MODEL.FPN.OUT_CHANNELS",
                 "values": {"alpha": 64, "beta": None},
-                "allowed": True,
                 "group": "backbone",
-                "reason": "",
             }
         ],
         "models": models,

@@ -8,7 +8,7 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from solo_d2.tools.compare import accuracy, measure
+from solo_d2.tools.compare import accuracy
 
 
 def write_lines(folder, *lines, rest=""):
@@ -32,12 +32,12 @@ def test_losses_and_validations_are_read_apart(tmp_path):
         "validation": {"iteration": [24, 40], "segm/AP": [10.0, None], "bbox/AP": [12.0, 1.0]},
     }
     json.dumps(curve, allow_nan=False)
-    assert measure.iteration_time(accuracy.read_metrics(tmp_path))["median"] == 1.0
+    assert [x.get("time") for x in accuracy.read_metrics(tmp_path)] == [0.5, None, 1.5, None]
 
 
 def test_no_training_has_no_curve(tmp_path):
     assert accuracy.training_curve(tmp_path) is None
-    assert measure.iteration_time(accuracy.read_metrics(tmp_path)) is None
+    assert accuracy.read_metrics(tmp_path) == []
 
 
 def rle(box, size=(20, 30)):
@@ -94,7 +94,7 @@ def detection(image, category, box, score, **more):
     return {**found, "bbox": list(box), "segmentation": rle(box)}
 
 
-PER_CLASS = ("AP", "AP50", "AR100")
+PERFECT_CLASS = {"AP": 100, "AP50": 100, "AR100": 100, "F1": 100, "threshold": 0.9}
 PERFECT = [detection(i, c, box, 0.9) for i, c, box, crowd in OBJECTS if not crowd]
 
 
@@ -102,17 +102,15 @@ def test_perfect_detections_are_worth_100_per_cent(data):
     found = accuracy.evaluate_detections(data, PERFECT)
     for task in ("segm", "bbox"):
         metrics = found["metrics"][task]
-        assert tuple(metrics) == accuracy.METRICS
+        assert list(metrics) == accuracy.METRICS
         assert metrics["AP"] == metrics["APs"] == metrics["AR100"] == pytest.approx(100)
         assert metrics["AR1"] == pytest.approx(75)  # one of two cats in an image
         assert metrics["APl"] is None  # there are none
-        assert found["per_class"][task]["cat"] == pytest.approx(dict.fromkeys(PER_CLASS, 100))
-        assert found["per_class"][task]["emu"] == dict.fromkeys(PER_CLASS)
-        assert found["best_f1"][task]["dog"] == {"f1": pytest.approx(1), "score": 0.9}
-        curve = found["pr_curves"][task]
-        assert curve["recall"][0] == 0 and curve["recall"][-1] == 1 and len(curve["recall"]) == 101
-        assert curve["classes"].keys() == {"cat", "dog"}
-        assert curve["all"] == {name: [1.0] * 101 for name in ("50", "75", "mean")}
+        assert found["per_class"][task]["cat"] == pytest.approx(PERFECT_CLASS)
+        assert found["per_class"][task]["emu"] == dict.fromkeys(PERFECT_CLASS)
+        curves = found["pr_curves"][task]
+        assert {"all classes, IoU 0.75", "cat, IoU 0.5", "dog, IoU 0.5"} < curves.keys()
+        assert len(curves) == 5 and all(curve == [1.0] * 101 for curve in curves.values())
     assert found["ious"] == {1: [1, 1, 1], 2: [1], 3: []}
     assert found["confusion"] == [[2, 0, 0, 0], [0, 2, 0, 0], [0] * 4, [0] * 4]
 
@@ -124,7 +122,8 @@ def test_no_detections_are_worth_nothing_where_there_are_objects(data):
     assert metrics["APl"] is None
     assert [x["AP"] for x in found["per_class"]["segm"].values()] == [0, 0, None]
     assert found["confusion"] == [[0, 0, 0, 2], [0, 0, 0, 2], [0] * 4, [0] * 4]
-    assert found["pr_curves"]["segm"]["all"]["50"] == [0.0] * 101
+    assert found["errors"]["missed"]["AP"] == pytest.approx(100)
+    assert found["pr_curves"]["segm"]["all classes, IoU 0.5"] == [0.0] * 101
     assert found["ious"] == {1: [0, 0, 0], 2: [0], 3: []}
 
 
@@ -138,12 +137,15 @@ def test_a_curve_falls_where_the_errors_are(data):
             detection(1, 5, (15, 0, 10, 6), 0.7),  # IoU 0.6
         ],
     )
-    curve = found["pr_curves"]["segm"]["classes"]["cat"]
-    assert curve["50"][:51] == [1.0] * 51
-    assert curve["50"][51:] == [pytest.approx(2 / 3, abs=1e-4)] * 50
-    assert curve["75"][51:] == [0.0] * 50
-    # three of COCO's ten thresholds are up to 0.6
-    assert curve["mean"][60] == pytest.approx(3 / 10 * 2 / 3, abs=1e-4)
+    curve = found["pr_curves"]["segm"]["cat, IoU 0.5"]
+    assert curve[:51] == [1.0] * 51
+    assert curve[51:] == [pytest.approx(2 / 3, abs=1e-4)] * 50
+    # F1 is best at the end: precision 2/3, recall 1
+    cat = found["per_class"]["segm"]["cat"]
+    assert (cat["F1"], cat["threshold"]) == (pytest.approx(80), 0.7)
+    # half of the cats above IoU 0.6, which three of COCO's ten thresholds reach
+    means = found["pr_curves"]["segm"]["all classes, mean over IoU 0.5 to 0.95"]
+    assert means[60] == pytest.approx(3 / 10 * 2 / 3 / 2, abs=1e-4)
     assert found["ious"][1] == [1, pytest.approx(0.6), 0]
 
 
@@ -173,12 +175,6 @@ def test_confusion_counts_classes_strays_and_misses_and_leaves_crowds_out(data):
         ],
     )
     assert found["confusion"] == [[0, 1, 0, 1], [0, 0, 0, 2], [0] * 4, [1, 0, 0, 0]]
-
-
-def test_each_object_is_matched_once_by_the_best_but_a_crowd_again_and_again():
-    overlaps = np.array([[0.9, 0.2], [0.8, 0.6], [0.7, 0.7], [0.3, 0.4]])
-    assert accuracy.match(overlaps, [False, True]) == [0, 1, 1, None]
-    assert accuracy.match(np.zeros((2, 0)), []) == [None, None]
 
 
 def test_disagreement_is_the_span_of_the_models():
@@ -236,6 +232,14 @@ def test_accuracy_is_computed_again_after_a_new_evaluation(data, tmp_path):
     stamp = kept.stat().st_mtime_ns + 10**9
     os.utime(done, ns=(stamp, stamp))
     assert accuracy.load_accuracy(data, file, done)["metrics"]["segm"]["AP"] == pytest.approx(100)
+
+
+def test_other_results_are_taken_from_the_evaluation(data, tmp_path):
+    done = tmp_path / "results.json"
+    done.write_text(json.dumps({"sem_seg": {"mIoU": 61.5, "IoU-cat": 70.0, "mACC": None}}))
+    found = accuracy.load_accuracy(data, tmp_path / "no_detections.json", done)
+    assert found["metrics"] == {"sem_seg": {"mIoU": 61.5, "mACC": None}}
+    assert accuracy.main_score(found) == 61.5
 
 
 def test_runs_are_summarized_with_their_sample_deviation():

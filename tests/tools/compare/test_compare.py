@@ -1,8 +1,10 @@
 """A comparison from end to end, killed in the middle and resumed."""
 
+import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from solo_d2.config import load_config
-from solo_d2.tools.compare import cli, measure
+from solo_d2.tools import report as one_report
+from solo_d2.tools.compare import cli, comparison, measure
 
 SMALL = ["--batch", "2", "--images-for-timing", "2", "--steps-for-timing", "1", "--gallery", "2"]
 
@@ -112,13 +115,13 @@ def test_the_report_is_complete(command, finished):
             ap = row["metrics"][task]["AP"]
             assert len(ap["values"]) == 2 and ap["std"] is not None
             assert row["per_class"][task].keys() == set(report["data"]["classes"])
-            assert len(row["pr_curves"][task]["recall"]) == 101
-        assert row["flops"] > 0 and row["flops_error"] is None
+            assert all(len(curve) == 101 for curve in row["pr_curves"][task].values())
+        assert row["flops"] > 0 and row["notes"] == []
         assert row["detections"] is not None and row["input_size"] == [64, 64]
         assert row["latency"][0]["parts"].keys() == set(measure.PARTS)
         assert [x["batch"] for x in row["latency"]] == [1, 2]
         training = row["training"]
-        assert (training["iterations"], training["images_seen"]) == (6, 12)
+        assert training["iterations"] == 6
         assert training["step"]["median"] > 0 and training["seconds_per_iteration"]["median"] > 0
         memory = row["memory"]
         assert memory["baseline"] < min(memory["inference"], memory["training"])
@@ -136,8 +139,8 @@ def test_the_report_is_complete(command, finished):
             assert found[metric]["values"][1] == pytest.approx(expected, abs=1e-9)
     groups = {x["key"]: x["group"] for x in report["differences"]}
     assert groups["MODEL.META_ARCHITECTURE"] == "model"
-    assert groups["SOLVER.MAX_ITER"] == groups["SOLVER.BASE_LR"] == "stages"
-    assert all(x["allowed"] for x in report["differences"])
+    assert groups["SOLVER.MAX_ITER"] == groups["SOLVER.BASE_LR"] == "other"
+    assert "forbidden" not in groups.values()
     for entry in report["gallery"]:
         assert Path(entry["file_name"]).exists()
         assert entry["predictions"].keys() == rows.keys()
@@ -149,7 +152,7 @@ def test_the_report_is_complete(command, finished):
 def test_a_finished_comparison_is_only_written_again(command, finished, monkeypatch):
     arguments, output = command
     before = stamps(output)
-    monkeypatch.setattr(cli, "in_process", None)  # nothing is measured again either
+    monkeypatch.setattr(comparison, "in_process", None)  # nothing is measured again either
     assert cli.main(arguments) == 0
     assert stamps(output) == before
     report, rows = read_report(output)
@@ -197,20 +200,46 @@ def test_given_weights_are_evaluated_and_a_model_that_fails_stops_no_other(
     assert (row["status"], row["seeds"], row["weights"]) == ("finished", [], solov2)
     values = finished[1]["solov2"]["metrics"]["segm"]["AP"]["values"]
     assert row["metrics"]["segm"]["AP"] == {"mean": values[0], "std": None, "values": values[:1]}
-    assert row["training"]["iterations"] is None and row["memory"]["training"] is None
+    assert row["training"]["iterations"] is None and "training" not in row["memory"]
     assert [x["batch"] for x in row["latency"]] == [1, 2]
 
 
-def test_a_model_that_cannot_be_timed_is_left_out():
-    def time(models):
-        if "b" in models:
-            raise measure.ModelError("b", RuntimeError("no memory"))
-        return dict.fromkeys(models, 1)
+def test_one_model_has_a_report_too(command, finished, tmp_path, capsys):
+    run = tmp_path / "my run"
+    shutil.copytree(command[1] / "solov2/seed3", run)
+    assert one_report.main([str(run), *SMALL]) == 0
+    assert "my run" in capsys.readouterr().out
+    report, rows = read_report(run / "report")
+    own = finished[1]["solov2"]["metrics"]["segm"]["AP"]["values"]
+    assert rows["my run"]["metrics"]["segm"]["AP"]["values"] == own[:1]
+    assert len(rows["my run"]["training_curves"]) == 1
+    assert all((run / "report" / name).exists() for name in ("report.html", "per_class.csv"))
 
-    errors = []
-    assert measure.without_failing({"a": 0, "b": 0}, time, "latency", errors) == {"a": 1}
-    assert errors == ["b: no latency: no memory"]
-    assert measure.without_failing({"b": 0}, time, "latency", errors) == {}
+
+def test_a_folder_without_a_run_has_no_report(tmp_path, capsys):
+    assert one_report.main([str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_the_iteration_and_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    (tmp_path / "metrics.json").write_text('{"iteration": 4, "time": 2.0}\n')
+    cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "10"])
+    with comparison.Progress("run 1 of 2") as bar:
+        bar.show(cfg)
+    printed = sys.stdout.getvalue()
+    assert "run 1 of 2: " in printed and ", iteration 5 of 10, ETA 00:10" in printed
+
+
+def test_a_pipe_gets_the_title_alone(tmp_path, capsys):
+    with comparison.Progress("run 1 of 2") as bar:
+        bar.show(load_config(opts=["OUTPUT_DIR", str(tmp_path)]))
+    assert capsys.readouterr().out == "run 1 of 2\n"
 
 
 def test_without_weights_or_training_nothing_starts(tiny_configs, tmp_path, capsys):
@@ -235,8 +264,8 @@ def test_point_rend_stands_in_the_same_table(tiny_configs, tmp_path):
     report, rows = read_report(tmp_path)
     assert report["finished"] and list(rows) == ["Mask R-CNN", "PointRend"]
     assert all(row["metrics"]["segm"]["AP"]["mean"] is not None for row in rows.values())
-    assert all(row["flops"] > 0 and row["flops_error"] is None for row in rows.values())
-    own = [x for x in report["differences"] if x["key"].startswith("INPUT.")]
-    assert len(own) == 2 and all("PointRend" in x["reason"] for x in own)
+    assert all(row["flops"] > 0 and row["notes"] == [] for row in rows.values())
+    own = [x["group"] for x in report["differences"] if x["key"].startswith("INPUT.")]
+    assert own == ["other", "other"]
     config = str(tmp_path / "PointRend/seed3/config.yaml")
     assert load_config(config).MODEL.POINT_HEAD.NUM_CLASSES == 5

@@ -8,7 +8,7 @@ from solo_d2.tools.compare.report import write_report
 
 pytestmark = pytest.mark.browser
 
-ALL_DRAWN = "return document.querySelectorAll('[data-chart] svg, [data-chart] canvas').length === 5"
+ALL_DRAWN = "return document.querySelectorAll('[data-chart] svg, [data-chart] canvas').length === 6"
 
 
 @pytest.mark.parametrize("width", [1400, 390])

@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from solo_d2.tools.compare.report import caveats, number, summary_columns, write_report
+from solo_d2.evaluation import oracle
+from solo_d2.tools.compare.report import caveats, terminal_table, write_report
+from solo_d2.tools.compare.tables import Table, number, summary_cells
 
 NASTY = '<script>alert(1)</script>&"|`*_x_* $a$ ``` 中文'
 
@@ -64,7 +66,10 @@ def test_writes_the_page_the_text_and_every_figure_that_the_text_shows(example_r
             assert high - low > 100 or path.endswith("webp"), f"{path} is blank"
     assert page.rstrip().endswith("</html>")
     lines = (folder / "per_class.csv").read_text().splitlines()
-    assert lines[:2] == ["model,task,class,AP,AP50,AR100", "alpha,mask,disc,41.000,51.000,46.000"]
+    assert lines[:2] == [
+        "model,task,class,AP,AP50,AR100,F1,threshold",
+        "alpha,mask,disc,41.000,51.000,46.000,80.000,0.450",
+    ]
     assert not list(folder.rglob("*.partial"))
 
 
@@ -101,7 +106,7 @@ def test_columns_without_any_value_are_left_out_and_single_ones_are_dashes(
 ):
     example_report["models"][1]["latency"] = []
     for model in example_report["models"]:
-        model["memory"] = None
+        model["memory"] = {}
     header, alpha, beta = table(written(example_report, tmp_path)[0])
     assert not [h for h in header if "MB" in h]
     assert dict(zip(header, beta))["ms, batch 8"] == "-"
@@ -111,15 +116,17 @@ def test_columns_without_any_value_are_left_out_and_single_ones_are_dashes(
 def test_what_is_not_measured_yet_is_left_out(example_report, tmp_path, count):
     for model in example_report["models"][count:]:
         model["status"] = "waiting"
-        for key in set(model) - {"name", "config", "architecture", "status"}:
-            value = model[key]
-            model[key] = [] if isinstance(value, list) else {} if isinstance(value, dict) else None
+        kept = ("name", "config", "architecture", "weights", "status", "error")
+        known = {key: model[key] for key in kept}
+        model.clear()
+        model |= known | {"notes": [], "seeds": [], "metrics": {}, "latency": [], "memory": {}}
+        model["training"] = {"iterations": 9, "seconds_per_iteration": None, "step": None}
         for entry in example_report["gallery"]:
             entry["predictions"].pop(model["name"])
     example_report["gallery"] = example_report["gallery"] if count else []
     example_report["finished"] = False
     text, page = written(example_report, tmp_path)
-    assert f"Not finished: {count} of 2 models" in text
+    assert f"Not finished: {count} of 2" in text
     assert ("Nothing has been measured yet" in page) == (count == 0)
 
 
@@ -157,21 +164,21 @@ def test_one_run_is_called_one_run(example_report, tmp_path):
 
 
 def test_differences_that_are_not_allowed_are_at_the_top(example_report, tmp_path):
-    unfair = {"key": "SOLVER.MAX_ITER", "values": {"alpha": 1, "beta": 2}, "reason": "because"}
-    example_report["differences"].append({**unfair, "allowed": False, "group": "forbidden"})
+    unfair = {"key": "SOLVER.MAX_ITER", "values": {"alpha": 1, "beta": 2}, "group": "forbidden"}
+    example_report["differences"].append(unfair)
     text, page = written(example_report, tmp_path)
-    assert "Not a fair comparison" in text and "| SOLVER.MAX_ITER | 1 | 2 |" in text
+    assert "**Not a fair comparison:** SOLVER.MAX_ITER is 1 (alpha), 2 (beta)." in text
     assert page.index("Not a fair comparison") < page.index('id="results"')
 
 
 def test_learning_rates_have_a_table(example_report, tmp_path):
     for model, values in zip(example_report["models"], [(30.0, 41.0), (38.0, None)]):
         stats = [{"mean": v, "std": None, "values": [v]} for v in values]
-        model["rates"] = [{"rate": r, "AP": s} for r, s in zip((0.001, 0.002), stats)]
+        model["rates"] = [{"rate": r, "score": s} for r, s in zip((0.001, 0.002), stats)]
     text, page = written(example_report, tmp_path)
-    header, alpha, beta = table(text, "Mask AP at each learning rate:")
+    header, alpha, beta = table(text, "## At each learning rate")
     assert header == ["model", "0.001", "0.002"]
-    assert (alpha, beta) == (["alpha", "30.0", "41.0"], ["beta", "38.0", "-"])
+    assert (alpha, beta) == (["alpha", "30.0", "41.0"], ["beta", "**38.0**", "-"])
 
 
 @pytest.mark.parametrize(
@@ -184,9 +191,33 @@ def test_numbers_have_three_significant_digits(value, text):
 
 
 def test_best_is_judged_by_the_digits_shown(example_report):
-    column = summary_columns(example_report)[0]
     models = example_report["models"]
     models[1]["metrics"]["segm"]["AP"]["mean"] = 41.04
-    assert column.best(models) == set(), "both are shown as 41.0"
+    assert Table(models, summary_cells).best[0] == set(), "both are shown as 41.0"
     models[1]["metrics"]["segm"]["AP"]["mean"] = 41.3
-    assert column.best(models) == {1}
+    assert Table(models, summary_cells).best[0] == {1}
+
+
+def test_models_of_label_maps_have_a_table_of_their_own(example_report, tmp_path):
+    stat = {"mean": 61.5, "std": None, "values": [61.5]}
+    example_report["models"][1]["metrics"] = {"sem_seg": {"mIoU": stat}}
+    text, page = written(example_report, tmp_path)
+    assert table(text, "## Results of sem_seg") == [["model", "mIoU"], ["beta", "61.5"]]
+    assert dict(zip(*table(text)[::2]))["mask AP"] == "-"
+    assert "Results of sem_seg" in page
+
+
+def test_the_terminal_has_the_main_table(example_report):
+    example_report["models"][1]["status"] = "failed"
+    header, _, alpha, beta = terminal_table(example_report).splitlines()
+    assert header.split()[:3] == ["model", "mask", "AP"] and "ms, batch 1" in header
+    assert alpha.startswith("alpha") and "41.0 ± 1.4" in alpha
+    assert beta.startswith("beta (failed)")
+
+
+def test_errors_have_a_table_a_chart_and_an_explanation(example_report, tmp_path):
+    text, page = written(example_report, tmp_path)
+    header, alpha, beta = table(text, "## Points of mask AP that errors cost")
+    assert header == ["model", "as it is", *oracle.KINDS]
+    assert dict(zip(header, alpha))["missed"] == "4.6" and beta[1] == "38.0 ± 1.4"
+    assert 'data-chart="errors"' in page and oracle.KINDS["duplicate"] in page

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,13 +70,16 @@ def test_iterations_are_for_all_stages_together(tiny_configs):
 def test_each_run_has_a_folder_and_each_stage_one_in_it(tiny_configs, tmp_path):
     words = [tiny_configs["solo"], f"two={tiny_configs['stage1']}+{tiny_configs['stage2']}"]
     solo, two = (make_runs(model, tmp_path, [5])[0] for model in read_models(words))
-    assert solo.cfg.OUTPUT_DIR == str(tmp_path / "solo/seed5") and solo.cfg.SEED == 5
+    (cfg,) = solo.cfgs
+    assert cfg.OUTPUT_DIR == str(tmp_path / "solo/seed5") and cfg.SEED == 5
     assert [cfg.OUTPUT_DIR for cfg in two.cfgs] == [
         str(tmp_path / "two/seed5/stage1"),
         str(tmp_path / "two/seed5/stage2"),
     ]
     assert two.cfgs[1].MODEL.WEIGHTS == str(tmp_path / "two/seed5/stage1/model_final.pth")
-    assert two.weights == str(tmp_path / "two/seed5/stage2/model_final.pth")
+    final, training = (cfg.MODEL.WEIGHTS for cfg in (two.final_cfg, two.training_cfg))
+    assert final == str(tmp_path / "two/seed5/stage2/model_final.pth")
+    assert training == str(tmp_path / "two/seed5/stage1/model_final.pth")
 
 
 def test_each_rate_has_a_folder_and_later_stages_keep_their_proportion(tiny_configs, tmp_path):
@@ -95,7 +97,8 @@ def test_given_weights_are_evaluated_and_the_last_stage_has_them(tiny_configs, t
     two, solo = read_models(words, [str(weights), "-"])
     (run,) = make_runs(two, tmp_path, [1, 2])
     assert run.seed is None and run.folder == tmp_path / "two/evaluation"
-    assert len(run.cfgs) == 1 and run.cfg.MODEL.WEIGHTS == run.weights == str(weights)
+    assert len(run.cfgs) == 1 and run.training_cfg is None
+    assert run.cfgs[0].MODEL.WEIGHTS == run.final_cfg.MODEL.WEIGHTS == str(weights)
     assert [x.seed for x in make_runs(solo, tmp_path, [1, 2])] == [1, 2]
 
 
@@ -154,9 +157,5 @@ def test_a_folder_of_something_else_is_not_touched(tiny_configs, tmp_path):
 def test_a_run_without_its_last_evaluation_is_not_finished(tiny_configs, tmp_path):
     run = prepared(tiny_configs, tmp_path)
     assert not run.is_finished()
-    folder = Path(run.cfg.OUTPUT_DIR)
-    (folder / "results.json").write_text("{}")
-    assert not run.is_finished()
-    (folder / "inference").mkdir()
-    run.detections_file.write_text("[]")
+    (run.folder / "results.json").write_text("{}")
     assert run.is_finished()

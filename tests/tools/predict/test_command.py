@@ -158,6 +158,7 @@ def test_config_and_weights_may_be_given_apart(solov2, tmp_path, photo):
         (["PHOTO", "MODEL.SOLO.SCORE", "1"], "MODEL.SOLO.SCORE"),
         (["PHOTO", "MODEL.SOLO.NUM_CLASSES", "5"], "NUM_CLASSES is 5"),
         (["PHOTO", "--points", "3,4"], "AdaptIS, not SOLOv2"),
+        (["--prototypes", "PHOTO"], "--prototypes needs YOLACT, not SOLOv2"),
         (["MODEL.DEVICE", "cpu"], "no INPUT"),
         (["PHOTO", "CLIP", "--format", "coco"], "coco takes images only, not"),
     ],
