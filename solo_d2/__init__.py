@@ -19,6 +19,7 @@ else:
         from .config import add_solo_d2_config
         from .model_zoo import get_config_file, list_models
         from .modeling import (
+            EPS,
             SOLO,
             YOLACT,
             AdaptIS,
@@ -32,6 +33,7 @@ else:
         from .predictor import Predictor, Result, load
 
     __all__ = [
+        "EPS",
         "SOLO",
         "YOLACT",
         "AdaptIS",

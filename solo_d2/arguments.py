@@ -95,3 +95,13 @@ def add_model_arguments(
         action="store_true",
         help="load weights that may run code; only for files that you trust",
     )
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option --dtype."""
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of convolutions and products in inference; results stay float32 (float16: GPU only)",
+    )

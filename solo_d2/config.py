@@ -14,6 +14,7 @@ from .model_zoo import get_config_file
 from .modeling.adaptis.config import add_adaptis_config
 from .modeling.backbone.config import add_backbone_config
 from .modeling.centermask.config import add_centermask_config
+from .modeling.eps.config import add_eps_config
 from .modeling.solo.config import add_solo_config
 from .modeling.yolact.config import add_yolact_config
 
@@ -90,6 +91,7 @@ def add_solo_d2_config(cfg: CN) -> None:
     add_adaptis_config(cfg)
     add_centermask_config(cfg)
     add_yolact_config(cfg)
+    add_eps_config(cfg)
 
 
 def _add_data(cfg: CN) -> None:
@@ -134,6 +136,10 @@ def _add_training(cfg: CN) -> None:
     # Maximum L2 norm of all gradients together (0 = no limit). SOLVER.CLIP_GRADIENTS limits each
     # parameter separately.
     cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0
+    # For SOLVER.LR_SCHEDULER_NAME "WarmupPolyLR" of Detectron2's DeepLab: the rate falls as
+    # (1 - iteration / MAX_ITER) ** POLY_LR_POWER.
+    cfg.SOLVER.POLY_LR_POWER = 0.9
+    cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0
     # The metric that selects model_best.pth. "": the model's main metric ("segm/AP", "bbox/AP"
     # without masks, "panoptic_seg/PQ" of panoptic models), on the first test set if there are
     # several. To choose another test set, write "<name>/segm/AP".

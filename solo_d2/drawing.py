@@ -1,13 +1,10 @@
 """Drawing instances, alone or beside the ground truth. The package has no other drawing code.
 
 Shape shorthand:
-
     N: instances
     H, W: height and width of the image
     h, w: height and width of one instance's bounding box
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,35 +15,26 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 from detectron2.structures import BoxMode, Instances
-from detectron2.structures.masks import polygons_to_bitmask
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from .data.images import read_image
 from .label_layout import font, letters_mask, place_labels
 
+Color = tuple[int, int, int]  # RGB
+
 _FILL = 0.4  # opacity of a mask
 # Successive colors differ strongly, and all are visible on dark and on bright images.
-_PALETTE = (
-    (255, 82, 82),  # red
-    (0, 190, 255),  # sky blue
-    (255, 190, 0),  # amber
-    (140, 90, 255),  # violet
-    (0, 200, 83),  # green
-    (255, 70, 200),  # pink
-    (190, 225, 0),  # lime
-    (50, 105, 255),  # blue
-    (255, 125, 0),  # orange
-    (20, 225, 180),  # turquoise
-    (190, 110, 70),  # brown
-    (205, 165, 255),  # lilac
-)
+_PALETTE = [
+    ImageColor.getrgb(f"#{code}")
+    for code in (
+        "ff5252 00beff ffbe00 8c5aff 00c853 ff46c8 bee100 3269ff ff7d00 14e1b4 be6e46 cda5ff"
+    ).split()
+]
 
-# Layout of the grid: margin around each panel and height of a caption in pixels, maximum width of a
-# panel as a multiple of its height, font size.
+# The grid: margin around a panel and height of a caption in pixels, largest ratio of a panel
 _MARGIN = 4
 _CAPTION = 18
 _MAX_ASPECT = 2.0
-_CAPTION_FONT = 12
 
 
 class _Region(NamedTuple):
@@ -105,7 +93,7 @@ def draw_instances(
 def draw_masks(
     image_rgb: np.ndarray,
     rles: Sequence[Mapping[str, Any]],
-    colors: Sequence[tuple[int, int, int]],
+    colors: Sequence[Color],
     labels: Sequence[str],
 ) -> np.ndarray:
     """Draw masks in given colors, with labels where there is room for them.
@@ -177,12 +165,19 @@ def comparison_grid(
         rows.append((Path(record["file_name"]).name, panels))
 
     cell_width = max((panels[0].shape[1] for _, panels in rows), default=height)
-    grid_width = 3 * cell_width + 4 * _MARGIN
-    lines = [_captions(["image", "ground truth", "prediction"], cell_width, grid_width)]
-    for name, panels in rows:
-        lines.append(_captions([name], grid_width, grid_width))
-        lines.append(_panel_row(panels, cell_width, grid_width, height))
-    return np.concatenate(lines)
+    lefts = [_MARGIN + i * (cell_width + _MARGIN) for i in range(4)]
+    row_height = _CAPTION + height + 2 * _MARGIN
+    canvas = Image.new("RGB", (lefts[-1], _CAPTION + len(rows) * row_height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.font = font(12)
+    for left, title in zip(lefts, ("image", "ground truth", "prediction")):
+        draw.text((left, 1), title, fill="black")
+    for i, (name, panels) in enumerate(rows):
+        top = _CAPTION + i * row_height
+        draw.text((_MARGIN, top + 1), name, fill="black")
+        for left, panel in zip(lefts, panels):
+            canvas.paste(Image.fromarray(panel), (left, top + _CAPTION + _MARGIN))
+    return np.array(canvas)
 
 
 def _panels(
@@ -197,23 +192,21 @@ def _panels(
     scale = min(height / h, _MAX_ASPECT * height / w)
     size = (max(1, round(w * scale)), max(1, round(h * scale)))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    classes = [a["category_id"] for a in annotations]
     crowd = [" (crowd)" if a.get("iscrowd", 0) else "" for a in annotations]
-    truth = [_name(c, names) + suffix for c, suffix in zip(classes, crowd)]
+    truth = [_name(a["category_id"], names) + suffix for a, suffix in zip(annotations, crowd)]
     predicted = instances.pred_classes.tolist()
     texts = [f"{_name(c, names)} {s:.0%}" for c, s in zip(predicted, instances.scores.tolist())]
+    annotated = [_annotated_region(a, h, w) for a in annotations]
     panels = [small]
-    for regions, labels in (
-        ([_annotated_region(a, h, w) for a in annotations], truth),
-        (_predicted_regions(instances, range(len(instances))), texts),
-    ):
+    for regions, labels in (annotated, truth), (_predicted_regions(instances), texts):
         scaled = [_scale(region, (w, h), size) for region in regions]
         panels.append(_draw(small, scaled, [instance_color(i) for i in range(len(scaled))], labels))
     return panels
 
 
-def _predicted_regions(instances: Instances, kept: Sequence[int]) -> list[_Region]:
-    """The regions of the instances with the given indices."""
+def _predicted_regions(instances: Instances, kept: Sequence[int] | None = None) -> list[_Region]:
+    """The regions of the instances with the given indices, by default of all."""
+    kept = range(len(instances)) if kept is None else kept
     boxes = instances.pred_boxes.tensor.cpu().numpy() if instances.has("pred_boxes") else None
     if boxes is not None and not instances.has("pred_masks"):
         return [_box_region(boxes[i]) for i in kept]
@@ -233,10 +226,8 @@ def _annotated_region(annotation: Mapping[str, Any], height: int, width: int) ->
         box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         return _box_region(np.asarray(box))
     if isinstance(segmentation, list):
-        return _mask_region(
-            polygons_to_bitmask([np.asarray(p) for p in segmentation], height, width).view(np.uint8)
-        )
-    if isinstance(segmentation["counts"], list):
+        segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
         segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
     return _mask_region(np.ascontiguousarray(mask_util.decode(segmentation)))
 
@@ -276,7 +267,7 @@ def _scale(region: _Region, old: tuple[int, int], new: tuple[int, int]) -> _Regi
 def _draw(
     image: np.ndarray,
     regions: Sequence[_Region],
-    colors: Sequence[tuple[int, int, int]],
+    colors: Sequence[Color],
     texts: Sequence[str] | None,
 ) -> np.ndarray:
     """Fill all regions, large ones first, then outline them, then label them."""
@@ -299,7 +290,7 @@ def _draw(
     return image
 
 
-def _fill(image: np.ndarray, region: _Region, color: tuple[int, int, int]) -> None:
+def _fill(image: np.ndarray, region: _Region, color: Color) -> None:
     if region.mask is None:
         return
     part = _part(image, region)
@@ -309,13 +300,10 @@ def _fill(image: np.ndarray, region: _Region, color: tuple[int, int, int]) -> No
     np.copyto(part, blended, where=mask[..., None].astype(bool))
 
 
-def _outline(
-    image: np.ndarray, region: _Region, color: tuple[int, int, int], thickness: int
-) -> None:
+def _outline(image: np.ndarray, region: _Region, color: Color, thickness: int) -> None:
     left, top, width, height, mask = region
     if mask is None:
-        corner = (left + width - 1, top + height - 1)
-        cv2.rectangle(image, (left, top), corner, color, thickness, cv2.LINE_AA)
+        cv2.rectangle(image, (left, top, width, height), color, thickness, cv2.LINE_AA)
         return
     contours, _ = cv2.findContours(
         mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top)
@@ -339,9 +327,7 @@ def _part(array: np.ndarray, region: _Region) -> np.ndarray:
     return array[top : top + height, left : left + width]
 
 
-def _write(
-    image: np.ndarray, letters: np.ndarray, place: tuple[int, int], color: tuple[int, int, int]
-) -> None:
+def _write(image: np.ndarray, letters: np.ndarray, place: tuple[int, int], color: Color) -> None:
     """The letters on a plate of the given color, black or white, whichever is easier to read."""
     x, y = place
     part = image[y : y + letters.shape[0], x : x + letters.shape[1]]
@@ -354,7 +340,7 @@ def _name(category: int, names: Sequence[str] | None) -> str:
     return names[category] if names and category < len(names) else str(category)
 
 
-def instance_color(number: int) -> tuple[int, int, int]:
+def instance_color(number: int) -> Color:
     """RGB of the color with this number. After its last color the palette repeats, lighter, then
     darker.
     """
@@ -362,21 +348,3 @@ def instance_color(number: int) -> tuple[int, int, int]:
     base = np.array(_PALETTE[number % len(_PALETTE)])
     red, green, blue = (base + (target - base) * weight).round().astype(int).tolist()
     return red, green, blue
-
-
-def _panel_row(
-    panels: Sequence[np.ndarray], cell_width: int, grid_width: int, height: int
-) -> np.ndarray:
-    row = np.full((height + 2 * _MARGIN, grid_width, 3), 255, dtype=np.uint8)
-    for i, panel in enumerate(panels):
-        left = _MARGIN + i * (cell_width + _MARGIN)
-        row[_MARGIN : _MARGIN + panel.shape[0], left : left + panel.shape[1]] = panel
-    return row
-
-
-def _captions(texts: Sequence[str], cell_width: int, grid_width: int) -> np.ndarray:
-    line = Image.new("RGB", (grid_width, _CAPTION), "white")
-    for i, text in enumerate(texts):
-        left = _MARGIN + i * (cell_width + _MARGIN)
-        ImageDraw.Draw(line).text((left, 1), text, fill="black", font=font(_CAPTION_FONT))
-    return np.asarray(line)

@@ -1,7 +1,7 @@
 """Prediction in three lines: ``load`` a model, ``predict`` an image, ``save`` the picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,22 +15,21 @@ from detectron2.structures import Instances
 from PIL import Image
 from torch import nn
 
-from .checkpoint.architecture import match_configs
 from .checkpoint.checkpointer import Checkpointer
+from .checkpoint.find import find_config, set_num_classes
 from .checkpoint.load import load_weights_file
-from .config import load_config, use_available_device
+from .config import use_available_device
 from .drawing import draw_instances, draw_points
 from .errors import UserError
 from .export.exported import SUFFIXES, open_exported
 from .files import atomic_write
 from .images import MAX_PIXELS, as_rgb
-from .modeling import AdaptISPredictor
+from .modeling import EPS, AdaptISPredictor
 from .modeling.adaptis import ObjectFinder
+from .modeling.eps.inference import to_regions
 from .modeling.num_classes import dataset_num_classes, get_value, num_classes_keys
 from .modeling.own_keys import all_keys_honored
-from .modeling.prepare import prepare
-
-_MODELS = Path(__file__).resolve().parent / "models"
+from .modeling.prepare import precision, prepare_for_inference
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,8 @@ class Result:
         names: names of all classes.
         category_ids: ids of all classes, as in the COCO json of the data set.
         points: x and y of the points passed to ``click``.
+        label_map: of a model that labels pixels, (H, W) uint8: 0 is the background, k + 1 the class
+            k. Its regions are the instances.
     """
 
     image: np.ndarray
@@ -50,6 +51,7 @@ class Result:
     names: list[str]
     category_ids: list[int]
     points: Sequence[tuple[float, float]] = ()
+    label_map: np.ndarray | None = None
 
     def draw(
         self, *, score_threshold: float = 0.3, color_by: str = "instance", labels: bool = True
@@ -112,6 +114,7 @@ class Predictor:
         names: Sequence[str],
         category_ids: Sequence[int] | None = None,
         max_pixels: int = MAX_PIXELS,
+        dtype: str | torch.dtype = torch.float32,
     ):
         """
         Args:
@@ -121,6 +124,11 @@ class Predictor:
             names: class names.
             category_ids: 1, 2, ... by default.
             max_pixels: see the class.
+            dtype: "bfloat16" or "float16": run convolutions and products in this type, see
+                ``precision``; results are float32.
+
+        Raises:
+            ValueError: an argument has an unsupported value.
         """
         if input_format not in ("RGB", "BGR"):
             raise ValueError(f"input_format is {input_format!r}, not 'RGB' or 'BGR'")
@@ -130,6 +138,10 @@ class Predictor:
         self.max_pixels = max_pixels
         self.resize = resize
         self.input_format = input_format
+        self.dtype = dtype
+        parameter = next(self.model.parameters(), None)  # an exported model has none
+        self._device = "cpu" if parameter is None else parameter.device.type
+        self._precision()  # checks dtype
         self._points: AdaptISPredictor | None = None
         self._image: np.ndarray | None = None
 
@@ -159,8 +171,11 @@ class Predictor:
         pixels = as_rgb(image, max_pixels=self.max_pixels)
         height, width = pixels.shape[:2]
         inputs = {"image": self.network_input(pixels), "height": height, "width": width}
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             (output,) = self.model([inputs])
+        if isinstance(self.model, EPS):
+            label_map, instances = to_regions(output["sem_seg"].cpu())
+            return replace(self._result(pixels, instances), label_map=label_map.numpy())
         if "instances" not in output:
             raise UserError(f"{type(self.model).__name__} predicts no instances")
         return self._result(pixels, output["instances"])
@@ -182,7 +197,8 @@ class Predictor:
             )
         self._image = None  # a bad image must not leave the previous one set
         image = as_rgb(image, max_pixels=self.max_pixels)
-        self._points.set_image(image)
+        with self._precision():
+            self._points.set_image(image)
         self._image = image
 
     def click(self, points: Any, labels: Sequence[int] | None = None) -> Result:
@@ -200,13 +216,21 @@ class Predictor:
         if self._points is None or self._image is None:
             raise UserError("no image is set; call set_image first")
         pairs = np.atleast_2d(np.asarray(points, dtype=np.float64))
-        found = self._points.predict(pairs, labels)
+        with self._precision():
+            found = self._points.predict(pairs, labels)
         return self._result(self._image, found, [(x, y) for x, y in pairs.tolist()])
 
     def _result(
         self, image: np.ndarray, instances: Instances, points: Sequence[tuple[float, float]] = ()
     ) -> Result:
-        return Result(image, instances.to("cpu"), self.names, self.category_ids, points)
+        found = instances.to("cpu")
+        for name, value in found.get_fields().items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                found.set(name, value.float())
+        return Result(image, found, self.names, self.category_ids, points)
+
+    def _precision(self) -> torch.autocast:
+        return precision(self._device, self.dtype)
 
     def network_input(self, image_rgb: np.ndarray) -> torch.Tensor:
         """What the model takes for an image (H, W, 3): (3, H', W') float32."""
@@ -225,6 +249,7 @@ def load(
     weights: str | Path = "",
     opts: Sequence[str] = (),
     allow_pickle: bool = False,
+    dtype: str | torch.dtype = torch.float32,
 ) -> Predictor:
     """Load a trained model.
 
@@ -237,18 +262,21 @@ def load(
         weights: a checkpoint; by default that of the folder, or MODEL.WEIGHTS of the config.
         opts: config keys, each followed by its value.
         allow_pickle: load weights that may run code; only for files that you trust.
+        dtype: see ``Predictor``; an exported file runs in the type that it was exported with.
 
     Raises:
         UserError: a file is missing or invalid, the weights do not fit the model or are incomplete,
             or the number of classes is unknown.
-        ValueError: the config has an unsupported value.
+        ValueError: the config or ``dtype`` has an unsupported value.
     """
     for path in (source, weights):
         if not isinstance(path, CfgNode) and Path(path).suffix in SUFFIXES:
             if path is weights or weights or opts:
                 raise UserError(f"{path} is exported with its config; give it without another one")
+            if dtype not in ("float32", torch.float32):
+                raise UserError(f"{path} is exported: it cannot run in {dtype}")
             return load_exported(path, allow_pickle=allow_pickle)
-    cfg, file = _find(source, str(weights), opts)
+    cfg, file = find_config(source, str(weights), opts)
     if not file:
         raise UserError(f"no weights: pass them, or set MODEL.WEIGHTS in the config ({source})")
     use_available_device(cfg)
@@ -256,26 +284,25 @@ def load(
     names = _trained_names(checkpoint)
     metadata = _dataset_metadata(cfg, needed=names is None)
     if names is not None:
-        _set_num_classes(cfg, len(names), file)
+        set_num_classes(cfg, len(names), file)
         # The data set of the config may have other classes, or not be on this machine.
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     elif metadata is not None:
         names = list(metadata.thing_classes)
     with all_keys_honored():
-        model = prepare(build_model(cfg)).eval()
+        model = build_model(cfg)
     Checkpointer(model, thing_classes=names, require_complete=True, allow_pickle=allow_pickle).load(
         file
     )
-    ids = None
-    if metadata is not None and list(metadata.thing_classes) == names:
-        to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        ids = sorted(to_contiguous, key=to_contiguous.__getitem__)
+    precision(torch.device(cfg.MODEL.DEVICE).type, dtype)  # checks it
+    prepare_for_inference(model, dtype)
     return Predictor(
         model,
         resize=T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
         input_format=cfg.INPUT.FORMAT,
         names=names or [str(i) for i in range(get_value(cfg, num_classes_keys(cfg)[0]))],
-        category_ids=ids,
+        category_ids=_category_ids(metadata, names),
+        dtype=dtype,
     )
 
 
@@ -289,84 +316,6 @@ def load_exported(path: str | Path, *, allow_pickle: bool = False) -> Predictor:
         names=model.metadata.class_names,
         category_ids=model.metadata.category_ids,
     )
-
-
-def _find(source: str | Path | CfgNode, weights: str, opts: Sequence[str]) -> tuple[CfgNode, str]:
-    """(config, weights) for the arguments of ``load``."""
-    if isinstance(source, CfgNode):
-        cfg = source.clone()
-        cfg.defrost()
-        cfg.merge_from_list(list(opts))
-    else:
-        path = _packaged_model(source) or Path(source)
-        if path.is_dir():
-            source = path / "config.yaml"
-            weights = weights or _last_weights(path)
-        elif path.suffix not in (".yaml", ".yml"):
-            if weights:
-                raise UserError(f"{path} is not a config, so weights {weights} do not go with it")
-            if not path.exists():
-                raise UserError(
-                    f"no run folder, checkpoint or config {path}, nor a packaged model "
-                    f"({', '.join(packaged_models())})"
-                )
-            source, weights = path.parent / "config.yaml", str(path)
-            if not source.is_file():
-                source = _packaged_config(path)
-        cfg = load_config(str(source), opts=opts)
-    return cfg, weights or cfg.MODEL.WEIGHTS
-
-
-def packaged_models() -> list[str]:
-    """Names of the trained models in the package, for ``load``."""
-    return sorted(path.parent.name for path in _MODELS.glob("*/config.yaml"))
-
-
-def _packaged_model(source: str | Path) -> Path | None:
-    """The folder of a packaged model, unless there is a run folder with that name."""
-    if str(source) in packaged_models() and not Path(source, "config.yaml").exists():
-        return _MODELS / source
-    return None
-
-
-def _packaged_config(file: Path) -> str:
-    """Name of the packaged config that a checkpoint without config.yaml belongs to."""
-    checkpoint = load_weights_file(file)
-    architecture = (checkpoint.get("solo_d2") or {}).get("architecture")
-    advice = f"there is no config.yaml beside {file}; give its config, and {file} as weights"
-    if architecture is None:
-        raise UserError(advice)
-    shapes = {
-        name: tuple(tensor.shape)
-        for name, tensor in checkpoint["model"].items()
-        if not name.endswith(".num_batches_tracked")
-    }
-    fitting = [match for match in match_configs(shapes, architecture) if not match.differences]
-    models = {_inference_settings(match.config()) for match in fitting}
-    if len(models) != 1:
-        names = ", ".join(match.name for match in fitting)
-        raise UserError(f"{advice}. It fits {names or 'no packaged one'}")
-    return fitting[0].name
-
-
-def _inference_settings(cfg: CfgNode) -> str:
-    """The settings, besides the weights, that predictions depend on."""
-    model = cfg.MODEL.clone()
-    model.WEIGHTS = model.DEVICE = ""
-    model.SOLO.PAD_BEFORE_DOWNSAMPLING = True  # concerns training only
-    sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT)
-    return f"{model} {sizes} {cfg.TEST.DETECTIONS_PER_IMAGE}"
-
-
-def _last_weights(folder: Path) -> str:
-    """The best, the final or the last checkpoint of a training run."""
-    last = folder / "last_checkpoint"
-    names = ["model_best.pth", "model_final.pth", "model.pth"]
-    names += [last.read_text(encoding="utf-8").strip()] if last.is_file() else []
-    for name in names:
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise UserError(f"{folder} holds no checkpoint: none of {', '.join(names)}")
 
 
 def _trained_names(checkpoint: dict[str, Any]) -> list[str] | None:
@@ -388,11 +337,9 @@ def _dataset_metadata(cfg: CfgNode, *, needed: bool) -> Any:
     return None
 
 
-def _set_num_classes(cfg: CfgNode, number: int, weights: str) -> None:
-    for key in num_classes_keys(cfg):
-        configured = get_value(cfg, key)
-        if configured not in (-1, number):
-            raise UserError(
-                f"{key} is {configured}, but {weights} was trained for {number} classes"
-            )
-        cfg.merge_from_list([key, number])
+def _category_ids(metadata: Any, names: list[str] | None) -> list[int] | None:
+    """Ids of the classes in the data set, if the model has its classes."""
+    if metadata is None or list(metadata.thing_classes) != names:
+        return None
+    to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    return sorted(to_contiguous, key=to_contiguous.__getitem__)

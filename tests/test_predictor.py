@@ -279,9 +279,30 @@ def test_a_checkpoint_that_fits_configs_with_other_settings_is_refused(tmp_path,
         tmp_path / "model.pth",
     )
     fitting = [Match(f"SOLOv2/SOLOv2_{x}_3x.yaml", 80, 0) for x in ("R50", "Light_448_R50")]
-    monkeypatch.setattr("solo_d2.predictor.match_configs", lambda *args: fitting)
+    monkeypatch.setattr("solo_d2.checkpoint.find.match_configs", lambda *args: fitting)
     with pytest.raises(UserError, match="fits SOLOv2/SOLOv2_R50_3x.yaml, SOLOv2/SOLOv2_Light_448"):
         load(tmp_path / "model.pth")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_close_and_its_results_are_float32(runs, photo, name):
+    run = runs[name]
+    (exact, rounded) = (load(run, dtype=x).predict(photo) for x in ("float32", torch.bfloat16))
+    assert rounded.instances.scores.dtype == torch.float32
+    n = min(len(exact.instances), len(rounded.instances))
+    assert n == len(exact.instances) or n > 0.5 * len(exact.instances)
+    best, other = exact.instances.scores[:n], rounded.instances.scores[:n]
+    torch.testing.assert_close(other, best, rtol=0.1, atol=0.05)
+    if name == "adaptis":
+        predictor = load(run, dtype="bfloat16")
+        predictor.set_image(photo)
+        assert predictor.click((5, 5)).instances.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8", torch.float64])
+def test_a_type_that_the_device_does_not_run_is_refused(runs, dtype):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, not"):
+        load(runs["solov2"], dtype=dtype)
 
 
 def test_the_config_is_not_changed(runs):

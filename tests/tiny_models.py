@@ -88,6 +88,15 @@ ADAPTIS = {
     "MODEL.ADAPTIS.SEMANTIC_DIM": 8,
     "MODEL.ADAPTIS.PROPOSAL_DIM": 8,
 }
+EPS = {
+    "MODEL.META_ARCHITECTURE": "EPS",
+    "MODEL.BACKBONE.NAME": "build_mobilenetv2_backbone",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.MOBILENETV2.WIDTH_MULT": 0.25,
+    "MODEL.MOBILENETV2.NORM": "BN",
+    "MODEL.MOBILENETV2.OUT_FEATURES": ["res3", "res4"],
+    "MODEL.EPS.IN_FEATURES": ["res3", "res4"],
+}
 
 
 def tiny_config(settings: dict[str, object], **options) -> CfgNode:

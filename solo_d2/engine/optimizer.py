@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Detectron2's SGD, or AdamW with the same parameter groups.
+
+    A model may have a method ``lr_factor(name of a parameter)``, a factor on its learning rate.
 
     For any Detectron2 trainer: return it from the trainer's ``build_optimizer``. Gradients are
     clipped within ``step``, that is, after ``AMPTrainer`` has unscaled them.
@@ -24,21 +25,24 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             "SOLVER.CLIP_TOTAL_GRAD_NORM must be positive, or 0 for no limit, not "
             f"{solver.CLIP_TOTAL_GRAD_NORM!r}"
         )
-    if solver.OPTIMIZER == "SGD":
-        optimizer = build_sgd(cfg, model)
-    elif solver.OPTIMIZER == "AdamW":
-        groups = get_default_optimizer_params(
-            model,
-            base_lr=solver.BASE_LR,
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
-            groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True
-        )
-    else:
+    kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+        "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}),
+        "AdamW": (torch.optim.AdamW, {}),
+    }
+    if solver.OPTIMIZER not in kinds:
         raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', not {solver.OPTIMIZER!r}")
+    kind, options = kinds[solver.OPTIMIZER]
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        lr_factor_func=getattr(model, "lr_factor", None),
+    )
+    optimizer = maybe_add_gradient_clipping(cfg, kind)(
+        groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True, **options
+    )
     if solver.CLIP_TOTAL_GRAD_NORM > 0:
         clip_total_grad_norm(optimizer, solver.CLIP_TOTAL_GRAD_NORM)
     return optimizer

@@ -11,7 +11,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import IterableDataset, Sampler
 
-from solo_d2.data.mapper import InstanceMapper
+from solo_d2.data import build_mapper
 from solo_d2.errors import UserError
 
 
@@ -99,5 +99,5 @@ def build_train_loader(cfg: CfgNode) -> Any:
     if build is not None:
         seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         sampler = ResumableSampler(build, seed, len(records))
-    mapper = InstanceMapper(cfg, is_train=True)
+    mapper = build_mapper(cfg, is_train=True)
     return build_detection_train_loader(cfg, dataset=records, mapper=mapper, sampler=sampler)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from solo_d2.checkpoint import build_checkpointer
-from solo_d2.data.mapper import InstanceMapper
+from solo_d2.data import build_mapper
 from solo_d2.evaluation.build import build_evaluators
 from solo_d2.evaluation.coco import summary_lines, write_results
 from solo_d2.modeling.own_keys import all_keys_honored
@@ -142,12 +142,20 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":
+            from detectron2.projects.deeplab import build_lr_scheduler
+
+            return build_lr_scheduler(cfg, optimizer)
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         return build_train_loader(cfg)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        mapper = InstanceMapper(cfg, is_train=False)
+        mapper = build_mapper(cfg, is_train=False)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod

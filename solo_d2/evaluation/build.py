@@ -18,6 +18,7 @@ from solo_d2.errors import UserError
 from solo_d2.modeling.segmentor import InstanceSegmentor
 
 from .coco import InstanceEvaluator
+from .label_maps import LabelMapEvaluator
 from .panoptic import PanopticEvaluator
 from .pictures import PredictionPictures
 
@@ -25,8 +26,9 @@ from .pictures import PredictionPictures
 def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[DatasetEvaluator]:
     """The evaluators that Detectron2's train_net.py builds for the data set, then ours.
 
-    A model whose ``best_metric`` is panoptic is evaluated so on any data set, a ``PanopticFPN`` on
-    panoptic ones. ``PanopticEvaluator`` replaces Detectron2's, which needs ``panopticapi``.
+    A model whose ``best_metric`` is panoptic or semantic is evaluated so on any data set, a
+    ``PanopticFPN`` on panoptic ones. ``PanopticEvaluator`` replaces Detectron2's, which needs
+    ``panopticapi``.
 
     Args:
         cfg: config of the model.
@@ -38,6 +40,8 @@ def build_evaluators(cfg: CfgNode, dataset_name: str, folder: str) -> list[Datas
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if getattr(architecture, "best_metric", "").startswith("sem_seg/"):
+        return [LabelMapEvaluator(dataset_name, folder)]
     evaluators: list[DatasetEvaluator] = []
     if kind in ("coco", "coco_panoptic_seg"):
         evaluators.append(InstanceEvaluator(dataset_name, output_dir=folder))

@@ -26,10 +26,11 @@ class SOLOGraph(Graph):
         Raises:
             UserError: the model has a part that cannot be exported.
         """
-        if model.nms_type != "matrix":
+        detector = model.detector
+        if detector.nms_type != "matrix":
             raise UserError(
-                f"MODEL.SOLO.NMS_TYPE {model.nms_type!r} cannot be exported: greedy mask NMS has "
-                "no fixed number of rounds; set it to 'matrix'"
+                f"MODEL.SOLO.NMS_TYPE {detector.nms_type!r} cannot be exported: greedy mask NMS "
+                "has no fixed number of rounds; set it to 'matrix'"
             )
         if model.head.category_align == "adaptive_pool":
             raise UserError(
@@ -38,7 +39,7 @@ class SOLOGraph(Graph):
             )
         super().__init__(model)
         cells = model.level_offsets[-1]
-        limit = model.max_candidates or max(MAX_CANDIDATES, model.topk_candidates)
+        limit = detector.max_candidates or max(MAX_CANDIDATES, detector.topk_candidates)
         self.candidates = min(limit, cells * model.num_classes)
         counts = torch.tensor([grid**2 for grid in model.num_grids])
         level = torch.arange(len(counts)).repeat_interleave(counts)
@@ -54,30 +55,32 @@ class SOLOGraph(Graph):
         Returns:
             scores (D,), classes (D,), soft masks (D, h, w), valid (D,) bool.
         """
-        model = self.model
+        model, detector = self.model, self.model.detector
         outputs = model.dense(self.normalized(image))
-        pair_scores, pairs = best_pairs(model.category_scores(outputs)[0], self.candidates)
+        pair_scores, pairs = best_pairs(
+            model.category_scores(outputs.category_logits)[0], self.candidates
+        )
         cells, classes = pairs // model.num_classes, pairs % model.num_classes
         stride = min(model.mask_strides)
         masks = self.soft_masks(
             outputs, cells, (image.shape[-2] // stride, image.shape[-1] // stride)
         )
         area, maskness = score_masks(masks, model.mask_threshold)
-        valid = (pair_scores > model.score_threshold) & (area > self.stride_of_cell[cells])
+        valid = (pair_scores > detector.score_threshold) & (area > self.stride_of_cell[cells])
         scores = pair_scores * maskness
 
-        order = best_first(scores, valid, min(model.topk_candidates, self.candidates))
+        order = best_first(scores, valid, min(detector.topk_candidates, self.candidates))
         scores, classes, valid = scores[order] * valid[order], classes[order], valid[order]
         scores = matrix_nms(
             (masks > model.mask_threshold)[order] & valid[:, None, None],
             classes,
             scores,
-            kernel=model.nms_kernel,
-            sigma=model.nms_sigma,
-            finite=model.nms_finite,
+            kernel=detector.nms_kernel,
+            sigma=detector.nms_sigma,
+            finite=detector.nms_finite,
         )
-        valid = valid & (scores >= model.update_threshold)
-        best = best_first(scores, valid, min(model.max_detections, len(order)))
+        valid = valid & (scores >= detector.update_threshold)
+        best = best_first(scores, valid, min(detector.max_detections, len(order)))
         return scores[best], classes[best], masks[order[best]], valid[best]
 
     def soft_masks(self, outputs: GridOutputs, cells: Tensor, size: tuple[int, int]) -> Tensor:
@@ -86,7 +89,8 @@ class SOLOGraph(Graph):
         masks = self.model.pixel_mean.new_zeros(())
         for level, start in enumerate(self.model.level_offsets[:-1]):
             last = self.model.num_grids[level] ** 2 - 1
-            chosen = self.model.soft_masks(outputs, 0, level, (cells - start).clamp(0, last), size)
+            channels = (cells - start).clamp(0, last)
+            chosen = self.model.channel_masks(outputs, 0, level, channels, size)
             masks = torch.where((level_of == level)[:, None, None], chosen, masks)
         return masks
 

@@ -119,7 +119,7 @@ def not_overlapped(boxes: Tensor, index: Tensor, iou_threshold: float) -> Tensor
     if index.numel() == 0:
         return torch.zeros_like(index, dtype=torch.bool)
     keep = []
-    for group in index.split(chunk_length(index.shape[1] ** 2)):
+    for group in index.split(chunk_length(index.shape[1] ** 2, boxes.device)):
         ranked = boxes[group]
         overlap = box_ious(ranked, ranked).triu_(diagonal=1).amax(dim=1)
         keep.append(overlap <= iou_threshold)  # false for NaN

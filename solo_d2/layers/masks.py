@@ -1,18 +1,27 @@
 """Operations on stacks of N masks."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Masks are handled in chunks of this size; a single mask may be larger.
+# Masks are handled in chunks of this size on the CPU; a single mask may be larger.
 CHUNK_BYTES = 64 * 1024**2
 
 
-def chunk_length(numel: int, itemsize: int = 4) -> int:
-    """How many items of ``numel`` elements fit into CHUNK_BYTES; at least 1."""
-    return max(1, CHUNK_BYTES // max(1, numel * itemsize))
+def chunk_length(numel: int, device: torch.device | None = None) -> int:
+    """How many items of ``numel`` float32 elements to handle at a time; at least 1.
+
+    On a GPU they take a quarter of its free memory, elsewhere CHUNK_BYTES.
+    """
+    budget = CHUNK_BYTES
+    if device is not None and device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = (torch.cuda.mem_get_info(device)[0] + cached) // 4
+    return max(1, budget // max(1, numel * 4))
 
 
 def tight_boxes(masks: Tensor) -> Tensor:
@@ -66,9 +75,9 @@ def _axis_counts(masks: Tensor) -> tuple[Tensor, Tensor]:
     one integer, whose bytes are summed side by side; 255 terms cannot overflow a byte.
     """
     n, h, w = masks.shape
-    padded = masks.new_zeros((n, h, w + -w % 8), dtype=torch.uint8)
-    padded[:, :, :w] = masks
-    words = padded.view(torch.int64)
+    if w % 8:  # not so for a padded batch
+        masks = F.pad(masks.view(torch.uint8), (0, -w % 8))
+    words = masks.reshape(-1).view(torch.int64).view(n, h, -(-w // 8))
 
     def byte_sums(dim: int) -> Tensor:
         parts = [block.sum(dim=dim) for block in words.split(255, dim=dim)]
@@ -119,8 +128,8 @@ def downsample_unpadded_masks(
     h, w = image_size
     rows, columns = int(h / stride + 0.5), int(w / stride + 0.5)
     out = masks.new_zeros((len(masks), padded_size[0] // stride, padded_size[1] // stride))
-    y0, y1, wy0, wy1 = _opencv_taps(h, rows, masks.device)
-    x0, x1, wx0, wx1 = _opencv_taps(w, columns, masks.device)
+    y0, y1, wy0, wy1 = (x.to(masks.device) for x in _opencv_taps(h, rows))
+    x0, x1, wx0, wx1 = (x.to(masks.device) for x in _opencv_taps(w, columns))
     masks = masks[:, :h, :w].int()
     # OpenCV's 8-bit arithmetic drops bits between the two passes, which moves the threshold
     along_x = (masks[:, :, x0] * wx0 + masks[:, :, x1] * wx1) >> 4
@@ -132,11 +141,10 @@ def downsample_unpadded_masks(
     return out
 
 
-def _opencv_taps(
-    source: int, target: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both neighbors of each target pixel and their weights in units of 1 / 2048."""
-    position = (torch.arange(target, device=device).double() + 0.5) * (source / max(target, 1))
+@lru_cache(maxsize=16)
+def _opencv_taps(source: int, target: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both neighbors of each target pixel and their weights in units of 1 / 2048, on the CPU."""
+    position = (torch.arange(target).double() + 0.5) * (source / max(target, 1))
     position = position.float() - 0.5
     first = position.floor().clamp(0, source - 1)
     fraction = torch.where(first == source - 1, 0, (position - first).clamp(min=0))
@@ -158,9 +166,7 @@ def upsample_to_binary(
     """Bring soft masks to the output size and threshold them, in bounded memory.
 
     Resize to ``padded_size``, crop to ``image_size``, resize to ``output_size``, compare; both
-    resizes are bilinear. Each output pixel is a weighted mean of a few soft values, so it can
-    exceed ``threshold`` only near a soft value that does. Therefore only the boxes around such
-    values are computed, in chunks of masks.
+    resizes are bilinear.
 
     Args:
         soft_masks: (N, h, w) in [0, 1].
@@ -181,105 +187,93 @@ def upsample_to_binary(
     out = torch.zeros((n, *output_size), dtype=torch.bool, device=device)
     if n == 0:
         return out
-    sizes = zip(size, padded_size, image_size, output_size)
-    rows, columns = (_axis(*along_axis, direct=direct) for along_axis in sizes)
-    length = _masks_at_once(device, output_size[0] * output_size[1])
-    # the only synchronization with the device
-    boxes = tight_boxes(soft_masks > threshold).long().cpu()
-    bounds = _reached(boxes, rows, columns, length, windows)
-    row_weights, column_weights = rows.weights.to(device), columns.weights.to(device)
-    for i, (x1, y1, x2, y2) in enumerate(bounds.tolist()):
-        if x1 >= x2 or y1 >= y2:
-            continue
-        chunk = slice(i * length, (i + 1) * length)
-        y_in, x_in = rows.inputs(y1, y2), columns.inputs(x1, x2)
-        with torch.autocast(device.type, enabled=False):
-            soft = row_weights[y_in, y1:y2].T @ soft_masks[chunk, y_in, x_in].float()
-            soft = soft @ column_weights[x_in, x1:x2]
-        hit = out[chunk, y1:y2, x1:x2]
-        torch.gt(soft, threshold, out=hit)
-        if windows is not None and length > 1:
-            hit &= _inside(windows[chunk], (x1, y1, x2, y2))
+    rows, columns = (
+        _Resize(*axis, direct=direct) for axis in zip(size, padded_size, image_size, output_size)
+    )
+    if device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
+        _upsample_near_values(out, soft_masks, rows, columns, threshold, windows)
+        return out
+    # a matrix product of lower precision would move the edges, and windows cost a synchronization
+    length = chunk_length(3 * max(padded_size[0], output_size[0]) * output_size[1], device)
+    for start in range(0, n, length):
+        chunk = slice(start, start + length)
+        soft = columns(soft_masks[chunk].float())
+        torch.gt(rows(soft.mT).mT, threshold, out=out[chunk])
+        if windows is not None:
+            out[chunk] &= _inside(windows[chunk], output_size)
     return out
 
 
-def _masks_at_once(device: torch.device, pixels: int) -> int:
-    """On the CPU one mask at a time does the least work; on a GPU large chunks do."""
-    return 1 if device.type == "cpu" else chunk_length(pixels)
+class _Resize(NamedTuple):
+    """The resizes of ``upsample_to_binary`` along one axis."""
+
+    size: int
+    padded: int
+    image: int
+    output: int
+    direct: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, A, size) -> (N, A, output)."""
+        x, a = x[:, None], x.shape[1]
+        if not self.direct:
+            x = F.interpolate(x, size=(a, self.padded), mode="bilinear")[..., : self.image]
+        elif self.padded != self.image:
+            # the exact scale determines the sample positions; rounded sizes would shift them
+            scale = (1.0, self.padded * self.output / (self.image * self.size))
+            x = F.interpolate(x, None, scale, mode="bilinear", recompute_scale_factor=False)
+            return x[:, 0, :, : self.output]
+        return F.interpolate(x, size=(a, self.output), mode="bilinear")[:, 0]
 
 
-class _Axis(NamedTuple):
-    """A resize along one axis. It depends on sizes only, so it is computed on the CPU."""
+def _upsample_near_values(
+    out: Tensor,
+    soft_masks: Tensor,
+    rows: _Resize,
+    columns: _Resize,
+    threshold: float,
+    windows: Tensor | None,
+) -> None:
+    """Set pixels of ``out``; arguments as in ``upsample_to_binary``.
 
-    weights: Tensor  # (inputs, outputs)
-    first: Tensor  # (outputs,) the first input that each output depends on; ascending
-    last: Tensor  # (outputs,) the last one; ascending
-
-    def inputs(self, start: int, stop: int) -> slice:
-        """The inputs that the outputs from ``start`` to ``stop`` depend on."""
-        return slice(int(self.first[start]), int(self.last[stop - 1]) + 1)
-
-
-def _axis(size: int, padded: int, image: int, output: int, *, direct: bool) -> _Axis:
-    matrix = _direct_resize_matrix if direct else _resize_matrix
-    weights = matrix(size, padded, image, output)
-    used = weights > 0
-    index = torch.arange(size)[:, None]
-    first = torch.where(used, index, size).amin(dim=0)
-    return _Axis(weights, first, (used * index).amax(dim=0))
-
-
-def _reached(
-    boxes: Tensor, rows: _Axis, columns: _Axis, length: int, windows: Tensor | None
-) -> Tensor:
-    """The region of outputs that depend on the values in each chunk's boxes.
-
-    Args:
-        boxes: (N, 4) int64 around the soft values that exceed the threshold, on the CPU.
-        rows, columns: the resize along each axis.
-        length: masks per chunk.
-        windows: see ``upsample_to_binary``.
-
-    Returns:
-        (chunks, 4) int64 x1, y1, x2, y2, right and bottom exclusive, on the CPU.
+    Each output pixel is a weighted mean of a few soft values, so it can exceed ``threshold`` only
+    near a soft value that does. Therefore only the boxes around such values are computed, as
+    products with the weights of both axes.
     """
-    x1, y1, x2, y2 = boxes.T.contiguous()
-    start = torch.searchsorted(columns.last, x1), torch.searchsorted(rows.last, y1)
-    stop = torch.searchsorted(columns.first, x2), torch.searchsorted(rows.first, y2)
-    low, high = torch.stack(start, dim=1), torch.stack(stop, dim=1)
+    (y_weights, y_first, y_last), (x_weights, x_first, x_last) = _taps(rows), _taps(columns)
+    x1, y1, x2, y2 = tight_boxes(soft_masks > threshold).numpy().T
+    low = np.searchsorted(x_last, x1), np.searchsorted(y_last, y1)
+    high = np.searchsorted(x_first, x2), np.searchsorted(y_first, y2)
+    bounds = np.stack([*low, *high], axis=1)
     if windows is not None:
-        windows = windows.cpu()
-        low, high = low.maximum(windows[:, :2]), high.minimum(windows[:, 2:])
-    chunks = zip(low.split(length), high.split(length))
-    return torch.stack([torch.cat([a.amin(dim=0), b.amax(dim=0)]) for a, b in chunks])
+        limits = windows.numpy()
+        bounds = np.concatenate(
+            [np.maximum(bounds[:, :2], limits[:, :2]), np.minimum(bounds[:, 2:], limits[:, 2:])], 1
+        )
+    for mask, soft, (x1, y1, x2, y2) in zip(out, soft_masks, bounds):
+        if x1 < x2 and y1 < y2:
+            y_in, x_in = (
+                slice(a[i], b[j - 1] + 1)
+                for a, i, b, j in ((y_first, y1, y_last, y2), (x_first, x1, x_last, x2))
+            )
+            with torch.autocast("cpu", enabled=False):
+                part = y_weights[y_in, y1:y2].T @ soft[y_in, x_in].float()
+                part = part @ x_weights[x_in, x1:x2]
+            torch.gt(part, threshold, out=mask[y1:y2, x1:x2])
 
 
-def _inside(windows: Tensor, region: tuple[int, int, int, int]) -> Tensor:
-    """(N, height, width) bool: whether a region's pixels lie in the window of each mask."""
-    x1, y1, x2, y2 = region
-    rows = torch.arange(y1, y2, device=windows.device)
-    columns = torch.arange(x1, x2, device=windows.device)
+@lru_cache(maxsize=4)
+def _taps(resize: _Resize) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Weights (inputs, outputs), and the first and last input of each output, both ascending."""
+    weights = resize(torch.eye(resize.size)[None])[0].contiguous()
+    used = weights.numpy() > 0
+    return weights, used.argmax(axis=0), resize.size - 1 - used[::-1].argmax(axis=0)
+
+
+def _inside(windows: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, *size) bool: whether a pixel lies in the window of each mask."""
+    rows, columns = (torch.arange(length, device=windows.device) for length in size)
     low_x, low_y, high_x, high_y = windows[:, :, None].unbind(1)
     in_row = (low_y <= rows) & (rows < high_y)
     in_column = (low_x <= columns) & (columns < high_x)
     return in_row[:, :, None] & in_column[:, None, :]
-
-
-def _resize_matrix(size: int, padded: int, image: int, output: int) -> Tensor:
-    """(size, output) weights of both resizes along one axis: the resized identity matrix."""
-    identity = torch.eye(size)[None]
-    upsampled = F.interpolate(identity, size=padded, mode="linear")[..., :image]
-    return F.interpolate(upsampled, size=output, mode="linear")[0]
-
-
-def _direct_resize_matrix(size: int, padded: int, image: int, output: int) -> Tensor:
-    """The same for a single resize, after which the part without padding has ``output`` pixels."""
-    identity = torch.eye(size)[None]
-    if padded == image:
-        return F.interpolate(identity, size=output, mode="linear")[0]
-    scale = padded * output / (image * size)
-    # the exact scale determines the sample positions; rounded sizes would shift them
-    resized = F.interpolate(
-        identity, scale_factor=scale, mode="linear", recompute_scale_factor=False
-    )
-    return resized[0, :, :output]

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .masks import chunk_length
+from .symbolic import is_exporting
+
 _DECAYS = {
     "gaussian": lambda iou, sigma: torch.exp(-sigma * iou**2),
     "linear": lambda iou, sigma: 1 - iou,
@@ -36,10 +39,14 @@ def pairwise_mask_iou(masks: Tensor) -> Tensor:
     Returns:
         (N, N) float32.
     """
-    # float32 counts pixels exactly up to 2 ** 24, float16 only up to 2 ** 11
-    flat = masks.flatten(1).float()
+    flat = masks.flatten(1)
+    length = chunk_length(len(masks), masks.device)
+    intersection = torch.zeros((), device=masks.device)
     with torch.autocast(masks.device.type, enabled=False):
-        intersection = flat @ flat.T
+        for pixels in [flat] if is_exporting() else flat.split(length, dim=1):
+            # float32 counts pixels exactly up to 2 ** 24, float16 only up to 2 ** 11
+            pixels = pixels.float()
+            intersection = intersection + pixels @ pixels.T
     areas = intersection.diagonal()
     union = areas[:, None] + areas[None, :] - intersection
     return intersection / union.clamp(min=1)

@@ -11,10 +11,14 @@ from .num_classes import get_value
 
 _OPTIMIZER = "return solo_d2.engine.build_optimizer(cfg, model) from your trainer's build_optimizer"
 _MAPPER = "pass mapper=solo_d2.data.InstanceMapper(cfg) to build_detection_train_loader"
+_LABEL_MAPPER = _MAPPER.replace("InstanceMapper", "ImageLabelMapper")
 _DATASETS = "call solo_d2.data.setup_datasets(cfg) before you freeze the config"
 
 # key -> (the value that has no effect, how to honor the key in another pipeline)
 OWN_KEYS = {
+    "MODEL.EPS.CROP_SIZE": (0, _LABEL_MAPPER),
+    "MODEL.EPS.SALIENCY_FOLDER": ("", _LABEL_MAPPER),
+    "MODEL.EPS.HEAD_LR_FACTOR": (1.0, _OPTIMIZER),
     "SOLVER.OPTIMIZER": ("SGD", _OPTIMIZER),
     "SOLVER.CLIP_TOTAL_GRAD_NORM": (0.0, _OPTIMIZER),
     "INPUT.AUGMENTATION": ("default", _MAPPER),

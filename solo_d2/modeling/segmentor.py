@@ -20,7 +20,7 @@ from solo_d2.layers.symbolic import refuse_export
 from solo_d2.postprocessing import postprocess
 
 from .own_keys import warn_about_own_keys
-from .prepare import check_precision, prepare
+from .prepare import check_precision, checkpoint_activations, prepare
 
 
 class GroundTruth(NamedTuple):
@@ -82,8 +82,11 @@ class InstanceSegmentor(nn.Module, ABC):
     @classmethod
     def from_config(cls, cfg) -> dict:
         warn_about_own_keys(cfg)
+        backbone = build_backbone(cfg)
+        if cfg.MODEL.BACKBONE.CHECKPOINT_ACTIVATIONS:
+            checkpoint_activations(backbone)
         return {
-            "backbone": build_backbone(cfg),
+            "backbone": backbone,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "freeze_bn_stats": cfg.MODEL.BACKBONE.FREEZE_BN_STATS,
@@ -213,18 +216,17 @@ class InstanceSegmentor(nn.Module, ABC):
                 f"gt_masks are {masks.shape[1]} x {masks.shape[2]}"
             )
         # checked before the copy to the device, where reading it would force a synchronization
-        if self.num_classes is not None and len(classes):
-            low, high = classes.aminmax()
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"image {name} has an instance of class {int(low if low < 0 else high)}, but "
-                    f"gt_classes must be in [0, {self.num_classes}) (num_classes)"
-                )
-        is_crowd = instances.gt_crowd if instances.has("gt_crowd") else None
+        known = self.num_classes is not None
+        wrong = classes[(classes < 0) | (classes >= self.num_classes)] if known else ()
+        if len(wrong):
+            raise ValueError(
+                f"image {name} has an instance of class {int(wrong[0])}, but gt_classes must be in "
+                f"[0, {self.num_classes}) (num_classes)"
+            )
         objects: slice | Tensor = slice(None)
         crowds: slice | Tensor = slice(0)
-        if is_crowd is not None and is_crowd.any():
-            objects, crowds = ~is_crowd, is_crowd
+        if instances.has("gt_crowd") and instances.gt_crowd.any():
+            objects, crowds = ~instances.gt_crowd, instances.gt_crowd
         return GroundTruth(
             boxes[objects].to(self.device),
             classes[objects].to(self.device),

@@ -1,144 +1,242 @@
-"""Profiling a model: ``solo-d2 benchmark --help``."""
+"""Timing models as users run them: ``solo-d2 benchmark --help``."""
 
 import argparse
-import resource
+import contextlib
+import copy
+import json
+import statistics
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import transforms as T
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Instances
 from detectron2.utils.events import EventStorage
-from PIL import Image
+from tabulate import tabulate
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from solo_d2.arguments import add_model_arguments, parse, print_error
+from solo_d2.arguments import add_dtype_argument, parse, print_error
 from solo_d2.checkpoint.checkpointer import Checkpointer
 from solo_d2.config import load_config, use_available_device
+from solo_d2.errors import UserError
+from solo_d2.files import atomic_write
 from solo_d2.images import as_rgb
 from solo_d2.modeling.own_keys import all_keys_honored
-from solo_d2.modeling.prepare import prepare
+from solo_d2.modeling.prepare import precision, prepare, prepare_for_inference
+from solo_d2.predictor import Predictor
 
-_PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "gemm")
+from .timing import StageClock, differences, peak_memory, profile_operators, random_input, wait
+
+
+@dataclass
+class Subject:
+    """One row of the table: a model and its input, for inference or a training step."""
+
+    name: str
+    predictor: Predictor
+    pixels: np.ndarray  # (H, W, 3) uint8
+    images: int
+    file: str = ""  # that the pixels were read from
+    instances: int | None = None  # in each training image; None: inference
+    dtype: str = "float32"
+    seconds: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)  # bytes beyond those before the run
+
+    def __post_init__(self) -> None:
+        self.model = self.predictor.model
+        self.device = next(self.model.parameters()).device
+        x = self.predictor.network_input(self.pixels)
+        self.size = (x.shape[1], x.shape[2])
+        if self.instances is not None:
+            inputs = random_input(*self.size, self.instances, _num_classes(self.model))
+            self.inputs = [{**inputs, "image": x}] * self.images
+
+    def run(self) -> Any:
+        if self.instances is None:
+            return self.infer(self.read())
+        self.model.train().zero_grad()
+        with EventStorage(), precision(self.device.type, self.dtype):  # R-CNNs write to the storage
+            losses = self.model(self.inputs)
+        sum(losses.values()).backward()
+        return losses
+
+    def read(self) -> list[dict]:
+        """The inputs of an inference."""
+        image = self.predictor.network_input(self.pixels)
+        height, width = self.pixels.shape[:2]
+        return [{"image": image, "height": height, "width": width}] * self.images
+
+    @torch.no_grad()
+    def infer(self, inputs: list[dict]) -> list[dict]:
+        with precision(self.device.type, self.dtype):
+            return self.model(inputs)
+
+    def timed(self) -> None:
+        """Run once and note time and memory."""
+        with peak_memory(self.device, self.memory):
+            start = time.perf_counter()
+            self.run()
+            wait(self.device)
+            self.seconds.append(time.perf_counter() - start)
+        self.model.zero_grad()
+
+    def row(self, stages: dict[str, float], checks: dict[str, Any]) -> dict[str, Any]:
+        """The results, with sizes in pixels, times in ms and memory in MiB."""
+        median = statistics.median(self.seconds)
+        return {
+            "model": self.name,
+            "what": "inference" if self.instances is None else f"step, {self.instances} objects",
+            "size": "{} x {}".format(*self.size),
+            "images": self.images,
+            "median": 1e3 * median,
+            "p90": 1e3 * float(np.quantile(self.seconds, 0.9)),
+            "images/s": self.images / median,
+            "images/s with reading": self.images / (median + self.images * stages["read"])
+            if "read" in stages
+            else None,
+            "memory": max(self.memory) / 2**20 if self.memory else None,
+            **{stage: 1e3 * seconds for stage, seconds in stages.items()},
+            **checks,
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 after an error of one line."""
     options = parse(_parser(), arguments)
     try:
-        cfg = load_config(options.config_file, opts=options.opts)
-        use_available_device(cfg)
-        model = _build(cfg, options.weights, options.allow_pickle)
-        height, width = options.size
-        inputs = random_input(height, width, options.instances, _num_classes(model))
-        image = _read(options.image, options.size, cfg.INPUT.FORMAT) if options.image else None
+        subjects = _subjects(options)
     except Exception as error:
         print_error(error, options)
         return 2
-    print(f"{options.config_file}, {options.size[0]} x {options.size[1]}, {cfg.MODEL.DEVICE}")
-    benchmark(model, inputs, image, only=options.only, rows=options.rows)
+    device = subjects[0].device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    environment = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": options.dtype,
+        "compiled": options.compile,
+    }
+    print(", ".join(f"{key}: {value}" for key, value in environment.items()))
+    rows = measure(subjects, warmup=options.warmup, repeat=options.repeat)
+    print("times in ms, memory in MiB beyond that of the loaded models\n")
+    print(tabulate(rows, "keys", "github", floatfmt=".4g", missingval="-"))
+    if options.output:
+        with atomic_write(options.output) as file:
+            file.write(json.dumps({**environment, "rows": rows}, indent=1).encode())
+    if options.profile:
+        for subject, row in zip(subjects, rows):
+            print(f"\n{row['model']}, {row['what']}, {row['size']}, according to the profiler:")
+            profile_operators(subject.run, subject.device, options.rows)
     return 0
 
 
-def benchmark(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    image: torch.Tensor | None = None,
-    *,
-    only: str | None = None,
-    rows: int = 8,
-) -> None:
-    """Profile a training step and an inference, and print where their time goes.
+def measure(subjects: Sequence[Subject], *, warmup: int, repeat: int) -> list[dict[str, Any]]:
+    """Time the subjects in turn, ``repeat`` times, after ``warmup`` runs of each.
 
-    Args:
-        model: a model with Detectron2's interface.
-        inputs: input of the training step, with "instances".
-        image: input of the inference; by default that of the training step.
-        only: "training" or "inference"; None: both.
-        rows: number of operators to list.
+    Returns:
+        A row for each. An inference has the time of its stages, from runs of their own.
     """
-    device = next(model.parameters()).device
-    test_inputs = inputs if image is None else {**inputs, "image": image}
-
-    def step() -> dict[str, float]:
-        model.zero_grad()
-        with EventStorage():  # Detectron2's own models write to it
-            losses = model([inputs])
-        sum(losses.values()).backward()
-        return {name: loss.item() for name, loss in losses.items()}
-
-    @torch.no_grad()
-    def infer() -> Any:
-        return model([test_inputs])[0]["instances"]
-
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    start = f"peak memory with the model built: {_peak_memory(device)}"
-    if only != "inference":
-        model.train()
-        losses = ", ".join(f"{name} {value:.6f}" for name, value in step().items())
-        instances = len(inputs["instances"])
-        _profile(f"training step, {instances} instances, {losses}", step, device, rows)
-        model.zero_grad()
-    if only != "training":
-        model.eval()
-        found = infer()
-        what = f"{len(found)} instances found, sum of scores {found.scores.sum():.6f}"
-        _profile(f"inference, {what}", infer, device, rows)
-    print(f"\n{start}\npeak memory: {_peak_memory(device)}")
+    for subject in subjects:
+        for _ in range(warmup):
+            subject.run()
+    for _ in range(repeat):
+        for subject in subjects:
+            subject.timed()
+    rows = []
+    for subject in subjects:
+        stages = _stages(subject, repeat) if subject.instances is None else {}
+        rows.append(subject.row(stages, _cuda_checks(subject)))
+    return rows
 
 
-def random_input(height: int, width: int, instances: int, num_classes: int) -> dict[str, Any]:
-    """A noise image with square instances, 16 pixels to half of the shorter side wide."""
-    generator = torch.Generator().manual_seed(0)
-    low, high = torch.tensor([16.0, max(17.0, min(height, width) / 2)]).log().tolist()
-    sizes = (low + (high - low) * torch.rand(instances, generator=generator)).exp().long()
-    masks = torch.zeros(instances, height, width, dtype=torch.bool)
-    for mask, size in zip(masks, sizes.tolist()):
-        y = int(torch.randint(0, height - size, (), generator=generator))
-        x = int(torch.randint(0, width - size, (), generator=generator))
-        mask[y : y + size, x : x + size] = True
-    target = Instances((height, width))
-    target.gt_masks = BitMasks(masks)
-    target.gt_boxes = target.gt_masks.get_bounding_boxes()
-    target.gt_classes = torch.randint(0, num_classes, (instances,), generator=generator)
-    image = torch.rand(3, height, width, generator=generator) * 255
-    return {"image": image, "height": height, "width": width, "instances": target}
-
-
-def _profile(name: str, run: Callable[[], object], device: torch.device, rows: int) -> None:
-    """Run once to warm up, once timed and once under the profiler, and print the results."""
-    cuda = device.type == "cuda"
-
-    def timed() -> float:
+def _stages(subject: Subject, repeat: int) -> dict[str, float]:
+    """Median seconds of each stage."""
+    runs = []
+    for _ in range(repeat):
         start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        if subject.file:
+            as_rgb(subject.file)
+        read = time.perf_counter() - start
+        clock = StageClock(subject.model, subject.device)
+        with clock.attached():
+            start = time.perf_counter()
+            inputs = subject.read()
+            clock.seconds["preprocess"] += time.perf_counter() - start
+            clock.enter("selection")  # what is in no other stage
+            subject.infer(inputs)
+            clock.leave()
+        runs.append({"read": read, **clock.seconds} if subject.file else clock.seconds)
+    return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
 
-    timed()
-    seconds = timed()
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
-        timed()
-    events = profiler.key_averages()
 
-    def own_time(event: Any) -> float:
-        return event.self_device_time_total if cuda else event.self_cpu_time_total
+def _cuda_checks(subject: Subject) -> dict[str, Any]:
+    """On CUDA: how often a run waits for the device, and how far it is from the CPU's results."""
+    if subject.device.type != "cuda":
+        return {}
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        subject.run()
+    torch.cuda.set_sync_debug_mode("default")
+    checks: dict[str, Any] = {"waits": sum("synchroniz" in str(w.message) for w in caught)}
+    if subject.instances is None:
+        on_cpu = copy.deepcopy(subject)
+        on_cpu.model.cpu().float()
+        on_cpu.device, on_cpu.dtype = torch.device("cpu"), "float32"
+        expected, found = (x.run()[0]["instances"].to("cpu") for x in (on_cpu, subject))
+        checks |= differences(expected, found)
+    return checks
 
-    total = sum(own_time(event) for event in events)
-    products = sum(own_time(e) for e in events if any(p in e.key for p in _PRODUCTS))
-    print(f"\n{name}: {seconds:.3f} s, of which, according to the profiler,")
-    print(f"  {products / total:6.1%} convolutions and matrix products")
-    for event in events:
-        if event.key.startswith("solo_d2."):
-            inside = event.device_time_total if cuda else event.cpu_time_total
-            print(f"  {inside / total:6.1%} {event.key}")
-    for event in sorted(events, key=own_time, reverse=True)[:rows]:
-        print(f"  {own_time(event) / total:6.1%} {own_time(event) / 1e3:9.1f} ms  {event.key}")
+
+def _subjects(options: argparse.Namespace) -> list[Subject]:
+    files = options.weights or [""] * len(options.config_file)
+    if len(files) != len(options.config_file):
+        raise UserError(f"{len(options.config_file)} --config-file but {len(files)} --weights")
+    sizes = options.size or ([None] if options.image else [(800, 1333)])
+    photo = as_rgb(options.image) if options.image else None
+    subjects = []
+    for config, weights in zip(options.config_file, files):
+        cfg = load_config(config, opts=options.opts)
+        use_available_device(cfg)
+        precision(torch.device(cfg.MODEL.DEVICE).type, options.dtype)  # checks it
+        for what, counts in (("inference", [None]), ("training", options.instances)):
+            if options.only not in (None, what):
+                continue
+            model = _build(cfg, weights, options.allow_pickle)
+            if what == "inference":  # as in prediction
+                prepare_for_inference(model, options.dtype)
+            if options.compile:
+                _compile(model)
+            for size, images, n in product(sizes, options.images, counts):
+                resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+                predictor = Predictor(
+                    model,
+                    resize=T.Resize(size) if size else resize,
+                    input_format=cfg.INPUT.FORMAT,
+                    names=[],
+                )
+                pixels = _noise(size) if photo is None else photo
+                common = (Path(config).stem, predictor, pixels, images, options.image)
+                subjects.append(Subject(*common, n, options.dtype))
+    return subjects
+
+
+def _noise(size: Sequence[int]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def _compile(model: nn.Module) -> None:
+    for part in ("backbone", "head", "mask_branch", "proposal_generator.head"):
+        with contextlib.suppress(AttributeError):  # the model has no such part
+            model.get_submodule(part).compile()
 
 
 def _build(cfg: CfgNode, weights: str, allow_pickle: bool) -> nn.Module:
@@ -155,31 +253,34 @@ def _num_classes(model: nn.Module) -> int:
     return getattr(model, "num_classes", None) or model.num_things
 
 
-def _read(path: str, size: Sequence[int], input_format: str) -> torch.Tensor:
-    """(3, H, W) float32."""
-    image = Image.fromarray(as_rgb(path)).resize((size[1], size[0]))
-    pixels = np.asarray(image)[:, :, :: -1 if input_format == "BGR" else 1]
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
-
-
-def _peak_memory(device: torch.device) -> str:
-    """Peak memory of the process, or of the tensors on a GPU."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1024**3:.2f} GiB on the GPU"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2:.2f} GiB"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solo-d2 benchmark",
         usage="%(prog)s --config-file YAML [options] [KEY VALUE ...]",
-        description="Profile a training step and an inference: the share of convolutions and "
-        "matrix products, of target assignment, and the slowest operators.",
+        description="Time inference and training steps of one or more models in turn.",
     )
-    add_model_arguments(parser, weights_help="default: random")
-    parser.add_argument("--image", default="", help="for inference, instead of noise")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
-    parser.add_argument("--instances", type=int, default=50, help="in the training image")
-    parser.add_argument("--only", choices=["training", "inference"], help="default: both")
-    parser.add_argument("--rows", type=int, default=8, help="number of operators to list")
+    add = parser.add_argument
+    add("--config-file", action="append", required=True, metavar="YAML", help="may be repeated")
+    add("--weights", action="append", metavar="FILE", help="one for each config (default: random)")
+    add("--allow-pickle", action="store_true", help="load weights that may run code")
+    add("--image", default="", metavar="FILE", help="resized as in prediction (default: noise)")
+    add(
+        "--size",
+        type=int,
+        nargs=2,
+        action="append",
+        metavar=("H", "W"),
+        help="of the network's "
+        "input; may be repeated (default: 800 1333, or that of the resized image)",
+    )
+    add("--images", type=int, nargs="+", default=[1], metavar="N", help="batch sizes")
+    add("--instances", type=int, nargs="+", default=[50], metavar="N", help="per training image")
+    add("--only", choices=["training", "inference"], help="default: both")
+    add_dtype_argument(parser)
+    add("--compile", action="store_true", help="run backbone and heads through torch.compile")
+    add("--warmup", type=int, default=1, metavar="N", help="runs that do not count")
+    add("--repeat", type=int, default=5, metavar="N", help="runs that count")
+    add("--output", default="", metavar="FILE", help="also write the results as json")
+    add("--profile", action="store_true", help="also list the slowest operators")
+    add("--rows", type=int, default=8, metavar="N", help="number of operators to list")
     return parser

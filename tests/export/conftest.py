@@ -171,10 +171,8 @@ def set_threshold(model: nn.Module, value: float) -> None:
     """Of the scores of candidates."""
     if hasattr(model, "detector"):
         model.detector.score_threshold = value
-    elif hasattr(model, "proposal_generator"):
-        model.proposal_generator.score_threshold_test = value
     else:
-        model.score_threshold = value
+        model.proposal_generator.score_threshold_test = value
 
 
 def bisect(is_high: Callable[[float], bool], steps: int = 24) -> tuple[float, float]:

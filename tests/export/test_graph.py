@@ -99,15 +99,15 @@ def test_of_more_candidates_than_a_graph_holds_it_takes_the_best(tiny, name, mon
     monkeypatch.setattr("solo_d2.export.solo.MAX_CANDIDATES", 60)
     limits = {"MAX_CANDIDATES_TEST": 0, "TOPK_CANDIDATES_TEST": 60}
     model = tiny.model(name, **{f"MODEL__SOLO__{key}": value for key, value in limits.items()})
-    model.score_threshold = 0.0
+    model.detector.score_threshold = 0.0
     graph = in_torch(tiny, model)
     limit = graph.metadata.options["candidates"]
     image = tiny.noise((96, 128))
     images = model.preprocess_image([{"image": image}])
     with torch.no_grad():
-        scores = model.category_scores(model.dense(images.tensor))
+        scores = model.category_scores(model.dense(images.tensor).category_logits)
     assert (scores > 0).sum() > limit
-    model.max_candidates = limit
+    model.detector.max_candidates = limit
     assert_equal(compare(raw_instances(model, image), raw_instances(graph, image)), least=50)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from solo_d2 import add_solo_d2_config
 from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
 from solo_d2.modeling import SOLO, SOLOv2
-from solo_d2.modeling.solo.inference import find_candidate_cells
+from solo_d2.modeling.solo.inference import Detector
 
 pytestmark = pytest.mark.golden
 
@@ -150,11 +150,12 @@ class Run:
         # per level (C, S, S): before point NMS, and whether noise decides point NMS
         self.raw_scores = [x[0].sigmoid() for x in self.outputs.category_logits]
         self.tied = [tied_with_a_rival(x) for x in self.raw_scores]
-        self.scores = model.category_scores(self.outputs)[0]
+        self.scores = model.category_scores(self.outputs.category_logits)[0]
         stride = min(model.mask_strides)
         self.mask_size = (size[0] // stride, size[1] // stride)
-        self.candidates = model.detect(self.outputs, self.scores, 0, self.mask_size)
-        self.kept = model.suppress(self.candidates)
+        found = model.detector.find(self.scores)
+        self.candidates = model.rank(self.outputs, found, 0, self.mask_size)
+        self.kept = model.detector.suppress(self.candidates)
         self.results = model(inputs)[0]["instances"]
 
     def level_scores(self, level: int) -> torch.Tensor:
@@ -263,8 +264,8 @@ def test_candidates_are_the_originals_in_their_order(golden, runs):
             continue
         threshold = golden.meta["C_overrides"]["score_thr"] if key.endswith("C") else 0.1
         num_classes = run.scores.shape[1]
-        cells, classes = find_candidate_cells(run.scores, threshold)
-        ours = cells * num_classes + classes
+        cells, classes, _ = Detector(score_threshold=threshold).find(run.scores)
+        ours = torch.from_numpy(cells * num_classes + classes)
         expected = golden[f"{key}_cand_cell"].long() * num_classes
         expected += golden[f"{key}_cand_class"].long()
         # the same candidates in the same order, except for those that noise decides
@@ -372,7 +373,7 @@ def training(request, load_golden, build):
     table = golden.meta["table"]
     model, cfg = build(golden, table)
     # the official code sees boxes one pixel smaller
-    model.inclusive_boxes = not table.startswith("adelaidet")
+    model.assigner.inclusive_boxes = not table.startswith("adelaidet")
     model.train()
     inputs = []
     while f"T{len(inputs)}_image" in golden:

@@ -112,19 +112,46 @@ def literal_soft(soft, padded_size, image_size, output_size):
     return F.interpolate(soft, size=output_size, mode="bilinear")[:, 0]
 
 
-def test_upsampling_works_in_chunks_of_any_size(monkeypatch):
-    soft = torch.rand(7, 8, 8)
-    options = {
-        "padded_size": (32, 32),
-        "image_size": (30, 31),
-        "output_size": (60, 50),
-        "threshold": 0.5,
-    }
-    one_by_one = upsample_to_binary(soft, **options)
-    for bytes_per_chunk in (1, 3 * 60 * 50 * 4, 10**9):
+@pytest.fixture
+def low_precision():
+    """As on a GPU with TF32: products of matrices may be rounded."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_upsampling_keeps_its_edges_where_products_are_rounded(low_precision, direct, monkeypatch):
+    soft = torch.rand(7, 8, 8, generator=torch.Generator().manual_seed(0))
+    sizes = ((32, 32), (30, 31), (60, 50))
+    options = dict(zip(("padded_size", "image_size", "output_size"), sizes), direct=direct)
+    windows = torch.tensor([[3, 5, 40, 57]]).repeat(7, 1)
+    rounded = upsample_to_binary(soft, threshold=0.5, **options)
+    inside = upsample_to_binary(soft, threshold=0.5, windows=windows, **options)
+    for bytes_per_chunk in (1, 3 * 60 * 50 * 4 * 3):
         monkeypatch.setattr(mask_ops, "CHUNK_BYTES", bytes_per_chunk)
-        assert mask_ops.chunk_length(60 * 50) >= 1
-        assert torch.equal(upsample_to_binary(soft, **options), one_by_one)
+        assert torch.equal(upsample_to_binary(soft, threshold=0.5, **options), rounded)
+        chunked = upsample_to_binary(soft, threshold=0.5, windows=windows, **options)
+        assert torch.equal(chunked, inside)
+    torch.set_float32_matmul_precision("highest")
+    exact = upsample_to_binary(soft, threshold=0.5, **options)
+    assert exact.any() and (exact ^ rounded).float().mean() < 1e-4
+    assert torch.equal(upsample_to_binary(soft, threshold=0.5, windows=windows, **options), inside)
+    window = torch.zeros(60, 50, dtype=torch.bool)
+    window[5:57, 3:40] = True
+    assert torch.equal(inside, rounded & window)
+    if not direct:
+        assert (rounded ^ literal_upsampling(soft, *sizes, 0.5)).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("free, cached, expected", [(4000, 0, 25), (0, 2000, 12), (0, 0, 1)])
+def test_chunks_take_a_quarter_of_a_gpus_free_memory(monkeypatch, free, cached, expected):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**6))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: cached + 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 7)
+    assert mask_ops.chunk_length(10, torch.device("cuda")) == expected
+    assert mask_ops.chunk_length(10, torch.device("cpu")) == mask_ops.CHUNK_BYTES // 40
 
 
 def test_upsampling_makes_no_float_tensor_that_grows_with_masks_times_image(

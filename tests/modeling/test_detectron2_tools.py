@@ -43,7 +43,8 @@ def built(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     if isinstance(model, SOLOFamily):
-        model.score_threshold, model.update_threshold = 0.005, 0.0
+        detector = model.detector
+        detector.score_threshold, detector.update_threshold = 0.005, 0.0
         for parameter_name, parameter in model.head.named_parameters():
             if "_pred." in parameter_name:
                 nn.init.normal_(parameter, std=0.3)

@@ -7,11 +7,15 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, get_norm
 from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.events import EventStorage
+from example_inputs import ORDINARY, example
+from tiny_models import CENTERMASK, SOLO, YOLACT, tiny_model
 from torch import nn
 
 from solo_d2 import add_solo_d2_config
+from solo_d2.layers import frozen_bn
 from solo_d2.layers.frozen_bn import FoldedConv2d, FoldedSequential
-from solo_d2.modeling.prepare import prepare
+from solo_d2.modeling.prepare import precision, prepare, prepare_for_inference
 
 
 def layer(norm: str = "FrozenBN", bias: bool = False) -> Conv2d:
@@ -82,8 +86,116 @@ def test_a_second_call_and_the_state_dict():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_trained_batch_norm_is_left_alone():
-    assert type(prepare(layer("BN"))) is Conv2d
+NORMS = ["FrozenBN", "BN"]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("in_sequence", [False, True])
+@torch.no_grad()
+def test_products_of_weights_are_kept_until_a_weight_changes(norm, in_sequence, monkeypatch):
+    plain = layer(norm).eval()
+    if in_sequence:
+        plain = nn.Sequential(nn.Conv2d(8, 6, 3), plain.norm).eval()
+    folded = prepare(copy.deepcopy(plain))
+    folds = []
+    fold = frozen_bn._fold
+    monkeypatch.setattr(frozen_bn, "_fold", lambda *args: folds.append(args) or fold(*args))
+    x = torch.randn(2, 8, 5, 7)
+
+    def check(times: int):
+        folds.clear()
+        for _ in range(3):
+            torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-5)
+        assert len(folds) == times
+
+    check(1)
+    check(0)
+    for name, value in plain.state_dict().items():
+        if value.is_floating_point():
+            for model in (plain, folded):
+                model.state_dict()[name].mul_(1.5)  # as an optimizer or a checkpoint does
+            check(1)
+    for model in (plain, folded):  # beyond what autograd sees
+        next(model.parameters()).data.mul_(2.0)
+        model.train().eval()
+    check(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(folded(x), plain(x), rtol=0.1, atol=0.1)
+    with torch.enable_grad():
+        check(3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_inference_alone_holds_no_weight_twice_and_computes_the_same(dtype):
+    plain = tiny_model({**SOLO, "MODEL.META_ARCHITECTURE": "SOLOv2"}).eval()
+    folded = prepare_for_inference(copy.deepcopy(plain).train(), dtype)
+    assert not any(isinstance(x, FrozenBatchNorm2d) for x in folded.modules())
+    inputs = torch.rand(1, 3, 64, 96)
+    with precision("cpu", dtype):
+        outputs, expected = folded.dense(inputs), plain.dense(inputs)
+    assert folded.backbone.bottom_up.res2[0].conv1.weight.dtype == getattr(torch, dtype)
+    tolerance = {"float32": 1e-5, "bfloat16": 0.05}[dtype]
+    for a, b in zip(outputs.category_logits, expected.category_logits):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_a_trained_batch_norm_sees_every_batch_and_is_folded_in_eval_mode_only():
+    plain = layer("BN")
+    folded = prepare(copy.deepcopy(plain))
+    x = torch.randn(4, 8, 5, 7)
+    for mode in (True, False, True, False):
+        for _ in range(2):
+            assert torch.allclose(folded.train(mode)(x), plain.train(mode)(x), atol=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(folded.state_dict()[name], value, msg=name)
+    for conv in (plain, folded):  # frozen statistics, trained factors
+        conv(x).square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(
+            folded.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**SOLO, "MODEL.META_ARCHITECTURE": "SOLO"},
+        YOLACT,
+        {**CENTERMASK, "MODEL.BACKBONE.NAME": "build_fcos_vovnet_fpn_backbone"},
+    ],
+    ids=["Detectron2's backbone", "our backbone with BN", "an R-CNN on ours"],
+)
+def test_checkpointed_activations_change_no_gradient_and_no_statistic(settings, largest_float):
+    options = {}
+    if "vovnet" in settings["MODEL.BACKBONE.NAME"]:
+        names = ["stage3", "stage4", "stage5"]
+        options = {"MODEL__VOVNET__WIDTH_MULT": 0.125, "MODEL__VOVNET__OUT_FEATURES": names}
+        options |= {"MODEL__FPN__IN_FEATURES": names, "MODEL__VOVNET__NORM": "BN"}
+    plain = tiny_model(settings, **options)
+    saving = tiny_model(settings, **options, MODEL__BACKBONE__CHECKPOINT_ACTIVATIONS=True)
+    assert list(saving.state_dict()) == list(plain.state_dict())
+    saved = []
+    for model in (plain, copy.deepcopy(saving)):  # a copy must run on its own weights
+        torch.manual_seed(0)
+        sizes = 0
+
+        def count(tensor):
+            nonlocal sizes
+            sizes += tensor.numel() if tensor.dim() == 4 else 0
+            return tensor
+
+        with EventStorage(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            sum(model.train()([example(ORDINARY)]).values()).backward()
+        saved.append(sizes)
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+        state = model.state_dict()
+        if model is plain:
+            expected = gradients, {k: v.clone() for k, v in state.items()}
+    assert saved[1] < 0.8 * saved[0]
+    for found, wanted in zip((gradients, state), expected):
+        for name, value in wanted.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_frozen_batch_norm_may_be_copied_loaded_and_run_under_autocast():

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 import solo_d2
-from solo_d2 import predictor
+from solo_d2.checkpoint.find import MODELS
 from solo_d2.evaluation.coco_eval import evaluate_coco
 from solo_d2.tools.predict import main
 
-FOLDER = predictor._MODELS / "nuclei"
+FOLDER = MODELS / "nuclei"
 
 
 def test_it_is_small_and_has_all_that_belongs_to_it():

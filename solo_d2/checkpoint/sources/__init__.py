@@ -1,11 +1,11 @@
 """Tables that map other projects' tensor names to ours, one file per project."""
 
-from . import adaptis, centermask, solo, torchvision, yolact
+from . import adaptis, centermask, eps, solo, torchvision, yolact
 from .source import Rule, Source
 
 SOURCES = {
     source.name: source
-    for project in (adaptis, centermask, solo, torchvision, yolact)
+    for project in (adaptis, centermask, eps, solo, torchvision, yolact)
     for source in project.SOURCES
 }
 

@@ -8,6 +8,9 @@ def add_backbone_config(cfg: CN) -> None:
     # Keep the backbone's batch norms in eval mode while training: their affine parameters are
     # trained, their statistics are frozen (mmdetection's recipe for small batches).
     cfg.MODEL.BACKBONE.FREEZE_BN_STATS = False
+    # In training, keep only the inputs of the backbone's blocks and compute the blocks again in the
+    # backward pass: less memory, more time. For this package's models and backbones.
+    cfg.MODEL.BACKBONE.CHECKPOINT_ACTIVATIONS = False
 
     # In a stage of RESNETS.DEFORM_ON_PER_STAGE, make every DEFORM_INTERVAL-th block deformable
     # (1 = all), and give its 3x3 convolution a bias. YOLACT++ with ResNet-101 has 3, True.

@@ -11,7 +11,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from ..own_keys import warn_about_own_keys
-from ..prepare import check_precision, prepare
+from ..prepare import check_precision, checkpoint_activations, prepare
 from .fpn import build_fcos_fpn, build_fpn
 
 BackboneT = TypeVar("BackboneT", bound=Backbone)
@@ -29,6 +29,8 @@ def register_backbone(build: Builder[BackboneT]) -> Builder[BackboneT]:
     def build_prepared(cfg: CfgNode, input_shape: ShapeSpec) -> BackboneT:
         warn_about_own_keys(cfg)
         backbone = prepare(build(cfg, input_shape))
+        if cfg.MODEL.BACKBONE.CHECKPOINT_ACTIVATIONS:
+            checkpoint_activations(backbone)
         backbone.register_forward_pre_hook(_refuse_half)
         return backbone
 
@@ -63,11 +65,18 @@ def _refuse_half(backbone: Backbone, args: tuple[Tensor, ...]) -> None:
 def check_stages(out_features: Sequence[str], names: Sequence[str], freeze_at: int) -> None:
     """
     Raises:
-        ValueError: ``out_features`` are not some of ``names``, or ``freeze_at`` is not in the range
-            0 (nothing), 1 (the stem) to 5 (everything).
+        ValueError: ``out_features`` are not some of ``names``; see also ``check_freeze_at``.
     """
     if not out_features or not set(out_features) <= set(names):
         raise ValueError(f"out_features must be some of {[*names]}, not {[*out_features]}")
+    check_freeze_at(freeze_at)
+
+
+def check_freeze_at(freeze_at: int) -> None:
+    """
+    Raises:
+        ValueError: ``freeze_at`` is not in the range 0 (nothing), 1 (the stem) to 5 (everything).
+    """
     if not 0 <= freeze_at <= 5:
         raise ValueError(f"freeze_at must be 0 to 5, not {freeze_at!r}")
 

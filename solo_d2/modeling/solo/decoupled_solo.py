@@ -2,13 +2,15 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
-from .base import SOLOFamily
+from .base import Levels, Size, SOLOFamily
 from .head import CategoryHead, HeadSpec, init_output
 
 
@@ -35,29 +37,32 @@ class DecoupledSOLO(SOLOFamily):
         options = super().from_config(cfg)
         shapes = options["backbone"].output_shape()
         head = DecoupledSOLOHead(
-            HeadSpec.from_config(cfg, shapes, options["num_classes"]),
+            HeadSpec.from_config(cfg, shapes, options["assigner"].num_classes),
             shared_tower=cfg.MODEL.DECOUPLED_SOLO.SHARED_TOWER,
         )
         return {**options, "head": head}
 
-    def predict_levels(
-        self, levels: list[Tensor], features: dict[str, Tensor]
+    def predict_masks(
+        self, category_logits: list[Tensor], levels: Levels, features: dict[str, Tensor]
     ) -> DecoupledSOLOOutputs:
-        category_logits, *features_of_axes = self.head(levels)
-        x_features, y_features = ([x.unbind() for x in axis] for axis in features_of_axes)
-        return DecoupledSOLOOutputs(category_logits, x_features, y_features)
+        maps = [((), ()) if x is None else self.head.line_features(x) for x in levels]
+        return DecoupledSOLOOutputs(category_logits, *([*axis] for axis in zip(*maps)))
 
     def soft_masks(
         self,
         outputs: DecoupledSOLOOutputs,
         image: int,
         level: int,
-        cells: Tensor,
-        size: tuple[int, int] | None = None,
+        cells: np.ndarray,
+        size: Size = None,
     ) -> Tensor:
         grid = self.num_grids[level]
-        columns, column_of = (cells % grid).unique(return_inverse=True)  # cells share lines
-        rows, row_of = (cells // grid).unique(return_inverse=True)
+        lines = [  # cells share lines
+            torch.from_numpy(x).to(self.device)
+            for line in (cells % grid, cells // grid)
+            for x in np.unique(line, return_inverse=True)
+        ]
+        columns, column_of, rows, row_of = lines
         x, y = self.line_maps(outputs, image, level, columns, rows, size)
         return x.index_select(0, column_of) * y.index_select(0, row_of)
 
@@ -68,7 +73,7 @@ class DecoupledSOLO(SOLOFamily):
         level: int,
         columns: Tensor,
         rows: Tensor,
-        size: tuple[int, int] | None = None,
+        size: Size = None,
     ) -> tuple[Tensor, Tensor]:
         """Soft maps (n, H, W) of columns and of rows of a grid; arguments as ``soft_masks``."""
 
@@ -85,7 +90,7 @@ class DecoupledSOLO(SOLOFamily):
 
 
 class DecoupledSOLOHead(CategoryHead):
-    """Category tower on S x S grids; towers for columns and rows, or one for both (Light)."""
+    """Adds towers for columns and rows, or one for both (Light), and output convs per level."""
 
     def __init__(self, spec: HeadSpec, *, shared_tower: bool = False):
         """
@@ -109,22 +114,15 @@ class DecoupledSOLOHead(CategoryHead):
             for grid in self.num_grids
         )
 
-    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """
-        Args:
-            levels: (N, in_channels, h, w) per level.
+    def line_features(self, level: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """(N, in_channels, h, w) -> per image features (D, h, w) of columns, and of rows.
 
-        Returns:
-            Per level category logits (N, C, S, S) and the features (N, D, h, w) of columns and of
-            rows, from which ``x_pred`` and ``y_pred`` make S maps (2h, 2w) each. D is
-            ``tower.conv_dim``.
+        ``x_pred`` and ``y_pred`` make S maps (2h, 2w) from them. D is ``tower.conv_dim``.
         """
         if self.shared_tower:
-            x_features = y_features = self._run(self.mask_tower, levels, "xy")
-        else:
-            x_features = self._run(self.x_tower, levels, "x")
-            y_features = self._run(self.y_tower, levels, "y")
-        return self.classify(levels), x_features, y_features
+            both = self._run(self.mask_tower, level, "xy")
+            return both, both
+        return self._run(self.x_tower, level, "x"), self._run(self.y_tower, level, "y")
 
-    def _run(self, tower: nn.Sequential, levels: list[Tensor], axes: str) -> list[Tensor]:
-        return [tower(append_coordinates(x, axes if self.coord_conv else "")) for x in levels]
+    def _run(self, tower: nn.Sequential, level: Tensor, axes: str) -> tuple[Tensor, ...]:
+        return tower(append_coordinates(level, axes if self.coord_conv else "")).unbind()

@@ -117,6 +117,7 @@ class CategoryHead(nn.Module):
 
     def __init__(self, spec: HeadSpec):
         super().__init__()
+        self.num_classes = spec.num_classes
         self.num_grids = list(spec.num_grids)
         self.category_align = spec.category_align
         self.coord_conv = spec.coord_conv
@@ -126,7 +127,7 @@ class CategoryHead(nn.Module):
             spec.tower.conv_dim, spec.num_classes, bias=self.prior_bias
         )
 
-    def classify(self, levels: list[Tensor]) -> list[Tensor]:
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """Features (N, in_channels, h, w) -> category logits (N, C, S, S), per level."""
         cells = [
             align_to_grid(feature, grid, self.category_align)

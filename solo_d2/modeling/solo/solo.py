@@ -2,13 +2,15 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
 
-from .base import SOLOFamily
+from .base import Levels, Size, SOLOFamily
 from .head import CategoryHead, HeadSpec, init_output
 
 
@@ -31,27 +33,31 @@ class SOLO(SOLOFamily):
     def from_config(cls, cfg) -> dict[str, Any]:
         options = super().from_config(cfg)
         shapes = options["backbone"].output_shape()
-        head = SOLOHead(HeadSpec.from_config(cfg, shapes, options["num_classes"]))
+        head = SOLOHead(HeadSpec.from_config(cfg, shapes, options["assigner"].num_classes))
         return {**options, "head": head}
 
-    def predict_levels(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOOutputs:
-        category_logits, mask_features = self.head(levels)
-        return SOLOOutputs(category_logits, [feature.unbind() for feature in mask_features])
+    def predict_masks(
+        self, category_logits: list[Tensor], levels: Levels, features: dict[str, Tensor]
+    ) -> SOLOOutputs:
+        maps = [() if x is None else self.head.mask_feature(x).unbind() for x in levels]
+        return SOLOOutputs(category_logits, maps)
 
     def soft_masks(
-        self,
-        outputs: SOLOOutputs,
-        image: int,
-        level: int,
-        cells: Tensor,
-        size: tuple[int, int] | None = None,
+        self, outputs: SOLOOutputs, image: int, level: int, cells: np.ndarray, size: Size = None
     ) -> Tensor:
-        logits = self.head.mask_pred[level].select(outputs.mask_features[level][image], cells)
+        channels = torch.from_numpy(cells).to(self.device)
+        return self.channel_masks(outputs, image, level, channels, size)
+
+    def channel_masks(
+        self, outputs: SOLOOutputs, image: int, level: int, channels: Tensor, size: Size = None
+    ) -> Tensor:
+        """``soft_masks``, given the cells as a tensor."""
+        logits = self.head.mask_pred[level].select(outputs.mask_features[level][image], channels)
         return resize(logits.sigmoid()[:, None], size or logits.shape[-2:])[:, 0]
 
 
 class SOLOHead(CategoryHead):
-    """Category tower on S x S grids, mask tower on the feature maps, an output conv per level."""
+    """Adds a mask tower on the feature maps, and an output conv per level."""
 
     def __init__(self, spec: HeadSpec):
         super().__init__(spec)
@@ -64,14 +70,9 @@ class SOLOHead(CategoryHead):
             for grid in spec.num_grids
         )
 
-    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """
-        Args:
-            levels: (N, in_channels, h, w) per level.
+    def mask_feature(self, level: Tensor) -> Tensor:
+        """(N, in_channels, h, w) -> (N, D, h, w), from which ``mask_pred`` makes (2h, 2w) masks.
 
-        Returns:
-            Per level category logits (N, C, S, S) and mask features (N, D, h, w), from which
-            ``mask_pred`` makes a mask (2h, 2w) per cell. D is ``tower.conv_dim``.
+        D is ``tower.conv_dim``.
         """
-        mask_features = [self.mask_tower(append_coordinates(x, self.axes)) for x in levels]
-        return self.classify(levels), mask_features
+        return self.mask_tower(append_coordinates(level, self.axes))

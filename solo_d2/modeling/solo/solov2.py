@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -14,7 +15,7 @@ from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.resample import resize, upsample2x
 
 from ..options import check_at_least, check_channels
-from .base import SOLOFamily
+from .base import Levels, Size, SOLOFamily
 from .head import (
     CategoryHead,
     HeadSpec,
@@ -48,7 +49,7 @@ class SOLOv2(SOLOFamily):
         solov2 = cfg.MODEL.SOLOV2
         shapes = options["backbone"].output_shape()
         head = SOLOv2Head(
-            HeadSpec.from_config(cfg, shapes, options["num_classes"]),
+            HeadSpec.from_config(cfg, shapes, options["assigner"].num_classes),
             mask_dim=solov2.MASK_DIM,
             kernel_size=solov2.KERNEL_SIZE,
         )
@@ -66,34 +67,30 @@ class SOLOv2(SOLOFamily):
     def mask_strides(self) -> list[int]:
         return [self.mask_branch.stride] * len(self.strides)
 
-    def predict_levels(self, levels: list[Tensor], features: dict[str, Tensor]) -> SOLOv2Outputs:
-        category_logits, kernels = self.head(levels)
-        mask_feature = self.mask_branch(features)
-        return SOLOv2Outputs(
-            category_logits, [kernel.unbind() for kernel in kernels], mask_feature.unbind()
-        )
+    def predict_masks(
+        self, category_logits: list[Tensor], levels: Levels, features: dict[str, Tensor]
+    ) -> SOLOv2Outputs:
+        kernels = [
+            () if x is None else self.head.kernels(x, grid).unbind()
+            for x, grid in zip(levels, self.num_grids)
+        ]
+        return SOLOv2Outputs(category_logits, kernels, self.mask_branch(features).unbind())
 
     def soft_masks(
-        self,
-        outputs: SOLOv2Outputs,
-        image: int,
-        level: int,
-        cells: Tensor,
-        size: tuple[int, int] | None = None,
+        self, outputs: SOLOv2Outputs, image: int, level: int, cells: np.ndarray, size: Size = None
     ) -> Tensor:
-        kernels = outputs.kernels[level][image].flatten(1)[:, cells].T
+        kernels = outputs.kernels[level][image].flatten(1)
+        kernels = kernels[:, torch.from_numpy(cells).to(self.device)].T
         return self.kernel_masks(outputs.mask_features[image], kernels, size)
 
-    def kernel_masks(
-        self, feature: Tensor, kernels: Tensor, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def kernel_masks(self, feature: Tensor, kernels: Tensor, size: Size = None) -> Tensor:
         """Soft masks (n, H, W) of kernels (n, D) over an image's mask feature (E, h, w)."""
         logits = dynamic_conv(feature, kernels, self.head.kernel_size).float()
         return resize(logits.sigmoid()[None], size or logits.shape[-2:])[0]
 
 
 class SOLOv2Head(CategoryHead):
-    """Category and kernel towers on S x S grids (figure 2 of the paper)."""
+    """Adds a kernel tower on the S x S grids (figure 2 of the paper)."""
 
     def __init__(self, spec: HeadSpec, *, mask_dim: int = 256, kernel_size: int = 1):
         """
@@ -114,24 +111,15 @@ class SOLOv2Head(CategoryHead):
         self.kernel_tower = spec.tower.build(spec.in_channels + len(self.axes))
         self.kernel_pred = output_conv(spec.tower.conv_dim, mask_dim * kernel_size**2)
 
-    def forward(self, levels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """
-        Args:
-            levels: (N, in_channels, h, w) per level.
-
-        Returns:
-            Per level category logits (N, C, S, S) and kernels (N, D, S, S).
-        """
-        kernels = []
-        for feature, grid in zip(levels, self.num_grids):
-            # As published, coordinates at the level's size are resized with the feature, so on the
-            # grid they stay inside (-1, 1). Resizing them separately saves a copy of the feature.
-            parts = [feature]
-            if self.axes:
-                parts.append(append_coordinates(feature[:, :0], self.axes))
-            cells = torch.cat([resize(part, (grid, grid)) for part in parts], dim=1)
-            kernels.append(self.kernel_pred(self.kernel_tower(cells)))
-        return self.classify(levels), kernels
+    def kernels(self, level: Tensor, grid: int) -> Tensor:
+        """(N, in_channels, h, w) -> (N, D, S, S)."""
+        # As published, coordinates at the level's size are resized with the feature, so on the
+        # grid they stay inside (-1, 1). Resizing them separately saves a copy of the feature.
+        parts = [level]
+        if self.axes:
+            parts.append(append_coordinates(level[:, :0], self.axes))
+        cells = torch.cat([resize(part, (grid, grid)) for part in parts], dim=1)
+        return self.kernel_pred(self.kernel_tower(cells))
 
 
 class MaskFeatureBranch(nn.Module):

@@ -1,11 +1,17 @@
 """Which grid cell is responsible for which instance (SOLO, section 3.1 and 3.3.1)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from solo_d2.layers.masks import mass_centers
+
+from ..options import check_at_least
+from ..segmentor import GroundTruth
 
 
 class CellTargets(NamedTuple):
@@ -20,6 +26,55 @@ class CellTargets(NamedTuple):
     level: Tensor
     cell: Tensor
     instance: Tensor
+
+
+@dataclass(kw_only=True)
+class CellAssigner:
+    """Assigns the instances of an image to cells.
+
+    Args:
+        num_classes, num_grids, scale_ranges, inclusive_boxes: see ``assign_cells``.
+        center_sigma: its ``sigma``.
+        max_positives: limit on the (instance, cell) pairs per image, which are chosen at random;
+            0: all.
+
+    Raises:
+        ValueError: an argument has an unsupported value.
+    """
+
+    num_classes: int
+    num_grids: Sequence[int]
+    scale_ranges: Sequence[Sequence[float]]
+    center_sigma: float = 0.2
+    inclusive_boxes: bool = False
+    max_positives: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(0, max_positives=self.max_positives, center_sigma=self.center_sigma)
+
+    def __call__(
+        self, gt: GroundTruth, input_size: tuple[int, int], *, one_mask_per_cell: bool
+    ) -> CellTargets:
+        """Targets of one image in a padded input of the given size; see ``last_claims``."""
+        targets = assign_cells(
+            gt.boxes,
+            gt.classes,
+            *mass_centers(gt.masks),
+            input_size,
+            num_classes=self.num_classes,
+            num_grids=self.num_grids,
+            scale_ranges=self.scale_ranges,
+            sigma=self.center_sigma,
+            inclusive_boxes=self.inclusive_boxes,
+        )
+        if one_mask_per_cell:
+            targets = last_claims(targets, self.num_grids)
+        if self.max_positives and len(targets.cell) > self.max_positives:
+            # chosen on the CPU, so that a seed gives the same pairs on every device
+            chosen = torch.randperm(len(targets.cell))[: self.max_positives].sort().values
+            chosen = chosen.to(targets.cell.device)
+            targets = CellTargets(targets.categories, *(x[chosen] for x in targets[1:]))
+        return targets
 
 
 def assign_cells(
@@ -53,16 +108,13 @@ def assign_cells(
         sigma: side of the center region in box sides.
         inclusive_boxes: take x2 - x1 - 1 as the width (the convention of mmdetection v1).
     """
-    device = boxes.device
-    levels = len(num_grids)
-    smallest, largest = zip(*scale_ranges)
     offsets = level_offsets(num_grids)
-    # the numbers of all levels in a single copy to the device
-    table = [num_grids, offsets[:-1], smallest, largest]
-    numbers = torch.tensor(table, dtype=torch.float64).to(device)[:, :, None]
-    grids, first_cells = numbers[:2].long()  # each (L, 1), like the next two
-    smallest, largest = numbers[2:].float()
-    size = torch.tensor(extent[::-1], dtype=torch.float32, device=device)
+    # The numbers of all levels, (L, 1) each, in one copy to the device.
+    table = [num_grids, offsets[:-1], [1.0 / grid for grid in num_grids], *zip(*scale_ranges)]
+    numbers = torch.tensor(table, dtype=torch.float32).to(boxes.device)[:, :, None]
+    grids, first_cells = numbers[:2].long()
+    cell_size, smallest, largest = numbers[2:]
+    size = torch.tensor(extent[::-1], dtype=torch.float32).to(boxes.device)
 
     # x first, then y, in the last axis of everything below
     sizes = (boxes[:, 2:] - boxes[:, :2]).float() - float(inclusive_boxes)
@@ -71,16 +123,16 @@ def assign_cells(
 
     def cell_of(coordinate: Tensor) -> Tensor:
         """(M, 2) pixels -> (L, M, 2) cell index; the float32 floor division is the original's."""
-        cell_size = (1.0 / grids.double()).float().view(levels, 1, 1)
-        return torch.div(coordinate / size, cell_size, rounding_mode="floor").long()
+        cells = torch.div(coordinate / size, cell_size[..., None], rounding_mode="floor")
+        return cells.long()
 
     half = 0.5 * sigma * sizes
     center, low, high = cell_of(centers), cell_of(centers - half), cell_of(centers + half)
     low = torch.maximum(low.clamp(min=0), center - 1)
-    high = torch.minimum(torch.minimum(high, grids.view(levels, 1, 1) - 1), center + 1)
+    high = torch.minimum(torch.minimum(high, grids[..., None] - 1), center + 1)
 
     # the 3x3 cells around each center: (L, M, 2, 3) columns and rows
-    around = center[..., None] + torch.arange(-1, 2, device=device)
+    around = center[..., None] + torch.arange(-1, 2, device=boxes.device)
     inside = (around >= low[..., None]) & (around <= high[..., None])
     positive = in_level[..., None, None] & inside[:, :, 1, :, None] & inside[:, :, 0, None, :]
     level, instance, i, j = positive.nonzero(as_tuple=True)
@@ -88,8 +140,8 @@ def assign_cells(
     cell = row * grids[level, 0] + column
 
     # the last instance that claims a cell; -1 (none) indexes the background after the classes
-    owner = torch.full((offsets[-1],), -1, dtype=torch.long, device=device)
     flat = cell + first_cells[level, 0]
+    owner = flat.new_full((offsets[-1],), -1)
     owner.scatter_reduce_(0, flat, instance, reduce="amax")
     categories = F.pad(classes.long(), (0, 1), value=num_classes)[owner]
     return CellTargets(categories, level, cell, instance)

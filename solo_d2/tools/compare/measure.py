@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from solo_d2.checkpoint import build_checkpointer
-from solo_d2.data import InstanceMapper, setup_datasets
+from solo_d2.data import build_mapper, setup_datasets
 from solo_d2.engine import Trainer, build_optimizer
 from solo_d2.errors import one_line
 from solo_d2.modeling import InstanceSegmentor
@@ -55,7 +55,7 @@ def sample_inputs(cfg: CfgNode, count: int) -> Inputs:
     """``count`` images, spread evenly over the test set, as the model of ``cfg`` takes them."""
     records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     chosen = np.linspace(0, len(records) - 1, min(count, len(records))).round()
-    mapper = InstanceMapper(cfg, is_train=False)
+    mapper = build_mapper(cfg, is_train=False)
     return [mapper(records[int(i)]) for i in chosen]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from solo_d2.arguments import add_model_arguments, parse, print_error
+from solo_d2.arguments import add_dtype_argument, add_model_arguments, parse, print_error
 from solo_d2.errors import UserError, one_line
 from solo_d2.images import UnreadableError
 from solo_d2.predictor import Result, load
@@ -26,7 +26,7 @@ from .prototypes import Prototypes
 Predict = Callable[[str | np.ndarray], Result]
 
 EXIT_OK, EXIT_SKIPPED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
-FORMATS = ("pictures", "coco", "coco-results", "masks")
+FORMATS = ("pictures", "coco", "coco-results", "masks", "label-maps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             weights=weights if config else "",
             opts=options.opts,
             allow_pickle=options.allow_pickle,
+            dtype=options.dtype,
         )
         predictor.max_pixels = round(options.max_megapixels * 1e6)
         if points and not predictor.takes_points:
@@ -154,6 +155,7 @@ def _outputs(
         "coco": lambda: formats.CocoDataset(folder, score, Path(os.path.commonpath(folders))),
         "coco-results": lambda: formats.CocoResults(folder, score),
         "masks": lambda: formats.IdMasks(folder, score),
+        "label-maps": lambda: formats.LabelMaps(folder, score),
     }
     return [make[name]() for name in chosen]
 
@@ -173,13 +175,15 @@ def _parser() -> argparse.ArgumentParser:
         "default is MODEL.WEIGHTS",
     )
     parser.add_argument("--output", default="output/predictions", metavar="DIR")
+    add_dtype_argument(parser)
     parser.add_argument(
         "--format",
         action="append",
         choices=FORMATS,
         help="may be repeated. pictures: images and videos with masks drawn on them (default); "
         "coco: annotations.json, a data set; coco-results: all instances, of any score; masks: a "
-        "PNG per image with the numbers of its instances",
+        "PNG per image with the numbers of its instances; label-maps: a PNG with the class of each "
+        "pixel (EPS)",
     )
     parser.add_argument(
         "--score",

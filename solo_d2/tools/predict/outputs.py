@@ -12,6 +12,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
+from solo_d2.data.label_maps import write_label_map
 from solo_d2.errors import UserError
 from solo_d2.files import atomic_write
 from solo_d2.images import UnreadableError
@@ -212,6 +213,17 @@ class IdMasks(Output):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             Image.fromarray(ids).save(file, format="PNG")
+
+
+class LabelMaps(Output):
+    """<name>.labels.png, indexed: 0 is the background, k + 1 the class k."""
+
+    def add(self, source: Source, target: Path, result: Result) -> None:
+        if result.label_map is None:
+            raise UserError("--format label-maps needs a model that labels pixels, such as EPS")
+        path = self.folder / target.with_name(f"{target.name}.labels.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_label_map(path, result.label_map)
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -19,8 +19,10 @@ from solo_d2.layers.frozen_bn import FoldedConv2d
 from solo_d2.layers.resample import UpsampledConv2d
 from solo_d2.modeling.solo.decoupled_solo import DecoupledSOLOHead
 from solo_d2.modeling.solo.head import HeadSpec, TowerSpec
+from solo_d2.modeling.solo.inference import Detector
 from solo_d2.modeling.solo.solo import SOLOHead
 from solo_d2.modeling.solo.solov2 import MaskFeatureBranch, SOLOv2Head
+from solo_d2.modeling.solo.targets import CellAssigner
 
 # Options that change how masks are made, one at a time.
 ARCHITECTURES = {
@@ -54,13 +56,20 @@ def python_model(name: str, tower: dict | None = None, **options):
         options["mask_branch"] = MaskFeatureBranch(shapes, conv_dim=64, out_dim=64, norm=tower.norm)
     else:
         head = {"SOLO": SOLOHead, "DecoupledSOLO": DecoupledSOLOHead}[name](spec)
+    assigner = CellAssigner(
+        num_classes=3,
+        num_grids=spec.num_grids,
+        scale_ranges=[[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]],
+        **{key: options.pop(key) for key in ("inclusive_boxes",) if key in options},
+    )
+    nms = {key: options.pop(key) for key in ("nms_kernel", "nms_finite") if key in options}
     arguments = {
         "pixel_mean": [103.53, 116.28, 123.675],
         "pixel_std": [1.0, 1.0, 1.0],
-        "num_classes": 3,
         "head_in_features": ["p2", "p3", "p4", "p5", "p6"],
         "strides": [8, 8, 16, 32, 32],
-        "scale_ranges": [[1, 96], [48, 192], [96, 384], [192, 768], [384, 2048]],
+        "assigner": assigner,
+        "detector": Detector(**nms),
     }
     model_class = {"SOLO": SOLO, "DecoupledSOLO": DecoupledSOLO, "SOLOv2": SOLOv2}[name]
     return model_class(backbone=backbone, head=head, **{**arguments, **options})
@@ -84,7 +93,8 @@ def eager(**options):
 
 
 def made_eager(model):
-    model.score_threshold, model.update_threshold = 0.005, 0.0
+    detector = model.detector
+    detector.score_threshold, detector.update_threshold = 0.005, 0.0
     for name, parameter in model.head.named_parameters():
         if re.search(r"(kernel|mask|x|y)_pred\.", name):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -116,7 +126,7 @@ def check_output(instances: Instances, size):
 @pytest.mark.parametrize("threshold", [2.0, 0.0])
 def test_no_candidates_and_all_candidates_are_ordinary(architecture, threshold):
     model = eager(**architecture)
-    model.score_threshold = threshold
+    model.detector.score_threshold = threshold
     (instances,) = run(model)
     check_output(instances, SIZE)
     assert len(instances) <= 100
@@ -151,7 +161,7 @@ def test_a_seed_draws_the_same_positives_again(architecture):
         drawn.append([x.tolist() for x in model.assign(gt, SIZE)[1:]])
     assert all(len(pairs) == 3 for columns in drawn for pairs in columns)
     assert drawn[0] == drawn[1] and not drawn[0] == drawn[2] == drawn[3]
-    model.max_positives = 0
+    model.assigner.max_positives = 0
     every = set(zip(*(x.tolist() for x in model.assign(gt, SIZE)[1:])))
     for columns in drawn:
         assert set(zip(*columns)) < every
@@ -311,8 +321,11 @@ def test_only_solov2_has_a_mask_branch():
     branch = MaskFeatureBranch(build_backbone(tiny_config()).output_shape())
     with pytest.raises(ValueError, match="SOLO has no mask_branch"):
         python_model("SOLO", mask_branch=branch)
-    with pytest.raises(TypeError, match="score_treshold"):
-        python_model("SOLO", score_treshold=0.2)
+    with pytest.raises(TypeError, match="mask_loss_wieght"):
+        python_model("SOLO", mask_loss_wieght=0.2)
+    other = CellAssigner(num_classes=4, num_grids=[12, 10, 8, 6, 4], scale_ranges=[[1, 96]] * 5)
+    with pytest.raises(ValueError, match="num_classes of the assigner is 4, that of the head 3"):
+        python_model("SOLO", assigner=other)
 
 
 def test_levels_of_different_lengths_are_named():
@@ -339,10 +352,11 @@ def test_candidates_are_never_all_made_at_once(monkeypatch, largest_float):
     with torch.no_grad():
         features = model.backbone(images.tensor)
         outputs = model.predict(features, SIZE)
-        scores = model.category_scores(outputs)[0]
+        scores = model.category_scores(outputs.category_logits)[0]
         assert (scores > 0.005).sum() > 100
         with largest_float() as mode:
-            found = model.detect(outputs, scores, 0, (SIZE[0] // 4, SIZE[1] // 4))
+            candidates = model.detector.find(scores)
+            found = model.rank(outputs, candidates, 0, (SIZE[0] // 4, SIZE[1] // 4))
     assert len(found.scores) == 10
     feature_map = outputs.mask_features[0].numel()
     assert mode.bytes <= 4 * max(16 * pixels, feature_map)
@@ -381,8 +395,38 @@ def test_chosen_masks_equal_those_of_a_full_evaluation(architecture):
                 expected = every_mask(model, outputs, level, size or native)
                 for cells in ([0, grid, grid * grid - 1], [5], [], range(grid * grid)):
                     cells = torch.tensor(list(cells), dtype=torch.long)
-                    masks = model.soft_masks(outputs, 0, level, cells, size)
+                    masks = model.soft_masks(outputs, 0, level, cells.numpy(), size)
                     torch.testing.assert_close(masks, expected[cells], atol=1e-6, rtol=1e-5)
+
+
+@every_architecture
+@torch.no_grad()
+def test_levels_without_candidates_make_no_mask_features_and_change_nothing(architecture):
+    model = eager(**architecture)
+    images = model.preprocess_image([{"image": torch.rand(3, *SIZE) * 255}])
+    features = model.backbone(images.tensor)
+    complete = model.predict(features, SIZE)
+    # the best candidates of levels 1 and 3 only
+    start, stop = model.level_offsets[:-1], model.level_offsets[1:]
+    scores = model.category_scores(complete.category_logits)
+    for level in (0, 2, 4):
+        scores[:, start[level] : stop[level]] = 0
+    model.category_scores = lambda logits: scores
+    made = []
+    predict_masks = model.predict_masks
+
+    def recorded(logits, levels, features):
+        made.append([level is not None for level in levels])
+        return predict_masks(logits, levels, features)
+
+    model.predict_masks = recorded
+    (found,) = model.inference(images, features)
+    assert made == [[False, True, False, True, False]]
+    ranked = model.rank(complete, model.detector.find(scores[0]), 0, (SIZE[0] // 4, SIZE[1] // 4))
+    expected = model.detector.suppress(ranked)
+    assert len(found) > 1
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.pred_masks, expected.masks)
 
 
 @pytest.mark.parametrize("architecture", V1.values(), ids=V1)

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.masks import upsample_to_binary
 from solo_d2.modeling.yolact.inference import YOLACTDetector, output_boxes, pixel_windows
 
@@ -35,9 +34,9 @@ def test_masks_are_resized_inside_of_their_windows_only(seed, padded, height, wi
     for mask, (x1, y1, x2, y2) in zip(inside, boxes.tolist()):
         rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
         mask |= ((y1 <= rows) & (rows < y2))[:, None] & ((x1 <= columns) & (columns < x2))
-    for direct, at_once in ((False, 1), (True, 1), (True, 2)):
-        with pytest.MonkeyPatch.context() as patch:  # as on a GPU, where it exceeds one
-            patch.setattr(mask_ops, "_masks_at_once", lambda *_, n=at_once: n)
+    for direct, precision in ((False, "highest"), (True, "highest"), (True, "high")):
+        with pytest.MonkeyPatch.context() as patch:  # with "high" as on a GPU
+            patch.setattr(torch, "get_float32_matmul_precision", lambda p=precision: p)
             options = {"threshold": 0.5, "direct": direct, **sizes}
             whole = upsample_to_binary(soft, **options)
             within = upsample_to_binary(soft, windows=windows, **options)

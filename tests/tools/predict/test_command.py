@@ -146,6 +146,12 @@ def test_overrides_and_options_come_in_any_order(solov2, tmp_path, photo):
         assert results_of(tmp_path / "out") == []
 
 
+def test_another_type_of_numbers_where_the_device_runs_it(solov2, tmp_path, photo, capsys):
+    assert run(solov2, tmp_path / "out", photo, "--dtype", "bfloat16") == 0
+    assert run(solov2, tmp_path / "out", photo, "--dtype", "float16") == 2
+    assert "dtype must be one of float32, bfloat16" in error_of(capsys)
+
+
 def test_config_and_weights_may_be_given_apart(solov2, tmp_path, photo):
     config = ["--config-file", solov2 / "config.yaml"]
     assert run(solov2 / "model_final.pth", tmp_path / "out", photo, *config) == 0

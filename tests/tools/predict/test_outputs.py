@@ -1,6 +1,7 @@
 """The files written for each format."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -171,3 +172,20 @@ def test_json_has_what_was_done_when_interrupted(tmp_path, make_predictor, save_
         predict_sources(predict, sources, [pictures(folder), outputs.CocoResults(folder, 0.3)])
     assert files_of(folder) == ["0.png", "1.png", "coco_results.json", "images.json"]
     assert len(json.loads((folder / "coco_results.json").read_text())) == 4
+
+
+def test_label_maps_are_indexed_pictures(tmp_path, make_predictor, save_image):
+    labels = np.zeros((20, 30), np.uint8)
+    labels[:10, :15] = 2
+
+    def predict(path):
+        return replace(make_predictor().predict(path), label_map=labels)
+
+    save_image(tmp_path / "in" / "sub" / "a.jpg")
+    sources = find_sources([str(tmp_path / "in")], exclude=tmp_path / "out")
+    assert predict_sources(predict, sources, [outputs.LabelMaps(tmp_path / "out", 0.3)]) == []
+    assert files_of(tmp_path / "out") == ["sub/a.jpg.labels.png"]
+    with Image.open(tmp_path / "out" / "sub" / "a.jpg.labels.png") as image:
+        assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
+    with pytest.raises(UserError, match="label-maps needs a model that labels pixels"):
+        run(make_predictor(), [tmp_path / "in"], outputs.LabelMaps(tmp_path / "none", 0.3))
