@@ -156,7 +156,7 @@ def _resize_masks(
 ) -> list[Tensor]:
     """(M, H, W) bool -> (M, *size) bool for each size: bilinear, then compared with one half."""
     parts: list[list[Tensor]] = [[] for _ in sizes]
-    for chunk in masks.split(chunk_length(masks.shape[1] * masks.shape[2])):
+    for chunk in masks.split(chunk_length(masks.shape[1] * masks.shape[2], masks.device)):
         soft = chunk[:, None].float()
         for part, size in zip(parts, sizes):
             part.append(compare(resize(soft, size)[:, 0], 0.5))
