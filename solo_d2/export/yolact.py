@@ -36,7 +36,7 @@ class YOLACTGraph(Graph):
         self.top_k = detector.top_k
         limit = detector.max_detections
         if detector.nms_type == "cross_class":
-            limit = min(limit, self.top_k) if detector.limit_cross_class else self.top_k
+            limit = self.top_k
         else:
             limit = min(limit, self.top_k * model.head.num_classes)
         self.limit = limit
@@ -86,10 +86,6 @@ class YOLACTGraph(Graph):
         results = [boxes, found.scores, found.classes, masks, valid]
         if ious is not None:
             results.append(found.scores * ious)
-            if detector.rescore_boxes:
-                results[1] = results[-1]
-                order = best_first(results[1], valid, self.limit)
-                results = [x[order] for x in results]
         return tuple(results)
 
     def network_input(self, image: Tensor) -> Tensor:
@@ -118,8 +114,6 @@ class YOLACTGraph(Graph):
         top, index = F.pad(ranked, (0, self.top_k), value=-1.0).topk(self.top_k, dim=1)
         index = index.clamp(max=boxes.shape[0] - 1)
         keep = not_overlapped(boxes, index, detector.nms_threshold) & (top >= 0)
-        if detector.class_score_threshold > 0 and not cross_class:
-            keep = keep & (top > detector.class_score_threshold)
         top, index = top.where(keep, -1).flatten(), index.flatten()
         best = best_first(top, top >= 0, self.limit)
         index = index[best]

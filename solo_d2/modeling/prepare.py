@@ -76,7 +76,6 @@ def _checkpointed(block: nn.Module, *args: Any) -> Any:
         forward,
         *args,
         use_reentrant=False,
-        preserve_rng_state=False,  # backbones draw no random numbers
         context_fn=lambda: (nullcontext(), _unchanged_statistics(block)),
     )
 

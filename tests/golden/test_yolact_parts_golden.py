@@ -13,7 +13,7 @@ from solo_d2.layers.box_nms import Kept, cross_class_fast_nms, fast_nms, traditi
 from solo_d2.layers.masks import upsample_to_binary
 from solo_d2.modeling import GroundTruth
 from solo_d2.modeling.yolact.anchors import AnchorGenerator, decode, encode
-from solo_d2.modeling.yolact.criterion import YOLACTCriterion, hard_negatives
+from solo_d2.modeling.yolact.criterion import YOLACTCriterion, class_costs, hard_negatives
 from solo_d2.modeling.yolact.head import MaskRater, YOLACTOutputs, assemble_masks, inside_boxes
 from solo_d2.modeling.yolact.inference import output_boxes
 from solo_d2.modeling.yolact.targets import match
@@ -186,7 +186,9 @@ def test_matching_and_hard_negatives_of_the_loss_cases_are_the_originals(golden,
     for name, case in loss_cases.items():
         matches = [case.criterion.match(gt, case.anchors) for gt in case.ground_truth]
         labels = torch.stack([found.labels for found in matches])
-        hard = hard_negatives(case.fields["conf"], labels, case.criterion.neg_pos_ratio)
+        hard = hard_negatives(
+            class_costs(case.fields["conf"], labels), labels, case.criterion.neg_pos_ratio
+        )
         for i, found in enumerate(matches):
             positive = (found.labels > 0).nonzero()[:, 0]
             assert torch.equal(positive, golden[f"{name}_pos{i}"].long()), (name, i)

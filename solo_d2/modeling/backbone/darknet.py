@@ -1,32 +1,31 @@
 """DarkNet-53 (YOLOv3, arXiv 1804.02767) as a bottom-up backbone."""
 
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from .registry import check_freeze_at, register_backbone
+from .registry import check_stages, freeze, register_backbone
 
 # Residual blocks per stage of DarkNet-53.
 _BLOCKS = {"res1": 1, "res2": 2, "res3": 8, "res4": 8, "res5": 4}
 
 
-class _ConvNormLeaky(Conv2d):
+def _conv(
+    in_channels: int, out_channels: int, kernel_size: int, *, norm: str, stride: int = 1
+) -> Conv2d:
     """Convolution without bias, norm, leaky ReLU; keeps the size at stride 1."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, norm: str, stride: int = 1
-    ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=kernel_size // 2,
-            bias=False,
-            norm=get_norm(norm, out_channels),
-            activation=nn.LeakyReLU(0.1, inplace=True),
-        )
-        nn.init.kaiming_normal_(self.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+    conv = Conv2d(
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=stride,
+        padding=kernel_size // 2,
+        bias=False,
+        norm=get_norm(norm, out_channels),
+        activation=nn.LeakyReLU(0.1, inplace=True),
+    )
+    nn.init.kaiming_normal_(conv.weight, a=0.1, mode="fan_out", nonlinearity="leaky_relu")
+    return conv
 
 
 class DarkNetBlock(nn.Module):
@@ -34,8 +33,8 @@ class DarkNetBlock(nn.Module):
 
     def __init__(self, channels: int, *, norm: str):
         super().__init__()
-        self.conv1 = _ConvNormLeaky(channels, channels // 2, 1, norm=norm)
-        self.conv2 = _ConvNormLeaky(channels // 2, channels, 3, norm=norm)
+        self.conv1 = _conv(channels, channels // 2, 1, norm=norm)
+        self.conv2 = _conv(channels // 2, channels, 3, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(self.conv1(x))
@@ -67,33 +66,23 @@ class DarkNet(Backbone):
         """
         super().__init__()
         names = [*_BLOCKS]
-        if not out_features or not set(out_features) <= set(names):
-            raise ValueError(f"out_features must be some of {names}, not {[*out_features]}")
-        check_freeze_at(freeze_at)
+        check_stages(out_features, names, freeze_at)
         self._out_features = list(out_features)
         self._out_feature_channels = {}
         self._out_feature_strides = {}
 
-        self.stem = _ConvNormLeaky(3, stem_channels, 3, norm=norm)
-        last = max(names.index(name) for name in out_features)
-        self.stage_names = names[: last + 1]
+        self.stem = _conv(3, stem_channels, 3, norm=norm)
+        self.stage_names = names[: 1 + max(map(names.index, out_features))]
         for i, name in enumerate(self.stage_names):
             width = stem_channels * 2**i
-            entry = _ConvNormLeaky(width, 2 * width, 3, norm=norm, stride=2)
+            entry = _conv(width, 2 * width, 3, norm=norm, stride=2)
             blocks = [DarkNetBlock(2 * width, norm=norm) for _ in range(_BLOCKS[name])]
             self.add_module(name, nn.Sequential(entry, *blocks))
-            if name in out_features:
-                self._out_feature_channels[name] = 2 * width
-                self._out_feature_strides[name] = 2 ** (i + 1)
-        self._freeze(freeze_at)
-
-    def _freeze(self, freeze_at: int) -> None:
-        if freeze_at < 1:
-            return
-        for name in ("stem", *self.stage_names[:freeze_at]):
-            part = getattr(self, name)
-            part.requires_grad_(False)
-            FrozenBatchNorm2d.convert_frozen_batchnorm(part)
+            self._out_feature_channels[name] = 2 * width
+            self._out_feature_strides[name] = 2 ** (i + 1)
+        if freeze_at:
+            for name in ("stem", *self.stage_names[:freeze_at]):
+                freeze(getattr(self, name))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> a map (N, C, ceil(H / stride), ceil(W / stride)) per output."""

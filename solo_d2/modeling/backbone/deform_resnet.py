@@ -1,15 +1,14 @@
 """ResNets with deformable convolutions, without Detectron2's compiled extension."""
 
 from detectron2.layers import CNNBlockBase, ShapeSpec
-from detectron2.modeling import FPN, ResNet, build_resnet_backbone
+from detectron2.modeling import ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.deform_conv import DeformConv2d
 
-from .fpn import build_fcos_fpn, build_fpn
-from .registry import register_backbone
+from .registry import register_backbone, register_pyramids
 
 
 class DeformBottleneck(CNNBlockBase):
@@ -93,13 +92,8 @@ def build_deform_resnet_backbone(cfg, input_shape: ShapeSpec) -> ResNet:
     return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-@register_backbone
-def build_deform_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under a feature pyramid P2 to P6."""
-    return build_fpn(cfg, build_deform_resnet_backbone(cfg, input_shape))
-
-
-@register_backbone
-def build_fcos_resnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under FCOS's feature pyramid, P3 to P7."""
-    return build_fcos_fpn(cfg, build_deform_resnet_backbone(cfg, input_shape))
+register_pyramids(
+    build_deform_resnet_backbone,
+    fpn="build_deform_resnet_fpn_backbone",
+    fcos_fpn="build_fcos_resnet_fpn_backbone",
+)

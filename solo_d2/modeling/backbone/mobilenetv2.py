@@ -3,12 +3,12 @@
 from typing import Any
 
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import FPN, Backbone
+from detectron2.modeling import Backbone
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
-from .fpn import build_fcos_fpn, build_fpn
-from .registry import check_freeze_at, register_backbone
+from ..options import check_choice
+from .registry import check_stages, freeze, register_backbone, register_pyramids
 
 # Last block of each stride. The final 1x1 conv to 1280 channels belongs to the classifier and is
 # left out: it would quadruple the width of the coarsest lateral connection.
@@ -40,11 +40,8 @@ class MobileNetV2(Backbone):
             ValueError: an option has an unsupported value.
         """
         super().__init__()
-        if not out_features or not set(out_features) <= set(_STAGES):
-            raise ValueError(f"out_features must be some of {[*_STAGES]}, not {[*out_features]}")
-        if norm not in ("FrozenBN", "BN"):
-            raise ValueError(f"norm must be 'FrozenBN' or 'BN', not {norm!r}")
-        check_freeze_at(freeze_at)
+        check_stages(out_features, [*_STAGES], freeze_at)
+        check_choice("norm", norm, ("FrozenBN", "BN"))
         blocks = mobilenet_v2(weights=None, width_mult=width_mult).features
         self.features = blocks[: max(_STAGES[name] for name in out_features) + 1]
         self._out_features = list(out_features)
@@ -55,10 +52,7 @@ class MobileNetV2(Backbone):
         frozen = 0
         if freeze_at > 0:
             frozen = 1 + max([_STAGES[f"res{i}"] for i in range(2, freeze_at + 1)], default=0)
-        for block in self.features[:frozen]:
-            for parameter in block.parameters():
-                parameter.requires_grad = False
-            FrozenBatchNorm2d.convert_frozen_batchnorm(block)
+        freeze(self.features[:frozen])
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
@@ -95,13 +89,8 @@ def build_mobilenetv2_backbone(cfg, input_shape: ShapeSpec) -> MobileNetV2:
     )
 
 
-@register_backbone
-def build_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under a feature pyramid P2 to P6."""
-    return build_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
-
-
-@register_backbone
-def build_fcos_mobilenetv2_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under FCOS's feature pyramid, P3 to P7."""
-    return build_fcos_fpn(cfg, build_mobilenetv2_backbone(cfg, input_shape))
+register_pyramids(
+    build_mobilenetv2_backbone,
+    fpn="build_mobilenetv2_fpn_backbone",
+    fcos_fpn="build_fcos_mobilenetv2_fpn_backbone",
+)

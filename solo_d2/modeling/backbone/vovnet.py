@@ -6,15 +6,16 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import FPN, Backbone
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from solo_d2.layers.deform_conv import DeformConv2d
+from solo_d2.layers.masks import chunk_length
 
-from .fpn import build_fcos_fpn, build_fpn
-from .registry import check_freeze_at, register_backbone
+from ..options import check_choice
+from .registry import check_stages, freeze, register_backbone, register_pyramids
 
 
 class VoVNetBody(NamedTuple):
@@ -49,7 +50,6 @@ BODIES = {
     "V-99-eSE": VoVNetBody(_STEM, _INNER, _OUT, 5, (1, 3, 9, 3)),
 }
 _STAGES = ("stage2", "stage3", "stage4", "stage5")
-_NORMS = ("FrozenBN", "BN", "SyncBN", "GN")
 
 
 class EffectiveSqueezeExcitation(nn.Module):
@@ -126,13 +126,29 @@ class OSAModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
-        outputs = [x]
+        maps = [x]
         y = x if self.reduction is None else self.reduction(x)
         for layer in self.layers:
             y = layer(y)
-            outputs.append(y)
-        z = self.ese(self.concat(torch.cat(outputs, dim=1)))
-        return x + z if self.identity else z
+            maps.append(y)
+        z = self.ese(self._reduce(maps))
+        return z.add_(x) if self.identity else z
+
+    def _reduce(self, maps: list[Tensor]) -> Tensor:
+        """The 1x1 convolution of the concatenated maps; empties the list to release them.
+
+        Without gradients, the CPU goes through strips of rows, which its caches hold: as a whole,
+        the concatenation would be the largest tensor of the network.
+        """
+        n, _, _, width = maps[0].shape
+        recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or recorded or maps[0].device.type != "cpu":
+            return self.concat(torch.cat(maps, dim=1))
+        rows = chunk_length(4 * n * self.concat.in_channels * width)
+        parts = zip(*(x.split(rows, dim=2) for x in maps))
+        strips = [self.concat(torch.cat(part, dim=1)) for part in parts]
+        maps.clear()
+        return strips[0] if len(strips) == 1 else torch.cat(strips, dim=2)
 
 
 class VoVNet(Backbone):
@@ -168,15 +184,16 @@ class VoVNet(Backbone):
         """
         super().__init__()
         names = ["stem", *_STAGES]
-        if not out_features or not set(out_features) <= set(names):
-            raise ValueError(f"out_features must be some of {names}, not {[*out_features]}")
-        _check_norm(norm, body)
+        check_stages(out_features, names, freeze_at)
+        check_choice("norm", norm, ("FrozenBN", "BN", "SyncBN", "GN"))
+        odd = [width for width in (*body.stem, *body.inner, *body.out) if width % 32]
+        if norm == "GN" and odd:
+            raise ValueError(f"norm 'GN' has 32 groups, but this body has {odd[0]} channels")
         if len(deform_on_per_stage) != len(_STAGES):
             raise ValueError(
                 f"deform_on_per_stage must have {len(_STAGES)} values, for stage2 to stage5, "
                 f"not {len(deform_on_per_stage)}"
             )
-        check_freeze_at(freeze_at)
         self._out_features = [name for name in names if name in out_features]
         self.stage_names = names[1 : 1 + names.index(self._out_features[-1])]
 
@@ -195,65 +212,40 @@ class VoVNet(Backbone):
         for i, name in enumerate(self.stage_names):
             deformable = deform_on_per_stage[i] and not body.depthwise
             conv = deform3x3 if deformable else conv3x3
-            self.add_module(name, _stage(channels, body, i, conv3x3=conv, norm=norm))
-            self._out_feature_channels[name] = channels = body.out[i]
+            stage = nn.Sequential()
+            for k in range(body.modules[i]):
+                module = OSAModule(
+                    channels,
+                    body.inner[i],
+                    body.out[i],
+                    num_layers=body.layers,
+                    conv3x3=conv,
+                    norm=norm,
+                    reduce=body.depthwise and channels != body.inner[i],
+                    # a stage's first module changes the width
+                    identity=k > 0,
+                )
+                stage.add_module(f"osa{k + 1}", module)
+                channels = body.out[i]
+            self.add_module(name, stage)
+            self._out_feature_channels[name] = channels
             self._out_feature_strides[name] = 4 * 2**i
         for module in self.modules():
             if isinstance(module, Conv2d):  # offset convolutions are not, and stay zero
                 nn.init.kaiming_normal_(module.weight)
-        self._freeze(freeze_at)
-
-    def _freeze(self, freeze_at: int) -> None:
         for name in ["stem", *self.stage_names][:freeze_at]:
-            part = getattr(self, name)
-            part.requires_grad_(False)
-            FrozenBatchNorm2d.convert_frozen_batchnorm(part)
+            freeze(getattr(self, name))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(N, in_channels, H, W) -> a map (N, C, about H / stride, W / stride) per output."""
-        x = self.stem(x)
-        outputs = {"stem": x}
-        for name in self.stage_names:
-            if name != "stage2":
+        outputs = {}
+        for name in ["stem", *self.stage_names]:
+            if name in _STAGES[1:]:
                 x = F.max_pool2d(x, kernel_size=3, stride=2, ceil_mode=True)
             x = getattr(self, name)(x)
-            outputs[name] = x
-        return {name: outputs[name] for name in self._out_features}
-
-
-def _check_norm(norm: str, body: VoVNetBody) -> None:
-    if norm not in _NORMS:
-        raise ValueError(f"norm must be one of {[*_NORMS]}, not {norm!r}")
-    odd = [width for width in (*body.stem, *body.inner, *body.out) if width % 32]
-    if norm == "GN" and odd:
-        raise ValueError(f"norm 'GN' has 32 groups, but this body has {odd[0]} channels")
-
-
-def _stage(
-    in_channels: int,
-    body: VoVNetBody,
-    index: int,
-    *,
-    conv3x3: Callable[[int, int], nn.Module],
-    norm: str,
-) -> nn.Sequential:
-    """Stage ``index`` of ``body``, 0 for stage2: its modules are called osa1, osa2 and so on."""
-    stage = nn.Sequential()
-    for k in range(body.modules[index]):
-        channels = body.out[index] if k else in_channels
-        module = OSAModule(
-            channels,
-            body.inner[index],
-            body.out[index],
-            num_layers=body.layers,
-            conv3x3=conv3x3,
-            norm=norm,
-            reduce=body.depthwise and channels != body.inner[index],
-            # a stage's first module changes the width
-            identity=k > 0,
-        )
-        stage.add_module(f"osa{k + 1}", module)
-    return stage
+            if name in self._out_features:
+                outputs[name] = x
+        return outputs
 
 
 def _deform3x3(in_channels: int, out_channels: int, *, norm: str, modulated: bool) -> nn.Module:
@@ -294,10 +286,7 @@ def build_vovnet_backbone(cfg, input_shape: ShapeSpec) -> VoVNet:
         ValueError: a key has an unsupported value; see also ``VoVNet``.
     """
     options = cfg.MODEL.VOVNET
-    if options.CONV_BODY not in BODIES:
-        raise ValueError(
-            f"MODEL.VOVNET.CONV_BODY must be one of {[*BODIES]}, not {options.CONV_BODY!r}"
-        )
+    check_choice("MODEL.VOVNET.CONV_BODY", options.CONV_BODY, tuple(BODIES))
     return VoVNet(
         body=BODIES[options.CONV_BODY].scaled(options.WIDTH_MULT),
         out_features=options.OUT_FEATURES,
@@ -309,13 +298,8 @@ def build_vovnet_backbone(cfg, input_shape: ShapeSpec) -> VoVNet:
     )
 
 
-@register_backbone
-def build_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under a feature pyramid P2 to P6."""
-    return build_fpn(cfg, build_vovnet_backbone(cfg, input_shape))
-
-
-@register_backbone
-def build_fcos_vovnet_fpn_backbone(cfg, input_shape: ShapeSpec) -> FPN:
-    """The same under FCOS's feature pyramid, P3 to P7."""
-    return build_fcos_fpn(cfg, build_vovnet_backbone(cfg, input_shape))
+register_pyramids(
+    build_vovnet_backbone,
+    fpn="build_vovnet_fpn_backbone",
+    fcos_fpn="build_fcos_vovnet_fpn_backbone",
+)

@@ -33,7 +33,7 @@ from ..num_classes import resolve_num_classes
 from ..options import check_at_least, check_choice, check_fractions
 from .head import FCOSHead, FCOSOutputs
 from .inference import SelectedBoxes, select_boxes
-from .losses import BOX_LOSSES
+from .losses import BOX_LOSSES, box_loss
 from .targets import assign_locations, box_distances, centerness, level_locations
 
 
@@ -76,7 +76,7 @@ class FCOSProposalGenerator(nn.Module):
             num_classes: C.
             borders, radius: which locations are assigned to a box, see
                 ``targets.assign_locations``.
-            box_loss_type: one of ``losses.BOX_LOSSES``.
+            box_loss_type: see ``losses.box_loss``.
             focal_loss_alpha, focal_loss_gamma: parameters of the class loss.
             score_threshold_train, score_threshold_test, threshold_with_centerness, pre_nms_topk,
                 nms_threshold: see ``inference.select_boxes``.
@@ -86,7 +86,7 @@ class FCOSProposalGenerator(nn.Module):
         Raises:
             ValueError: an option has an unsupported value.
         """
-        check_choice("box_loss_type", box_loss_type, tuple(BOX_LOSSES))
+        check_choice("box_loss_type", box_loss_type, BOX_LOSSES)
         _check_levels(in_features, strides, borders)
         check_at_least(1, num_classes=num_classes, pre_nms_topk=pre_nms_topk)
         check_at_least(0, radius=radius, max_proposals=max_proposals, max_detections=max_detections)
@@ -102,7 +102,7 @@ class FCOSProposalGenerator(nn.Module):
         self.num_classes = num_classes
         self.borders = list(borders)
         self.radius = radius
-        self.box_loss = BOX_LOSSES[box_loss_type]
+        self.box_loss_type = box_loss_type
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
         self.score_threshold_train = score_threshold_train
@@ -202,7 +202,7 @@ class FCOSProposalGenerator(nn.Module):
         boxes = [image.boxes for image in found]
         # NaN scores find nothing, NaN distances find boxes that are nowhere
         suspects = [torch.cat(boxes), *(() if all(map(len, boxes)) else outputs.class_logits)]
-        if not all(x.isfinite().all() for x in suspects):
+        if not torch.stack([x.isfinite().all() for x in suspects]).all():
             raise ValueError("the outputs are not finite: weights have inf or NaN values")
         return [
             Instances(
@@ -268,13 +268,13 @@ class FCOSProposalGenerator(nn.Module):
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        box_loss = self.box_loss(distances[image, :, location], targets) * weights
+        box_losses = box_loss(distances[image, :, location], targets, self.box_loss_type)
         centerness_loss = F.binary_cross_entropy_with_logits(
             centerness_logits[image, 0, location].float(), weights, reduction="sum"
         )
         return {
             "loss_fcos_cls": class_loss / num_positive.clamp(min=1),
-            "loss_fcos_loc": box_loss.sum() / weight_sum.clamp(min=1e-6),
+            "loss_fcos_loc": (box_losses * weights).sum() / weight_sum.clamp(min=1e-6),
             "loss_fcos_ctr": centerness_loss / num_positive.clamp(min=1),
         }
 

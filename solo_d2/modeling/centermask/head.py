@@ -4,11 +4,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from detectron2.layers import Conv2d, get_norm
+from detectron2.layers import Conv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..options import check_channels
+from ..options import check_at_least, check_channels
 
 
 class FCOSOutputs(NamedTuple):
@@ -30,36 +30,30 @@ class FCOSHead(nn.Module):
         num_classes: int,
         num_class_convs: int = 4,
         num_box_convs: int = 4,
-        norm: str = "GN",
-        prior_prob: float = 0.01,
     ):
         """
         Args:
             in_channels: channels of all features and of the towers.
             num_levels: number of levels; each has a learned factor on its distances.
             num_classes: C.
-            num_class_convs, num_box_convs: 3x3 convolutions of each tower, with norm and ReLU.
-            norm: see ``detectron2.layers.get_norm``; "GN" has 32 groups, "" is no norm.
-            prior_prob: probability of each class before training.
+            num_class_convs, num_box_convs: 3x3 convolutions of each tower, with group norm and
+                ReLU.
 
         Raises:
             ValueError: an argument has an unsupported value.
         """
         super().__init__()
-        if not 0 < prior_prob < 1:
-            raise ValueError(f"prior_prob must be between 0 and 1, not {prior_prob!r}")
-        if min(num_class_convs, num_box_convs) < 0:
-            raise ValueError(
-                "num_class_convs and num_box_convs must be 0 or more, "
-                f"not {num_class_convs!r} and {num_box_convs!r}"
-            )
-        check_channels(norm, in_channels=in_channels)
-        self.class_tower = _tower(num_class_convs, in_channels, norm)
-        self.box_tower = _tower(num_box_convs, in_channels, norm)
+        check_at_least(0, num_class_convs=num_class_convs, num_box_convs=num_box_convs)
+        check_channels("GN", in_channels=in_channels)
+        self.class_tower, self.box_tower = (
+            nn.Sequential(*(_conv3x3(in_channels, in_channels, norm=True) for _ in range(n)))
+            for n in (num_class_convs, num_box_convs)
+        )
         self.class_logits = _conv3x3(in_channels, num_classes)
         self.box_pred = _conv3x3(in_channels, 4)
         self.centerness = _conv3x3(in_channels, 1)
-        nn.init.constant_(self.class_logits.bias, -math.log((1 - prior_prob) / prior_prob))
+        # each class has a probability of 0.01 before training
+        nn.init.constant_(self.class_logits.bias, -math.log(99))
         self.scales = nn.Parameter(torch.ones(num_levels))
 
     def forward(self, features: list[Tensor]) -> FCOSOutputs:
@@ -68,7 +62,7 @@ class FCOSHead(nn.Module):
         for feature, scale in zip(features, self.scales):
             box_feature = self.box_tower(feature)
             class_logits.append(self.class_logits(self.class_tower(feature)))
-            distances.append(F.relu(self.box_pred(box_feature).float() * scale))
+            distances.append(F.relu_(self.box_pred(box_feature).float() * scale))
             centerness.append(self.centerness(box_feature))
         return FCOSOutputs(class_logits, distances, centerness)
 
@@ -80,30 +74,15 @@ class _GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def _tower(num_convs: int, channels: int, norm: str) -> nn.Sequential:
-    return nn.Sequential(
-        *(
-            _conv3x3(
-                channels,
-                channels,
-                norm=_GroupNorm(32, channels) if norm == "GN" else get_norm(norm, channels),
-                activation=nn.ReLU(inplace=True),
-            )
-            for _ in range(num_convs)
-        )
-    )
-
-
-def _conv3x3(
-    in_channels: int,
-    out_channels: int,
-    *,
-    norm: nn.Module | None = None,
-    activation: nn.Module | None = None,
-) -> Conv2d:
-    """A 3x3 convolution with a bias, even if a norm follows, as in the published code."""
+def _conv3x3(in_channels: int, out_channels: int, *, norm: bool = False) -> Conv2d:
+    """A 3x3 convolution with a bias, as published, also where group norm and ReLU follow."""
     conv = Conv2d(
-        in_channels, out_channels, kernel_size=3, padding=1, norm=norm, activation=activation
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        padding=1,
+        norm=_GroupNorm(32, out_channels) if norm else None,
+        activation=F.relu_ if norm else None,
     )
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -45,52 +46,68 @@ def select_boxes(
         post_nms_topk: maximum number of boxes per image, exceeded if the last ones have equal
             scores; 0: all.
     """
-    levels = [
-        _best_of_level(
-            *level,
-            stride=stride,
-            score_threshold=score_threshold,
-            threshold_with_centerness=threshold_with_centerness,
-            topk=pre_nms_topk,
-        )
-        for *level, stride in zip(*outputs, strides)
+    # Nothing more is computed for the other pairs, which are nearly all. Centerness is at most 1,
+    # so a product above the threshold needs a class probability above it.
+    above = [
+        (x > logit(score_threshold)).permute(0, 2, 3, 1).flatten(1) for x in outputs.class_logits
     ]
-    return [
-        _suppress_boxes(SelectedBoxes(*map(torch.cat, zip(*image))), nms_threshold, post_nms_topk)
-        for image in zip(*levels)
-    ]
+    image, pair = torch.cat(above, dim=1).nonzero(as_tuple=True)
+    starts = [0, *accumulate(x.shape[1] for x in above)]
+    num_pairs, num_images = starts.pop(), len(above[0])
+    # where each level of each image begins among all pairs, and among those above the threshold
+    first = [i * num_pairs + start for i in range(num_images) for start in starts]
+    first = torch.tensor(first, device=pair.device)
+    # beside ``nonzero``, the only wait for the device
+    bounds = [*torch.searchsorted(image * num_pairs + pair, first).tolist(), len(pair)]
+    parts = iter(pair.split([end - begin for begin, end in pairwise(bounds)]))
+    results = []
+    for i in range(num_images):
+        levels = [
+            _best_of_level(
+                next(parts) - start,
+                *(maps[level][i] for maps in outputs),
+                stride=strides[level],
+                threshold=score_threshold if threshold_with_centerness else None,
+                topk=pre_nms_topk,
+            )
+            for level, start in enumerate(starts)
+        ]
+        found = SelectedBoxes(*map(torch.cat, zip(*levels)))
+        results.append(_suppress_boxes(found, nms_threshold, post_nms_topk))
+    return results
 
 
 def _best_of_level(
+    pair: Tensor,
     class_logits: Tensor,
     distances: Tensor,
     centerness: Tensor,
     *,
     stride: int,
-    score_threshold: float,
-    threshold_with_centerness: bool,
+    threshold: float | None,
     topk: int,
-) -> list[SelectedBoxes]:
-    """The best pairs of location and class of one level, per image, unordered."""
-    num_classes, width = class_logits.shape[1], class_logits.shape[3]
-    # Nothing more is computed for the other pairs, which are nearly all. Centerness is at most 1,
-    # so a product above the threshold needs a class probability above it.
-    above = (class_logits > logit(score_threshold)).permute(0, 2, 3, 1).flatten(1)
-    candidates = []
-    for i, pairs_above in enumerate(above):
-        pair = pairs_above.nonzero()[:, 0]
-        location, label = pair.div(num_classes, rounding_mode="floor"), pair % num_classes
-        class_probability = class_logits[i].flatten(1)[label, location].float().sigmoid()
-        product = class_probability * centerness[i].flatten()[location].float().sigmoid()
-        if threshold_with_centerness:
-            keep = product > score_threshold
-            location, label, product = location[keep], label[keep], product[keep]
-        if len(product) > topk:
-            product, best = product.topk(topk)
-            location, label = location[best], label[best]
-        boxes, points = boxes_at(location, distances[i], width=width, stride=stride)
-        candidates.append(SelectedBoxes(boxes, product.sqrt(), label, points))
-    return candidates
+) -> SelectedBoxes:
+    """The best of the given pairs of location and class of one image's level, unordered.
+
+    Args:
+        pair: (n,) location * C + class, ascending.
+        class_logits, distances, centerness: (C, H, W), (4, H, W), (1, H, W).
+        stride: of the level.
+        threshold: class probability times centerness must exceed it.
+        topk: maximum number of results.
+    """
+    num_classes, _, width = class_logits.shape
+    location, label = pair.div(num_classes, rounding_mode="floor"), pair % num_classes
+    class_probability = class_logits.flatten(1)[label, location].float().sigmoid()
+    product = class_probability * centerness.flatten()[location].float().sigmoid()
+    if threshold is not None:
+        keep = product > threshold
+        location, label, product = location[keep], label[keep], product[keep]
+    if len(product) > topk:
+        product, best = product.topk(topk)
+        location, label = location[best], label[best]
+    boxes, points = boxes_at(location, distances, width=width, stride=stride)
+    return SelectedBoxes(boxes, product.sqrt(), label, points)
 
 
 def boxes_at(

@@ -1,10 +1,11 @@
 """Keypoints in the boxes of FCOS."""
 
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.roi_heads import build_keypoint_head, select_foreground_proposals
+from detectron2.modeling.roi_heads import build_keypoint_head
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from ..options import check_choice
 from .fcos import features_by_name
 from .pooler import AdaptiveROIPooler
 
@@ -28,13 +29,13 @@ class KeypointBranch(nn.Module):
     def from_config(cls, cfg, input_shape: dict[str, ShapeSpec]) -> "KeypointBranch":
         options, names = cfg.MODEL.ROI_KEYPOINT_HEAD, cfg.MODEL.ROI_HEADS.IN_FEATURES
         shapes = features_by_name(input_shape, names, "MODEL.ROI_HEADS.IN_FEATURES")
+        check_choice("MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE", options.POOLER_TYPE, ("ROIAlignV2",))
         size = options.POOLER_RESOLUTION
         pooler = AdaptiveROIPooler(
             output_size=size,
             strides=[shape.stride for shape in shapes],
             criterion=cfg.MODEL.CENTERMASK.ASSIGN_CRITERION,
             sampling_ratio=options.POOLER_SAMPLING_RATIO,
-            pooler_type=options.POOLER_TYPE,
         )
         head_input = ShapeSpec(channels=shapes[0].channels, width=size, height=size)
         return cls(in_features=names, pooler=pooler, head=build_keypoint_head(cfg, head_input))
@@ -49,19 +50,16 @@ class KeypointBranch(nn.Module):
         features: dict[str, Tensor],
         proposals: list[Instances],
         targets: list[Instances],
-        num_classes: int,
     ) -> dict[str, Tensor]:
         """
         Args:
             features: the backbone's features.
-            proposals: labeled, with ``gt_index``, see ``CenterMaskROIHeads``.
+            proposals: of objects, with ``gt_index``, see ``CenterMaskROIHeads``.
             targets: with ``gt_keypoints``, but for images without objects.
-            num_classes: C, the label of the background.
 
         Raises:
             ValueError: an image has objects without keypoints.
         """
-        proposals, _ = select_foreground_proposals(proposals, num_classes)
         for proposal, target in zip(proposals, targets):
             if len(proposal):
                 if not target.has("gt_keypoints"):

@@ -3,45 +3,31 @@
 import torch
 from torch import Tensor
 
-
-def _intersection_and_union(distances: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    shared = _area(torch.minimum(distances, targets))
-    return shared, _area(distances) + _area(targets) - shared
+BOX_LOSSES = ("giou", "iou", "linear_iou")
 
 
-def _iou(distances: Tensor, targets: Tensor) -> Tensor:
-    """IoU, with 1 added to both areas as in the published code, which keeps it above 0."""
-    shared, union = _intersection_and_union(distances, targets)
-    return (shared + 1) / (union + 1)
-
-
-def iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """Minus the logarithm of the IoU.
-
+def box_loss(distances: Tensor, targets: Tensor, kind: str) -> Tensor:
+    """
     Args:
         distances, targets: (P, 4) to left, top, right and bottom, in strides, not negative.
+        kind: "giou" (1 - generalized IoU, arXiv 1902.09630), "iou" (minus the logarithm of the
+            IoU) or "linear_iou" (1 - IoU).
 
     Returns:
         (P,).
     """
-    return -_iou(distances, targets).log()
-
-
-def linear_iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """1 - IoU. Args and result as in ``iou_loss``."""
-    return 1 - _iou(distances, targets)
-
-
-def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """1 - generalized IoU (arXiv 1902.09630). Args and result as in ``iou_loss``."""
-    _, union = _intersection_and_union(distances, targets)
+    shared = _area(torch.minimum(distances, targets))
+    union = _area(distances) + _area(targets) - shared
+    # 1 is added to both areas as in the published code, which keeps the IoU above 0
+    iou = (shared + 1) / (union + 1)
+    if kind == "iou":
+        return -iou.log()
+    if kind == "linear_iou":
+        return 1 - iou
     enclosing = _area(torch.maximum(distances, targets))
-    return 1 - _iou(distances, targets) + (enclosing - union) / enclosing
+    return 1 - iou + (enclosing - union) / enclosing
 
 
 def _area(distances: Tensor) -> Tensor:
     left, top, right, bottom = distances.unbind(dim=1)
     return (left + right) * (top + bottom)
-
-
-BOX_LOSSES = {"giou": giou_loss, "iou": iou_loss, "linear_iou": linear_iou_loss}

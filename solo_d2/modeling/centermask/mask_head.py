@@ -58,6 +58,9 @@ class SpatialAttentionMaskHead(MaskRCNNConvUpsampleHead):
             vis_period=vis_period,
         )
         self.attention = SpatialAttention()
+        for layer in self.modules():
+            if isinstance(layer, nn.ReLU):
+                layer.inplace = True
 
     def layers(self, x: Tensor) -> Tensor:
         """(R, in_channels, S, S) -> mask logits (R, C, 2 S, 2 S) of every class."""
@@ -68,7 +71,7 @@ class SpatialAttentionMaskHead(MaskRCNNConvUpsampleHead):
         for name, layer in self.named_children():
             if name.startswith("mask_fcn"):
                 x = layer(x)
-        return F.relu(self.deconv(self.attention(x)))
+        return F.relu_(self.deconv(self.attention(x)))
 
     def class_logits(self, x: Tensor, classes: Tensor) -> Tensor:
         """Like ``layers``, but for one class (R,) each: (R, 2 S, 2 S).

@@ -4,6 +4,8 @@ As published for CenterMask, the IoU is computed with the whole object, not only
 the box.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pycocotools.mask as mask_util
 import torch
@@ -46,7 +48,7 @@ class MaskIoUHead(nn.Module):
         channels = in_channels + 1
         for k in range(1, num_conv + 1):
             stride = 2 if k == num_conv else 1
-            conv = Conv2d(channels, conv_dim, 3, stride=stride, padding=1, activation=F.relu)
+            conv = Conv2d(channels, conv_dim, 3, stride=stride, padding=1, activation=F.relu_)
             weight_init.c2_msra_fill(conv)
             self.add_module(f"conv{k}", conv)
             self.convs.append(conv)
@@ -74,8 +76,8 @@ class MaskIoUHead(nn.Module):
         x = torch.cat([features, mask.to(features.dtype)], dim=1)
         for conv in self.convs:
             x = conv(x)
-        x = F.relu(self.fc1(x.flatten(1)))
-        return self.predictor(F.relu(self.fc2(x)))
+        x = F.relu_(self.fc1(x.flatten(1)))
+        return self.predictor(F.relu_(self.fc2(x)))
 
 
 def mask_iou_targets(predicted: Tensor, targets: Tensor, visible: Tensor) -> Tensor:
@@ -95,28 +97,38 @@ def mask_iou_targets(predicted: Tensor, targets: Tensor, visible: Tensor) -> Ten
     return overlap / union.clamp(min=1)
 
 
-def crop_masks(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_masks(
+    masks: PolygonMasks | BitMasks, index: Sequence[int], boxes: np.ndarray, size: int
+) -> Tensor:
     """Crop masks to boxes and resize them to squares, as Detectron2's ``crop_and_resize`` does.
 
     Args:
         masks: masks of all objects of an image.
-        index: (R,) index of each box's mask.
-        boxes: (R, 4).
+        index: of length R, the index of each box's mask.
+        boxes: (R, 4) float32.
         size: side of the result.
 
     Returns:
-        (R, size, size) bool.
+        (R, size, size) bool, on the device of the masks.
     """
     if isinstance(masks, PolygonMasks):
-        return masks[index].crop_and_resize(boxes, size)
-    # convert each mask to float once, however many boxes it has
-    used, inverse = index.unique(return_inverse=True)
-    rois = torch.cat([inverse[:, None].to(boxes.dtype), boxes], dim=1)
+        return masks[list(index)].crop_and_resize(torch.from_numpy(boxes), size)
+    # only the pixels that a box needs become float
+    limit = np.array(masks.image_size[::-1])
+    low = np.clip(np.floor(boxes[:, :2]) - 1, 0, limit - 1)
+    high = np.maximum(np.minimum(np.ceil(boxes[:, 2:]) + 1, limit), low + 1)
     align = ROIAlign((size, size), spatial_scale=1.0, sampling_ratio=0, aligned=True)
-    return align(masks.tensor[used, None].float(), rois)[:, 0] >= 0.5
+    crops = [masks.tensor.new_zeros((0, size, size))]
+    for i, (x1, y1), (x2, y2), box in zip(index, low.astype(int), high.astype(int), boxes):
+        window = masks.tensor[i, y1:y2, x1:x2].float()
+        roi = [0.0, *(box - (x1, y1, x1, y1))]
+        crops.append(align(window[None, None], window.new_tensor([roi]))[0] >= 0.5)
+    return torch.cat(crops)
 
 
-def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) -> Tensor:
+def visible_share(
+    masks: PolygonMasks | BitMasks, index: Sequence[int], boxes: np.ndarray
+) -> Tensor:
     """Share of an object's area inside a box; 0 for an empty object.
 
     The box's size is rounded down to pixels. As in the published code, polygons are rasterized on a
@@ -128,42 +140,41 @@ def visible_share(masks: PolygonMasks | BitMasks, index: Tensor, boxes: Tensor) 
     """
     area_of = _polygon_areas if isinstance(masks, PolygonMasks) else _bitmask_areas
     inside, whole = area_of(masks, index, boxes)
-    return torch.where(whole > 0, inside / whole, 0).clamp(0, 1).to(boxes)
+    return torch.where(whole > 0, inside / whole, 0).clamp(0, 1).float()
 
 
-def _polygon_areas(masks: PolygonMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+def _polygon_areas(
+    masks: PolygonMasks, index: Sequence[int], boxes: np.ndarray
+) -> tuple[Tensor, Tensor]:
     """Pixels in the boxes and areas of the polygons, (R,) float64; parts are summed."""
-    whole = masks.area().double()[index.cpu()]
     inside = []
-    for i, box in zip(index.tolist(), boxes.cpu().numpy()):
+    for i, box in zip(index, boxes):
         width, height = box[2:] - box[:2]
         if min(width, height) < 1 or not masks.polygons[i]:
             inside.append(0.0)
             continue
         parts = [part - np.resize(box[:2], part.shape) for part in masks.polygons[i]]
         inside.append(mask_util.area(mask_util.frPyObjects(parts, int(height), int(width))).sum())
-    return torch.tensor(inside, dtype=torch.float64), whole
+    return torch.tensor(inside, dtype=torch.float64), masks.area().double()[list(index)]
 
 
-def _bitmask_areas(masks: BitMasks, index: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas inside the boxes and whole areas, (R,) float32."""
-    used, mask = index.unique(return_inverse=True)
-    # sums[m, y, x]: pixels of mask m in row y, up to and including column x
-    sums = masks.tensor[used].cumsum(dim=2, dtype=torch.int32)
-    height, width = sums.shape[1:]
+def _bitmask_areas(
+    masks: BitMasks, index: Sequence[int], boxes: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Areas inside the boxes and whole areas, (R,) float32.
 
-    def area_left_of(x: Tensor) -> Tensor:
-        """(R,) -> (R, H) area per row, with a fraction of the pixel that x lies in."""
-        x = x.clamp(0, width)
-        column = x.long().clamp(max=width - 1)
-        including = sums[mask, :, column].float()
-        before = sums[mask, :, (column - 1).clamp(min=0)] * (column > 0)[:, None]
-        return torch.lerp(before.float(), including, (x - column)[:, None])
-
-    x1, y1 = boxes[:, 0], boxes[:, 1]
-    x2 = x1 + (boxes[:, 2] - x1).floor().clamp(min=0)
-    y2 = y1 + (boxes[:, 3] - y1).floor().clamp(min=0)
-    row = torch.arange(height, device=boxes.device)
-    share = torch.minimum(y2[:, None], row + 1) - torch.maximum(y1[:, None], row)
-    inside = (area_left_of(x2) - area_left_of(x1)) * share.clamp(min=0)
-    return inside.sum(dim=1), sums[mask, :, -1].sum(dim=1).float()
+    A box that starts within a pixel covers parts of pixels at its ends. So its area is a weighted
+    mean of the four windows of whole pixels around it.
+    """
+    corner = np.floor(boxes[:, :2]).astype(int)
+    size = np.floor(boxes[:, 2:] - boxes[:, :2]).astype(int)
+    counts, whole = [], {i: masks.tensor[i].count_nonzero() for i in set(index)}
+    for i, (x, y), (w, h) in zip(index, corner, size):
+        for top, left in ((y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1)):
+            rows, columns = (slice(max(0, a), max(0, a + n)) for a, n in ((top, h), (left, w)))
+            counts.append(masks.tensor[i, rows, columns].count_nonzero())
+    none = masks.tensor.new_zeros(0, dtype=torch.float32)
+    x, y = torch.from_numpy(boxes[:, :2] - corner).to(none).unbind(dim=1)
+    weights = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], dim=1)
+    inside = torch.stack([none.new_zeros(()).long(), *counts])[1:].view(-1, 4) * weights
+    return inside.sum(dim=1), torch.stack([whole[i] for i in index]).float() if index else none

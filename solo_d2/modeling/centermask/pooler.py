@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.layers import ROIAlign
-from detectron2.modeling.poolers import assign_boxes_to_levels, convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..options import check_choice
 
 CRITERIA = ("ratio", "area")
-POOLER_TYPES = ("ROIAlignV2", "ROIAlign")
 # Boxes are clipped to this many image sides around the image.
 MAX_REACH = 16
 
@@ -47,7 +47,6 @@ class AdaptiveROIPooler(nn.Module):
         strides: Sequence[int],
         criterion: str = "ratio",
         sampling_ratio: int = 0,
-        pooler_type: str = "ROIAlignV2",
     ):
         """
         Args:
@@ -55,14 +54,12 @@ class AdaptiveROIPooler(nn.Module):
             strides: strides of the levels, each twice the previous one.
             criterion: "ratio", see ``assign_by_ratio``, or "area", the rule of FPN.
             sampling_ratio: samples per side of a cell; 0: one per pixel.
-            pooler_type: "ROIAlignV2", or "ROIAlign", whose boxes are off by half a pixel.
 
         Raises:
             ValueError: an option has an unsupported value.
         """
         super().__init__()
         check_choice("criterion", criterion, CRITERIA)
-        check_choice("pooler_type", pooler_type, POOLER_TYPES)
         levels = [int(math.log2(stride)) for stride in strides]
         if list(strides) != [2**k for k in range(levels[0], levels[-1] + 1)]:
             raise ValueError(f"strides must be successive powers of 2, not {list(strides)}")
@@ -70,9 +67,7 @@ class AdaptiveROIPooler(nn.Module):
         self.criterion = criterion
         self.output_size = output_size
         self.aligns = nn.ModuleList(
-            ROIAlign(
-                (output_size, output_size), 1 / stride, sampling_ratio, pooler_type == "ROIAlignV2"
-            )
+            ROIAlign((output_size, output_size), 1 / stride, sampling_ratio, aligned=True)
             for stride in strides
         )
 
@@ -93,12 +88,13 @@ class AdaptiveROIPooler(nn.Module):
         box_lists = [Boxes(boxes.tensor.clamp(-limit, limit)) for boxes in box_lists]
         levels = self.assign(box_lists, image_sizes)
         order = levels.argsort(stable=True)
-        counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1)
-        rois = convert_boxes_to_pooler_format(box_lists)[order].split(counts.tolist())
+        counts = (levels == torch.arange(len(x), device=levels.device)[:, None]).sum(dim=1).tolist()
+        rois = torch.cat([F.pad(b.tensor, (1, 0), value=i) for i, b in enumerate(box_lists)])[order]
         # Features in half precision are pooled as float32: RoIAlign would convert the boxes to
         # their type, which has only 11 bits for a coordinate. Levels without boxes are pooled too,
         # which connects them to the losses.
-        pooled = torch.cat([f(y.float(), r) for f, y, r in zip(self.aligns, x, rois)])
+        parts = zip(self.aligns, x, rois.split(counts))
+        pooled = torch.cat([align(feature.float(), part) for align, feature, part in parts])
         return pooled.new_empty(pooled.shape).index_copy(0, order, pooled)
 
     def assign(self, box_lists: list[Boxes], image_sizes: list[tuple[int, int]]) -> Tensor:
@@ -106,10 +102,8 @@ class AdaptiveROIPooler(nn.Module):
         if self.criterion == "area":
             # FPN's: a box of 224 x 224 pixels belongs to level 4
             return assign_boxes_to_levels(box_lists, self.min_level, self.max_level, 224, 4)
-        areas = [height * width for height, width in image_sizes]
-        image_areas = [
-            boxes.tensor.new_full((len(boxes),), a) for a, boxes in zip(areas, box_lists)
-        ]
+        sizes = zip(box_lists, image_sizes)
+        image_areas = [boxes.tensor.new_full((len(boxes),), h * w) for boxes, (h, w) in sizes]
         return assign_by_ratio(
             torch.cat([boxes.area() for boxes in box_lists]),
             torch.cat(image_areas),

@@ -5,6 +5,8 @@ longer side. In a square input they range from 0 to 1 along both axes, as in the
 other inputs both axes have the same unit, so an anchor has the same size in pixels in every batch.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,53 +14,56 @@ from torch import Tensor
 
 from solo_d2.layers.symbolic import larger
 
+from ..options import check_at_least
+
 # Scales of the encoded center and size (the "variances" of SSD).
 _CENTER_SCALE, _SIZE_SCALE = 0.1, 0.2
 # Maximum decoded log of a box's side over its anchor's; keeps boxes finite if training diverges.
 _MAX_LOG_SIZE = 10.0
 
 
+@dataclass(frozen=True, kw_only=True)
 class AnchorGenerator:
-    """The anchors of all levels for an input size."""
+    """The anchors of all levels for an input size.
 
-    def __init__(
-        self,
-        *,
-        sizes: list[float],
-        per_octave: int = 1,
-        aspect_ratios: list[float],
-        square: bool = True,
-    ):
-        """
-        Args:
-            sizes: the smallest anchor's side per level, in pixels of the network's input.
-            per_octave: scales per level, spread evenly over one octave.
-            aspect_ratios: width over height.
-            square: make the height equal to the width, as the published code did by mistake. The
-                weights of YOLACT need it, those of YOLACT++ do not.
+    Attributes:
+        sizes: the smallest anchor's side per level, in pixels of the network's input.
+        per_octave: scales per level, spread evenly over one octave.
+        aspect_ratios: width over height.
+        square: make the height equal to the width, as the published code did by mistake. The
+            weights of YOLACT need it, those of YOLACT++ do not.
 
-        Raises:
-            ValueError: an option has an unsupported value.
-        """
-        for name, values in (("sizes", sizes), ("aspect_ratios", aspect_ratios)):
+    Raises:
+        ValueError: an option has an unsupported value.
+    """
+
+    sizes: Sequence[float]
+    per_octave: int = 1
+    aspect_ratios: Sequence[float]
+    square: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least(1, per_octave=self.per_octave)
+        for name in ("sizes", "aspect_ratios"):
+            values = tuple(getattr(self, name))
             if not values or min(values) <= 0:
                 raise ValueError(f"{name} must be positive numbers, not {[*values]}")
-        if per_octave < 1:
-            raise ValueError(f"per_octave must be at least 1, not {per_octave}")
-        self.scales = tuple(
-            tuple(size * 2 ** (i / per_octave) for i in range(per_octave)) for size in sizes
-        )
-        self.aspect_ratios = tuple(aspect_ratios)
-        self.square = square
+            object.__setattr__(self, name, values)  # hashable
+
+    @property
+    def scales(self) -> list[list[float]]:
+        """Per level, the sides of its anchors."""
+        octave = [2 ** (i / self.per_octave) for i in range(self.per_octave)]
+        return [[size * factor for factor in octave] for size in self.sizes]
 
     @property
     def num_levels(self) -> int:
-        return len(self.scales)
+        return len(self.sizes)
 
     @property
     def num_anchors(self) -> int:
         """A, at each location."""
-        return len(self.scales[0]) * len(self.aspect_ratios)
+        return self.per_octave * len(self.aspect_ratios)
 
     def __call__(
         self,
@@ -77,17 +82,14 @@ class AnchorGenerator:
             level, row, column, scale, aspect ratio. Do not modify it: all calls share it.
         """
         traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        make = make_anchors if traced else _cached_anchors
-        sizes = tuple(level_sizes)
-        return make(sizes, input_size, self.scales, self.aspect_ratios, self.square, device)
+        make = _make_anchors if traced else _cached_anchors
+        return make(self, tuple(level_sizes), input_size, device)
 
 
-def make_anchors(
+def _make_anchors(
+    options: AnchorGenerator,
     level_sizes: tuple[tuple[int, int], ...],
     input_size: tuple[int, int],
-    scales: tuple[tuple[float, ...], ...],
-    aspect_ratios: tuple[float, ...],
-    square: bool,
     device: torch.device | str,
 ) -> Tensor:
     """The result of ``AnchorGenerator``, computed on the CPU."""
@@ -97,19 +99,19 @@ def make_anchors(
     levels = []
     # outside of inference mode, so that training can use the same table
     with torch.inference_mode(False):
-        roots = torch.tensor(aspect_ratios, **exact).sqrt()
-        for (height, width), sides in zip(level_sizes, scales, strict=True):
+        roots = torch.tensor(options.aspect_ratios, **exact).sqrt()
+        for (height, width), sides in zip(level_sizes, options.scales, strict=True):
             y = (torch.arange(height, **exact) + 0.5) / height * (input_size[0] / unit)
             x = (torch.arange(width, **exact) + 0.5) / width * (input_size[1] / unit)
             side = torch.tensor(sides, **exact)[:, None]
             w = (side * roots / unit).flatten()
-            h = w if square else (side / roots / unit).flatten()
+            h = w if options.square else (side / roots / unit).flatten()
             fields = torch.broadcast_tensors(x[None, :, None], y[:, None, None], w, h)
             levels.append(torch.stack(fields, dim=-1).view(-1, 4))
         return torch.cat(levels).float().to(device)
 
 
-_cached_anchors = lru_cache(maxsize=16)(make_anchors)
+_cached_anchors = lru_cache(maxsize=16)(_make_anchors)
 
 
 def to_corners(boxes: Tensor) -> Tensor:

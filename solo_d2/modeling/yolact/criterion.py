@@ -1,8 +1,11 @@
 """The losses of YOLACT and YOLACT++, in float32."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from detectron2.utils.events import get_event_storage, has_event_storage
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import record_function
 
@@ -19,68 +22,40 @@ from .targets import BACKGROUND, Matches, have_area, match, semantic_target, shr
 _MIN_BOX_SIZE = 1e-2
 
 
-class YOLACTCriterion(nn.Module):
-    """Matches anchors with objects and computes the losses of a batch."""
+@dataclass(kw_only=True, eq=False)
+class YOLACTCriterion:
+    """Matches anchors with objects and computes the losses of a batch.
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        iou_thresholds: tuple[float, float] = (0.4, 0.5),
-        crowd_threshold: float = 0.7,
-        neg_pos_ratio: float = 3.0,
-        masks_to_train: int = 100,
-        crop_masks: bool = True,
-        mask_iou_min_area: float = 25.0,
-        mask_iou_detach: bool = False,
-        box_loss_weight: float = 1.5,
-        class_loss_weight: float = 1.0,
-        mask_loss_weight: float = 6.125,
-        semantic_loss_weight: float = 1.0,
-        mask_iou_loss_weight: float = 25.0,
-    ):
-        """
-        Args:
-            num_classes: C.
-            iou_thresholds, crowd_threshold: see ``targets.match``.
-            neg_pos_ratio: hard negatives of the class loss per positive anchor of the same image.
-            masks_to_train: maximum number of positive anchors of an image, chosen at random, in the
-                mask losses; 0: all.
-            crop_masks: crop predicted masks to the objects' boxes.
-            mask_iou_min_area: only objects with more pixels, at the size of the prototypes, train
-                the mask IoU.
-            mask_iou_detach: block the gradient from the mask IoU's loss to the masks. The published
-                code does not.
-            box_loss_weight, class_loss_weight, mask_loss_weight, semantic_loss_weight,
-                mask_iou_loss_weight: factors.
+    Attributes:
+        num_classes: C.
+        masks_to_train: maximum number of positive anchors of an image, chosen at random, in the
+            mask losses; 0: all.
+        crop_masks: crop predicted masks to the objects' boxes.
 
-        Raises:
-            ValueError: an option has an unsupported value.
-        """
-        super().__init__()
-        check_at_least(0, box_loss_weight=box_loss_weight, class_loss_weight=class_loss_weight)
-        check_at_least(
-            0, mask_loss_weight=mask_loss_weight, semantic_loss_weight=semantic_loss_weight
-        )
-        low, high = iou_thresholds
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"iou_thresholds must ascend within 0 to 1, not {(low, high)}")
-        check_at_least(0, masks_to_train=masks_to_train)
-        self.num_classes = num_classes
-        self.iou_thresholds = (low, high)
-        self.crowd_threshold = crowd_threshold
-        self.neg_pos_ratio = neg_pos_ratio
-        self.masks_to_train = masks_to_train
-        self.crop_masks = crop_masks
-        self.mask_iou_min_area = mask_iou_min_area
-        self.mask_iou_detach = mask_iou_detach
-        self.box_loss_weight = box_loss_weight
-        self.class_loss_weight = class_loss_weight
-        self.mask_loss_weight = mask_loss_weight
-        self.semantic_loss_weight = semantic_loss_weight
-        self.mask_iou_loss_weight = mask_iou_loss_weight
+    Raises:
+        ValueError: an option has an unsupported value.
+    """
 
-    def forward(
+    num_classes: int
+    masks_to_train: int = 100
+    crop_masks: bool = True
+
+    # hard negatives of the class loss per positive anchor of the same image
+    neg_pos_ratio: ClassVar[float] = 3.0
+    # only objects with more pixels, at the size of the prototypes, train the mask IoU
+    mask_iou_min_area: ClassVar[float] = 25.0
+    loss_weights: ClassVar[dict[str, float]] = {
+        "loss_class": 1.0,
+        "loss_box": 1.5,
+        "loss_mask": 6.125,
+        "loss_semantic": 1.0,
+        "loss_mask_iou": 25.0,
+    }
+
+    def __post_init__(self) -> None:
+        check_at_least(0, masks_to_train=self.masks_to_train)
+
+    def __call__(
         self,
         outputs: YOLACTOutputs,
         semantic_logits: Tensor,
@@ -99,7 +74,7 @@ class YOLACTCriterion(nn.Module):
             matches = [self.match(gt, outputs.anchors) for gt in ground_truth]
             labels = torch.stack([found.labels for found in matches])
             positive = labels > BACKGROUND
-            # these two lines synchronize with the device, as do ``force_match`` and ``class_loss``
+            # these two lines wait for the device, as does ``force_match``
             counts = positive.sum(dim=1).tolist()
             positives = positive.nonzero()[:, 1].split(counts)
         if has_event_storage():
@@ -122,14 +97,14 @@ class YOLACTCriterion(nn.Module):
             hard = class_loss(outputs.class_logits, labels, self.neg_pos_ratio)
             scale = normalizer(positive.sum())
             named = {
-                "loss_class": self.class_loss_weight * hard / scale,
-                "loss_box": self.box_loss_weight * box / scale,
-                "loss_mask": self.mask_loss_weight * mask / scale,
-                "loss_semantic": self.semantic_loss_weight * semantic / len(ground_truth),
+                "loss_class": hard / scale,
+                "loss_box": box / scale,
+                "loss_mask": mask / scale,
+                "loss_semantic": semantic / len(ground_truth),
             }
             if mask_rater is not None:
-                named["loss_mask_iou"] = self.mask_iou_loss_weight * iou / scale
-        return named
+                named["loss_mask_iou"] = iou / scale
+            return {name: self.loss_weights[name] * loss for name, loss in named.items()}
 
     def match(self, gt: GroundTruth, anchors: Tensor) -> Matches:
         """Match the anchors with one image's objects."""
@@ -139,8 +114,6 @@ class YOLACTCriterion(nn.Module):
             gt.classes,
             gt.crowd_boxes / unit,
             anchors,
-            iou_thresholds=self.iou_thresholds,
-            crowd_threshold=self.crowd_threshold,
             min_size=_MIN_BOX_SIZE / unit,
         )
 
@@ -179,8 +152,7 @@ class YOLACTCriterion(nn.Module):
         if mask_rater is None:
             return loss, loss.new_zeros(())
         ious = mask_ious(masks, truth)
-        predicted = mask_rater(masks.detach() if self.mask_iou_detach else masks)
-        predicted = predicted.gather(1, gt.classes[objects, None])[:, 0]
+        predicted = mask_rater(masks).gather(1, gt.classes[objects, None])[:, 0]
         large = truth.sum(dim=(1, 2)) > self.mask_iou_min_area
         return loss, mask_iou_loss(predicted, ious, large)
 
@@ -199,7 +171,19 @@ def box_loss(offsets: Tensor, targets: Tensor) -> Tensor:
     return F.smooth_l1_loss(offsets, targets, reduction="sum")
 
 
-def hard_negatives(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
+def class_costs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each anchor, (N, P); an ignored one counts as background.
+
+    Args:
+        logits: (N, P, C + 1), background first.
+        labels: (N, P) as in ``targets.Matches``.
+    """
+    of_label = logits.gather(2, labels.clamp(min=BACKGROUND)[:, :, None])[:, :, 0]
+    return logits.logsumexp(dim=2) - of_label
+
+
+@torch.no_grad()
+def hard_negatives(costs: Tensor, labels: Tensor, ratio: float) -> Tensor:
     """The background anchors of each image that look least like background.
 
     All anchors are ranked by -log p(background), and the background anchors among the first n are
@@ -207,28 +191,26 @@ def hard_negatives(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
     number of positive anchors of the image.
 
     Args:
-        logits: (N, P, C + 1), background first.
+        costs: (N, P), see ``class_costs``.
         labels: (N, P) as in ``targets.Matches``.
         ratio: negatives per positive.
 
     Returns:
         (N, P) bool.
     """
-    with torch.no_grad():
-        difficulty = logits.logsumexp(dim=2) - logits[:, :, BACKGROUND]
-        difficulty = difficulty.masked_fill(labels != BACKGROUND, 0)
-        order = difficulty.argsort(dim=1, descending=True)
-        count = (ratio * (labels > BACKGROUND).sum(dim=1)).clamp(max=labels.shape[1] - 1)
-        rank = torch.arange(labels.shape[1], device=labels.device)
-        hard = torch.zeros_like(labels, dtype=torch.bool)
-        hard.scatter_(1, order, rank < count[:, None])
-        return hard & (labels == BACKGROUND)
+    order = costs.masked_fill(labels != BACKGROUND, 0).argsort(dim=1, descending=True)
+    count = (ratio * (labels > BACKGROUND).sum(dim=1)).clamp(max=labels.shape[1] - 1)
+    rank = torch.arange(labels.shape[1], device=labels.device)
+    hard = torch.zeros_like(labels, dtype=torch.bool)
+    hard.scatter_(1, order, rank < count[:, None])
+    return hard & (labels == BACKGROUND)
 
 
 def class_loss(logits: Tensor, labels: Tensor, ratio: float) -> Tensor:
-    """Cross-entropy over positive anchors and hard negatives; see ``hard_negatives`` for args."""
-    chosen = (labels > BACKGROUND) | hard_negatives(logits, labels, ratio)
-    return F.cross_entropy(logits[chosen], labels[chosen], reduction="sum")
+    """Cross-entropy over positive anchors and hard negatives; see above for the arguments."""
+    costs = class_costs(logits, labels)
+    chosen = (labels > BACKGROUND) | hard_negatives(costs, labels, ratio)
+    return costs.masked_fill(~chosen, 0).sum()
 
 
 def mask_loss(masks: Tensor, targets: Tensor, areas: Tensor) -> Tensor:

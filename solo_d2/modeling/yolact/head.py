@@ -196,10 +196,9 @@ class Protonet(nn.Module):
             norm: norm of all convolutions but the last.
         """
         super().__init__()
-        self.conv0 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
-        self.conv1 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
-        self.conv2 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
-        self.conv3 = xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm)
+        self.conv0, self.conv1, self.conv2, self.conv3 = (
+            xavier_conv(in_channels, in_channels, 3, relu=True, norm=norm) for _ in range(4)
+        )
         self.predictor = xavier_conv(in_channels, num_prototypes, 1, relu=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """From the raw outputs for one image to instances in the output frame."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.profiler import record_function
 
-from solo_d2.layers.box_nms import Kept, cross_class_fast_nms, fast_nms, traditional_nms
+from solo_d2.layers.box_nms import cross_class_fast_nms, fast_nms, traditional_nms
 from solo_d2.layers.masks import upsample_to_binary
 
 from ..options import check_at_least, check_choice, check_fractions
@@ -36,62 +37,39 @@ class BoxDetections(NamedTuple):
     anchors: Tensor  # (M,) int64 index of the anchor
 
 
+@dataclass(kw_only=True)
 class YOLACTDetector:
-    """Score threshold, non-maximum suppression (see ``layers.box_nms``), masks, output boxes."""
+    """Score threshold, non-maximum suppression (see ``layers.box_nms``), masks, output boxes.
 
-    def __init__(
-        self,
-        *,
-        score_threshold: float = 0.05,
-        nms_type: str = "fast",
-        nms_threshold: float = 0.5,
-        top_k: int = 200,
-        max_detections: int = 100,
-        class_score_threshold: float = 0.0,
-        limit_cross_class: bool = False,
-        crop: str = "output",
-        rescore_boxes: bool = False,
-        box_rounding: str = "int",
-    ):
-        """
-        Args:
-            score_threshold: anchors whose best class has a higher probability are candidates; in
-                traditional NMS, each class has its own candidates.
-            nms_type: "fast" (Fast NMS within each class), "cross_class" (Fast NMS across classes,
-                each candidate under its best) or "traditional" (greedy NMS within each class).
-            nms_threshold: IoU of two detections above which the worse one is dropped.
-            top_k: in both kinds of Fast NMS, the number of best candidates (of each class) that
-                take part.
-            max_detections: limit for all classes together.
-            class_score_threshold: in Fast NMS, a candidate also counts for classes other than its
-                best if these have more than this probability. The published code requires none.
-            limit_cross_class: apply ``max_detections`` to cross-class Fast NMS as well. The
-                published code does not.
-            crop, box_rounding: one of CROPS, one of BOX_ROUNDINGS; see config.py.
-            rescore_boxes: multiply ``scores`` by the predicted mask IoU and sort by the product,
-                instead of only returning the product as ``mask_scores``.
+    Attributes:
+        score_threshold: anchors whose best class has a higher probability are candidates; in
+            traditional NMS, each class has its own candidates.
+        nms_type: "fast" (Fast NMS within each class), "cross_class" (Fast NMS across classes, each
+            candidate under its best) or "traditional" (greedy NMS within each class).
+        nms_threshold: IoU of two detections above which the worse one is dropped.
+        top_k: in both kinds of Fast NMS, the number of best candidates (of each class) that take
+            part.
+        max_detections: limit for all classes together; as published, not for "cross_class".
+        crop, box_rounding: one of CROPS, one of BOX_ROUNDINGS; see config.py.
 
-        Raises:
-            ValueError: an option has an unsupported value.
-        """
-        for name, value, known in (
-            ("nms_type", nms_type, NMS_TYPES),
-            ("crop", crop, CROPS),
-            ("box_rounding", box_rounding, BOX_ROUNDINGS),
-        ):
-            check_choice(name, value, known)
-        check_at_least(1, top_k=top_k, max_detections=max_detections)
-        check_fractions(score_threshold=score_threshold, nms_threshold=nms_threshold)
-        self.score_threshold = score_threshold
-        self.nms_type = nms_type
-        self.nms_threshold = nms_threshold
-        self.top_k = top_k
-        self.max_detections = max_detections
-        self.class_score_threshold = class_score_threshold
-        self.limit_cross_class = limit_cross_class
-        self.crop = crop
-        self.rescore_boxes = rescore_boxes
-        self.box_rounding = box_rounding
+    Raises:
+        ValueError: an option has an unsupported value.
+    """
+
+    score_threshold: float = 0.05
+    nms_type: str = "fast"
+    nms_threshold: float = 0.5
+    top_k: int = 200
+    max_detections: int = 100
+    crop: str = "output"
+    box_rounding: str = "int"
+
+    def __post_init__(self) -> None:
+        check_choice("nms_type", self.nms_type, NMS_TYPES)
+        check_choice("crop", self.crop, CROPS)
+        check_choice("box_rounding", self.box_rounding, BOX_ROUNDINGS)
+        check_at_least(1, top_k=self.top_k, max_detections=self.max_detections)
+        check_fractions(score_threshold=self.score_threshold, nms_threshold=self.nms_threshold)
 
     def __call__(
         self,
@@ -123,9 +101,6 @@ class YOLACTDetector:
             )
         if ious is not None:
             result.mask_scores = result.scores * ious
-            if self.rescore_boxes:
-                result.scores = result.mask_scores
-                result = result[result.scores.argsort(descending=True)]
         return result
 
     def candidates(self, offsets: Tensor, logits: Tensor, anchors: Tensor) -> Candidates:
@@ -145,35 +120,23 @@ class YOLACTDetector:
 
     def suppress_boxes(self, found: Candidates, *, unit: int) -> BoxDetections:
         """Non-maximum suppression; ``unit`` is the number of pixels per unit of the boxes."""
-        kept = self._nms(found, unit)
+        boxes, scores = found.boxes, found.scores
+        limits: dict[str, Any] = {
+            "iou_threshold": self.nms_threshold,
+            "max_detections": self.max_detections,
+        }
+        if self.nms_type == "fast":
+            kept = fast_nms(boxes, scores, top_k=self.top_k, **limits)
+        elif self.nms_type == "cross_class":
+            kept = cross_class_fast_nms(
+                boxes, scores, top_k=self.top_k, iou_threshold=self.nms_threshold
+            )
+        else:
+            kept = traditional_nms(
+                boxes * unit, scores, score_threshold=self.score_threshold, **limits
+            )
         index = kept.index
         return BoxDetections(found.boxes[index], kept.scores, kept.classes, found.anchors[index])
-
-    def _nms(self, found: Candidates, unit: int) -> Kept:
-        if self.nms_type == "fast":
-            return fast_nms(
-                found.boxes,
-                found.scores,
-                iou_threshold=self.nms_threshold,
-                top_k=self.top_k,
-                score_threshold=self.class_score_threshold,
-                max_detections=self.max_detections,
-            )
-        if self.nms_type == "cross_class":
-            return cross_class_fast_nms(
-                found.boxes,
-                found.scores,
-                iou_threshold=self.nms_threshold,
-                top_k=self.top_k,
-                max_detections=self.max_detections if self.limit_cross_class else None,
-            )
-        return traditional_nms(
-            found.boxes * unit,
-            found.scores,
-            iou_threshold=self.nms_threshold,
-            score_threshold=self.score_threshold,
-            max_detections=self.max_detections,
-        )
 
     def soft_masks(
         self,
@@ -225,7 +188,7 @@ class YOLACTDetector:
         )
         # the original drops boxes without area from its COCO json; comparing sides also drops
         # boxes with two negative sides
-        visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        visible = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero()[:, 0]
         instances, boxes = instances[visible], boxes[visible]
         masks = upsample_to_binary(
             instances.pred_masks,

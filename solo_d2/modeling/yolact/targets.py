@@ -109,9 +109,9 @@ def force_match(ious: Tensor) -> Tensor:
     """One anchor for each object: the pair of the highest IoU first, then of the remaining ones.
 
     This is the order of the published code. Here each round takes all pairs at once that are the
-    best both for their object and for their anchor, since these cannot affect each other; two or
-    three rounds are enough for nearly all images. Ties go to the first object, then to the first
-    anchor.
+    best both for their object and for their anchor, since these cannot affect each other. Nearly
+    all images need two or three rounds, so only every second one waits for the device to see
+    whether it was the last. Ties go to the first object, then to the first anchor.
 
     Args:
         ious: (M, P); an object with negative IoUs gets no anchor.
@@ -122,11 +122,11 @@ def force_match(ious: Tensor) -> Tensor:
     num_objects, num_anchors = ious.shape
     order = torch.arange(num_objects, device=ious.device)
     own = torch.full_like(order, -1)
-    for _ in range(num_objects):
+    for round_index in range(num_objects):
         value, anchor = ious.max(dim=1)
         rivals = ious[:, anchor]  # (M, M): IoU of object i with the best anchor of object j
         wins = (rivals.argmax(dim=0) == order) & (value >= 0)
-        if not wins.any():
+        if round_index % 2 and not wins.any():
             break
         own = torch.where(wins, anchor, own)
         # pairs that did not win mark an index after the last anchor
@@ -156,7 +156,7 @@ def _resize_masks(
 ) -> list[Tensor]:
     """(M, H, W) bool -> (M, *size) bool for each size: bilinear, then compared with one half."""
     parts: list[list[Tensor]] = [[] for _ in sizes]
-    for chunk in masks.split(chunk_length(masks.shape[1] * masks.shape[2])):
+    for chunk in masks.split(chunk_length(masks.shape[1] * masks.shape[2], masks.device)):
         soft = chunk[:, None].float()
         for part, size in zip(parts, sizes):
             part.append(compare(resize(soft, size)[:, 0], 0.5))

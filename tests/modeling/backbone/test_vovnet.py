@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from solo_d2 import add_solo_d2_config
+from solo_d2.layers import masks as mask_ops
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.frozen_bn import FoldedConv2d
 from solo_d2.modeling.backbone.vovnet import BODIES, EffectiveSqueezeExcitation, OSAModule
@@ -377,3 +378,16 @@ def test_detectors_train_and_predict_with_it(options):
         instances = model.eval()([example()])[0]["instances"]
     assert instances.image_size == (64, 96)
     assert instances.has("pred_masks")
+
+
+@torch.no_grad()
+def test_strips_of_rows_do_not_change_the_aggregation(monkeypatch, largest_float):
+    module = body("V-39-eSE").stage2[0].eval()
+    x = torch.randn(2, module.layers[0].in_channels, 12, 16)
+    with torch.enable_grad():
+        whole = module(x)
+    monkeypatch.setattr(mask_ops, "CHUNK_BYTES", 4 * 5 * 2 * module.concat.in_channels * 16 * 4)
+    with largest_float() as seen:
+        strips = module(x)
+    torch.testing.assert_close(strips, whole)
+    assert seen.bytes < 2 * module.concat.in_channels * 12 * 16 * 4 / 2

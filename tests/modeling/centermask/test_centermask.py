@@ -338,6 +338,7 @@ def test_options_train_and_predict(options):
         ({"MODEL__ROI_HEADS__IN_FEATURES": ["p2"]}, "MODEL.ROI_HEADS.IN_FEATURES has 'p2'"),
         ({"MODEL__CENTERMASK__MASK_IOU_NUM_CONV": 0}, "num_conv must be at least 1, not 0"),
         ({"MODEL__CENTERMASK__ASSIGN_CRITERION": "size"}, "criterion must be .*'size'"),
+        ({"MODEL__ROI_MASK_HEAD__POOLER_TYPE": "ROIAlign"}, "POOLER_TYPE must be .*'ROIAlign'"),
         (
             {"MODEL__ROI_MASK_HEAD__NAME": "MaskRCNNConvUpsampleHead"},
             "mask_iou_head needs .* MaskRCNNConvUpsampleHead does not have",
