@@ -138,10 +138,6 @@ def _add_training(cfg: CN) -> None:
     # Maximum L2 norm of all gradients together (0 = no limit). SOLVER.CLIP_GRADIENTS limits each
     # parameter separately.
     cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0
-    # For SOLVER.LR_SCHEDULER_NAME "WarmupPolyLR" of Detectron2's DeepLab: the rate falls as
-    # (1 - iteration / MAX_ITER) ** POLY_LR_POWER.
-    cfg.SOLVER.POLY_LR_POWER = 0.9
-    cfg.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0
     # The metric that selects model_best.pth. "": the model's main metric ("segm/AP", "bbox/AP"
     # without masks, "panoptic_seg/PQ" of panoptic models), on the first test set if there are
     # several. To choose another test set, write "<name>/segm/AP".

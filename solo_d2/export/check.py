@@ -1,7 +1,6 @@
 """Whether an exported file says what its model says, on one image."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from detectron2.modeling import GeneralizedRCNN
@@ -16,6 +15,8 @@ from .exported import ExportedDetector
 SCORE_TOLERANCE = 1e-4
 BOX_TOLERANCE = 0.05  # pixels
 MASK_TOLERANCE = 1e-3  # of soft masks
+# No more of a score is explained by pixels at the threshold.
+_MAX_FLIP_EFFECT = 1e-2
 _POINTS = 5  # along each side, for AdaptIS
 
 
@@ -103,12 +104,14 @@ def compare(
     free = list(range(len(exported)))
     pairs = []
     for i in range(len(eager)):
-        tied = [j for j in free if j == i] if in_order else _tied(eager, i, exported, free)
+        tied = [j for j in free if j == i]
+        if not in_order:
+            tied = _tied(eager, i, exported, free, mask_threshold)
         if tied:
-            best = min(tied, key=lambda j: _differences(eager, i, exported, j)["soft_mask"])
+            best = min(tied, key=lambda j: _soft_mask_difference(eager, i, exported, j))
             free.remove(best)
             pairs.append((i, best))
-    differences = [_differences(eager, i, exported, j) for i, j in pairs]
+    differences = [_differences(eager, i, exported, j, mask_threshold) for i, j in pairs]
     pixels = [_differing_pixels(eager, i, exported, j, mask_threshold) for i, j in pairs]
 
     def worst(name: str) -> float:
@@ -126,25 +129,54 @@ def compare(
     )
 
 
-def _tied(eager: Instances, i: int, exported: Instances, free: list[int]) -> list[int]:
-    close = (exported.scores - eager.scores[i]).abs() <= SCORE_TOLERANCE
+def _tied(
+    eager: Instances, i: int, exported: Instances, free: list[int], threshold: float
+) -> list[int]:
+    close = (exported.scores - eager.scores[i]).abs() <= _MAX_FLIP_EFFECT
     same = close & (exported.pred_classes == eager.pred_classes[i])
-    return [j for j in free if same[j]]
+    return [
+        j
+        for j in free
+        if same[j] and _score_difference(eager, i, exported, j, threshold) <= SCORE_TOLERANCE
+    ]
 
 
-def _differences(eager: Instances, i: int, exported: Instances, j: int) -> dict[str, float]:
-    def largest(a: Any, b: Any) -> float:
-        return float((a[i].float() - b[j].float()).abs().max())
+def _score_difference(
+    eager: Instances, i: int, exported: Instances, j: int, threshold: float
+) -> float:
+    """Less what pixels at the threshold explain.
 
-    result = {"score": largest(eager.scores, exported.scores), "box": 0.0, "soft_mask": 0.0}
+    SOLO's score is a mean over the pixels of the mask, so each pixel that float noise moves across
+    the threshold changes it by up to one part of their number.
+    """
+    difference = _largest(eager.scores[i], exported.scores[j])
+    if difference > SCORE_TOLERANCE and eager.has("pred_masks"):
+        area = int((eager.pred_masks[i] > threshold).sum())
+        flipped = _differing_pixels(eager, i, exported, j, threshold)
+        difference -= min(difference, flipped / max(1, area))
+    return difference
+
+
+def _differences(
+    eager: Instances, i: int, exported: Instances, j: int, threshold: float
+) -> dict[str, float]:
+    result = {"score": _score_difference(eager, i, exported, j, threshold), "box": 0.0}
     if eager.has("mask_scores"):  # they have no upper bound
-        rated = largest(eager.mask_scores, exported.mask_scores)
+        rated = _largest(eager.mask_scores[i], exported.mask_scores[j])
         result["score"] = max(result["score"], rated / max(1.0, float(eager.mask_scores[i])))
     if eager.has("pred_boxes"):
-        result["box"] = largest(eager.pred_boxes.tensor, exported.pred_boxes.tensor)
-    if eager.has("pred_masks"):
-        result["soft_mask"] = largest(eager.pred_masks, exported.pred_masks)
-    return result
+        result["box"] = _largest(eager.pred_boxes.tensor[i], exported.pred_boxes.tensor[j])
+    return result | {"soft_mask": _soft_mask_difference(eager, i, exported, j)}
+
+
+def _soft_mask_difference(eager: Instances, i: int, exported: Instances, j: int) -> float:
+    if not eager.has("pred_masks"):
+        return 0.0
+    return _largest(eager.pred_masks[i], exported.pred_masks[j])
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
 
 
 def _differing_pixels(

@@ -57,7 +57,9 @@ SOLO = {
     "MODEL.SOLOV2.MASK_DIM": 32,
     "MODEL.SOLOV2.MASK_CONV_DIM": 32,
     "MODEL.SOLO.UPDATE_THRESH_TEST": 0.0,
-    "MODEL.SOLO.MAX_CANDIDATES_TEST": 50,
+    # more than there are: at a limit, float noise decides between candidates of equal scores
+    "MODEL.SOLO.MAX_CANDIDATES_TEST": 400,
+    "TEST.DETECTIONS_PER_IMAGE": 400,
 }
 YOLACT = {
     "MODEL.META_ARCHITECTURE": "YOLACT",

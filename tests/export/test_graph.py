@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from detectron2.structures import Instances
 
 from solo_d2.errors import UserError
 from solo_d2.export.adaptis import AdaptISDecoder, AdaptISEncoder
@@ -144,3 +145,17 @@ def test_what_cannot_be_exported_is_refused_by_name(tiny, name, options, message
 def test_a_foreign_model_is_refused():
     with pytest.raises(UserError, match="Linear cannot be exported"):
         build_graph(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("flipped", "matched"), [(0, 0), (1, 1)])
+def test_a_pixel_at_the_threshold_explains_its_part_of_a_score(flipped, matched):
+    """SOLO's score is a mean over the pixels of the mask: here of 50, one of which may flip."""
+    eager = Instances((10, 10), scores=torch.tensor([0.5]), pred_classes=torch.tensor([0]))
+    eager.pred_masks = torch.zeros(1, 10, 10)
+    eager.pred_masks[0, :5] = 0.9
+    exported = Instances((10, 10), **eager.get_fields())
+    exported.scores = torch.tensor([0.508])
+    exported.pred_masks = eager.pred_masks.clone()
+    if flipped:
+        eager.pred_masks[0, 0, 0], exported.pred_masks[0, 0, 0] = 0.50001, 0.49999
+    assert compare(eager, exported).matched == matched
