@@ -4,8 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .errors import UnsafeFileError, is_user_error, one_line
+from .errors import UnsafeFileError, UserError, is_user_error, one_line
+
+if TYPE_CHECKING:
+    from .predictor import Predictor
 
 # Sections of Detectron2's config; the keys of solo_d2 are in the same sections.
 CONFIG_ROOTS = frozenset(
@@ -95,6 +99,25 @@ def add_model_arguments(
         action="store_true",
         help="load weights that may run code; only for files that you trust",
     )
+
+
+def load_predictor(options: argparse.Namespace, **more: Any) -> "Predictor":
+    """The model that the options of ``add_model_arguments`` and the KEY VALUE pairs name.
+
+    Args:
+        options: result of ``parse``.
+        more: other arguments of ``predictor.load``.
+
+    Raises:
+        UserError: neither a config nor weights are given; see also ``predictor.load``.
+    """
+    from .predictor import load  # slow, and not needed to parse
+
+    config, weights = options.config_file, options.weights
+    if not (config or weights):
+        raise UserError("give --weights, --config-file, or both")
+    arguments = {"opts": options.opts, "allow_pickle": options.allow_pickle, **more}
+    return load(config or weights, weights=weights if config else "", **arguments)
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:

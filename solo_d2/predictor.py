@@ -24,9 +24,8 @@ from .errors import UserError
 from .export.exported import SUFFIXES, open_exported
 from .files import atomic_write
 from .images import MAX_PIXELS, as_rgb
-from .modeling import EPS, AdaptISPredictor
+from .modeling import AdaptISPredictor
 from .modeling.adaptis import ObjectFinder
-from .modeling.eps.inference import to_regions
 from .modeling.num_classes import dataset_num_classes, get_value, num_classes_keys
 from .modeling.own_keys import all_keys_honored
 from .modeling.prepare import precision, prepare_for_inference
@@ -173,8 +172,8 @@ class Predictor:
         inputs = {"image": self.network_input(pixels), "height": height, "width": width}
         with torch.no_grad(), self._precision():
             (output,) = self.model([inputs])
-        if isinstance(self.model, EPS):
-            label_map, instances = to_regions(output["sem_seg"].cpu())
+        if hasattr(self.model, "to_regions"):
+            label_map, instances = self.model.to_regions(output["sem_seg"].cpu())
             return replace(self._result(pixels, instances), label_map=label_map.numpy())
         if "instances" not in output:
             raise UserError(f"{type(self.model).__name__} predicts no instances")

@@ -35,18 +35,6 @@ def find_new_name(name: str, rules: Sequence[Rule]) -> str | None:
     return None
 
 
-def rename_key(name: str, rules: Sequence[Rule]) -> str:
-    """Our name for ``name``.
-
-    Raises:
-        ValueError: it has no rule.
-    """
-    renamed = find_new_name(name, rules)
-    if renamed is None:
-        raise ValueError(f"no rule renames {name}")
-    return renamed
-
-
 def is_dropped(name: str, source: Source) -> bool:
     """Whether the layout's table lists this tensor as one that our models do not have."""
     return any(re.fullmatch(pattern, name) for pattern in source.dropped)

@@ -254,6 +254,24 @@ def datasets_folder() -> Path:
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
+def find_path(path: str, key: str) -> Path:
+    """The path itself if it exists, else under $DETECTRON2_DATASETS.
+
+    Args:
+        path: of a file or folder.
+        key: the config key that it is from, for the error.
+
+    Raises:
+        FileNotFoundError: it is in neither place.
+    """
+    given = Path(path).expanduser()
+    candidates = dict.fromkeys([given, datasets_folder() / given])
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"{key}: there is no {' nor '.join(map(str, candidates))}")
+
+
 def check_images_exist(records: Sequence[dict[str, Any]], source: str) -> None:
     """Check that the image files of data set records exist.
 

@@ -21,7 +21,7 @@ from solo_d2.modeling.eps.targets import label_map_classes, multi_hot
 from solo_d2.modeling.num_classes import num_classes_keys, resolve_num_classes
 
 from .augmentation import WindowTransform, build_augmentations
-from .catalog import check_images_exist, datasets_folder
+from .catalog import check_images_exist, find_path
 from .images import read_image
 from .label_maps import paint_label_map, read_label_map
 from .mapper import InstanceMapper
@@ -79,7 +79,7 @@ class ImageLabelMapper:
         options = cfg.MODEL.EPS
         folder = None
         if is_train and options.SALIENCY_LOSS and options.SALIENCY_FOLDER:
-            folder = _find_folder(options.SALIENCY_FOLDER)
+            folder = find_path(options.SALIENCY_FOLDER, "MODEL.EPS.SALIENCY_FOLDER")
             sets = [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
             maps = [saliency_file(folder, r["file_name"]) for records in sets for r in records]
             names = [{"file_name": str(file)} for file in maps]
@@ -233,13 +233,3 @@ def _check_size(array: np.ndarray, image: np.ndarray, name: str) -> None:
     if array.shape != image.shape[:2]:
         (h, w), (height, width) = array.shape, image.shape[:2]
         raise ValueError(f"the {name} is {w} x {h} pixels, but the image {width} x {height}")
-
-
-def _find_folder(name: str) -> Path:
-    candidates = [Path(name).expanduser(), datasets_folder() / name]
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(
-        f"MODEL.EPS.SALIENCY_FOLDER: there is no folder {' nor '.join(map(str, candidates))}"
-    )

@@ -19,8 +19,8 @@ from .catalog import (
     SubsetLoader,
     check_image_headers,
     check_images_exist,
-    datasets_folder,
     enter,
+    find_path,
     is_free,
     register_coco_json,
     source_file,
@@ -146,19 +146,9 @@ def find_custom(cfg: CfgNode) -> dict[str, CustomSet]:
                 f"DATASETS.CUSTOM.{empty} is empty, but {given[0]} is {custom[given[0]]!r}"
             )
         if given:
-            paths = [_find(custom[key], f"DATASETS.CUSTOM.{key}") for key in keys]
+            paths = [find_path(custom[key], f"DATASETS.CUSTOM.{key}") for key in keys]
             found[split] = CustomSet(f"{custom.NAME}_{split.lower()}", *paths)
     return found
-
-
-def _find(path: str, key: str) -> Path:
-    """The path itself if it exists, else under $DETECTRON2_DATASETS."""
-    given = Path(path).expanduser()
-    candidates = dict.fromkeys([given, datasets_folder() / given])
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    raise FileNotFoundError(f"{key}: there is no {' nor '.join(map(str, candidates))}")
 
 
 def _check_same_classes(names: tuple[str, ...]) -> None:

@@ -270,8 +270,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         action="append",
         metavar=("H", "W"),
-        help="of the network's "
-        "input; may be repeated (default: 800 1333, or that of the resized image)",
+        help="of the network's input; may be repeated (default: 800 1333, or that of the resized "
+        "image)",
     )
     add("--images", type=int, nargs="+", default=[1], metavar="N", help="batch sizes")
     add("--instances", type=int, nargs="+", default=[50], metavar="N", help="per training image")

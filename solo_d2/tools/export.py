@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from solo_d2.arguments import add_model_arguments, parse
+from solo_d2.arguments import add_model_arguments, load_predictor, parse
 from solo_d2.data.scenes import draw_scene
 from solo_d2.errors import UserError, is_user_error, one_line
 from solo_d2.export.check import compare, raw_instances
 from solo_d2.export.files import FORMATS, build_graph, describe, export, round_weights
 from solo_d2.images import as_rgb
-from solo_d2.predictor import Predictor, load, load_exported
+from solo_d2.predictor import Predictor, load_exported
 
 EXIT_OK, EXIT_DIFFERS, EXIT_USAGE = 0, 1, 2
 
@@ -38,14 +38,7 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError(f"--output {path}: the name of format {options.format} ends in {suffix}")
     if options.half and options.format != "onnx":
         raise UserError("--half is for --format onnx")
-    if not (options.config_file or options.weights):
-        raise UserError("give --weights, --config-file, or both")
-    predictor = load(
-        options.config_file or options.weights,
-        weights=options.weights if options.config_file else "",
-        opts=["MODEL.DEVICE", "cpu", *options.opts],
-        allow_pickle=options.allow_pickle,
-    )
+    predictor = load_predictor(options, opts=["MODEL.DEVICE", "cpu", *options.opts])
     graph = build_graph(predictor.model)
     image = as_rgb(options.image) if options.image else _drawn()
     if options.half:

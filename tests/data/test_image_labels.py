@@ -154,7 +154,7 @@ def test_missing_saliency_maps_are_named_before_training(data_set, tmp_path):
         ImageLabelMapper(cfg)
     ImageLabelMapper(cfg, is_train=False)  # needs none
     cfg.MODEL.EPS.SALIENCY_FOLDER = "nowhere"
-    with pytest.raises(FileNotFoundError, match="SALIENCY_FOLDER: there is no folder nowhere nor"):
+    with pytest.raises(FileNotFoundError, match="SALIENCY_FOLDER: there is no nowhere nor"):
         ImageLabelMapper(cfg)
 
 

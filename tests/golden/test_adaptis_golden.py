@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, ImageList, Instances
 
-from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
+from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognize
 from solo_d2.config import load_config
 from solo_d2.layers.points import read_at_points
 from solo_d2.modeling.adaptis import AdaptIS
@@ -291,7 +291,7 @@ def first_stage(golden, build):
 
 
 def our_name(golden, weights, name: str) -> str:
-    return rename_key(name, recognize(weights).rules)
+    return find_new_name(name, recognize(weights).rules)
 
 
 def test_the_points_have_the_objects_under_them(golden, build):

@@ -13,7 +13,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognize, rename_key
+from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognize
 from solo_d2.modeling.centermask.mask_iou import crop_masks, mask_iou_targets
 
 pytestmark = pytest.mark.golden
@@ -406,7 +406,7 @@ def our_parameter(name: str, model) -> tuple[torch.nn.Parameter, tuple]:
     if joined := find_new_name(name, source.joined):
         part = (int(re.search(r"\.(\d+)\.", name)[1]),)
         name = joined
-    return model.get_parameter(rename_key(name, source.rules)), part
+    return model.get_parameter(find_new_name(name, source.rules)), part
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,7 +11,7 @@ from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 from torch.nn import functional as F
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
+from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognize
 from solo_d2.modeling import SOLO, SOLOv2
 from solo_d2.modeling.solo.inference import Detector
 
@@ -399,7 +399,7 @@ def test_gradient_norms_are_the_originals(training):
     golden, model, _ = training
     parameters = dict(model.named_parameters())
     rules = recognize(golden.meta["T_grad_names"]).rules
-    names = [rename_key(name, rules) for name in golden.meta["T_grad_names"]]
+    names = [find_new_name(name, rules) for name in golden.meta["T_grad_names"]]
     norms = torch.stack([parameters[name].grad.double().norm() for name in names])
     torch.testing.assert_close(norms, golden["T_grad_norms"], rtol=GRADIENT_NORMS, atol=0)
     trained = [p for p in parameters.values() if p.requires_grad]
@@ -414,5 +414,5 @@ def test_every_trained_parameter_gets_a_gradient(training):
     assert [name for name, p in trained.items() if p.grad is None] == []
     # where the original has none (a level without positives), ours is zero
     rules = recognize(golden.meta["T_grad_names"]).rules
-    theirs = {rename_key(name, rules) for name in golden.meta["T_params_without_grad"]}
+    theirs = {find_new_name(name, rules) for name in golden.meta["T_params_without_grad"]}
     assert {name for name, p in trained.items() if not p.grad.any()} == theirs

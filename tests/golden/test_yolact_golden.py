@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances
 
 from solo_d2 import add_solo_d2_config
-from solo_d2.checkpoint.rename_rules import convert, recognize, rename_key
+from solo_d2.checkpoint.rename_rules import convert, find_new_name, recognize
 
 pytestmark = pytest.mark.golden
 
@@ -343,7 +343,9 @@ def assert_training(golden, training, weights, kind: str) -> None:
     keys = [*golden.meta["loss_keys"], *golden.meta["grad_names"]]
     rules = recognize(weights).rules
     parameters = dict(model.named_parameters())
-    norms = [parameters[rename_key(name, rules)].grad.norm() for name in golden.meta["grad_names"]]
+    norms = [
+        parameters[find_new_name(name, rules)].grad.norm() for name in golden.meta["grad_names"]
+    ]
     values = torch.cat([ours.detach(), torch.stack(norms)]).double()
     expected = torch.cat([golden[f"train{suffix}_loss"], golden[f"train{suffix}_grad_norm"]])
     noises = [noise["loss"][key] for key in golden.meta["loss_keys"]] + noise["grad"]
@@ -391,5 +393,5 @@ def test_training_with_batch_statistics_is_the_originals(golden, build, weights)
     training = Training(golden, build(images_per_step=8), channels_last=False)
     assert_training(golden, training, weights, "bn")
     name = f"{FIRST_NORM_OF.get(golden.name, 'backbone.bn1')}.running_mean"
-    ours = training.model.state_dict()[rename_key(name, recognize(weights).rules)]
+    ours = training.model.state_dict()[find_new_name(name, recognize(weights).rules)]
     torch.testing.assert_close(ours, golden["train_bn_running_mean"], rtol=1e-5, atol=1e-5)

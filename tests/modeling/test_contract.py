@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from example_inputs import BATCHES, NUM_CLASSES, ORDINARY, SIZE, example
@@ -34,7 +35,7 @@ class Architecture(NamedTuple):
 
     settings: dict[str, object]
     losses: set[str]
-    excite: Callable[[nn.Module], None]
+    excite: Callable[[nn.Module], None] | None  # None: labels pixels, see tests/modeling/eps
     has_masks: bool = True
     ranks_masks: bool = False  # has mask_scores beside scores
     tight_boxes: bool = True  # boxes are those of the masks
@@ -75,10 +76,6 @@ def excite_adaptis(model):
         random=replace(options.random, min_things_prob=0.1, min_free=0.05),
         assembler=replace(options.assembler, stuff_prob_mult=0.5),
     )
-
-
-def skip_instances(model):
-    pytest.skip("labels pixels instead of finding instances; see tests/modeling/eps")
 
 
 SOLO_LOSSES = {"loss_category", "loss_mask"}
@@ -136,13 +133,28 @@ ARCHITECTURES = {
     "AdaptIS proposals": Architecture(
         {**ADAPTIS, "MODEL.ADAPTIS.STAGE": "proposals"}, {"loss_proposal"}, excite_adaptis
     ),
-    "EPS": Architecture(EPS, {"loss_cls", "loss_sal"}, skip_instances),
+    "EPS": Architecture(EPS, {"loss_cls", "loss_sal"}, excite=None),
 }
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES.values(), ids=ARCHITECTURES)
 def architecture(request):
     return request.param
+
+
+def those(condition: Callable[[Architecture], bool]):
+    """Run a test only for some architectures."""
+    chosen = {name: x for name, x in ARCHITECTURES.items() if condition(x)}
+    return pytest.mark.parametrize(
+        "architecture", chosen.values(), ids=chosen, indirect=True, scope="module"
+    )
+
+
+def meta_class(architecture: Architecture) -> type:
+    return META_ARCH_REGISTRY.get(architecture.settings["MODEL.META_ARCHITECTURE"])
+
+
+finding_instances = those(lambda x: x.excite is not None)
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +254,8 @@ class TestTraining:
         assert all(loss.isfinite() for loss in losses.values()), losses
         check_gradients(model)
 
+    @those(lambda x: getattr(meta_class(x), "separates_crowds", False))
     def test_crowds_alone_are_no_objects(self, architecture, model):
-        if not getattr(model, "separates_crowds", False):
-            pytest.skip("the mapper never gives it crowds")
         batch = [example(ORDINARY), example(ORDINARY)]
         for x in batch:
             x["instances"].gt_crowd = torch.ones(1, dtype=torch.bool)
@@ -269,9 +280,8 @@ class TestTraining:
         check_gradients(model)
 
     @pytest.mark.parametrize("wrong", [-1, NUM_CLASSES])
+    @those(lambda x: x.losses != {"loss_proposal"})  # that stage does not look at classes
     def test_a_class_out_of_range_is_an_error(self, architecture, model, wrong):
-        if architecture.losses == {"loss_proposal"}:
-            pytest.skip("this stage does not look at classes")
         batch = copy.deepcopy(BATCHES["one ordinary image"])
         batch[0]["instances"].gt_classes[:] = wrong
         with pytest.raises(ValueError, match=rf"{wrong}.*gt_classes|gt_classes.*{wrong}"):
@@ -294,28 +304,28 @@ class TestTraining:
 
 
 class TestInference:
+    @finding_instances
     def test_instances_have_the_output_size(self, architecture, excited):
         sizes, outputs = [SIZE, (33, 70)], [(128, 200), (20, 31)]
         for instances, size in zip(run(excited, sizes, outputs), outputs):
             assert len(instances) > 0
             check_output(architecture, instances, size)
 
+    @finding_instances
     def test_finding_nothing_is_ordinary(self, architecture, model):
-        if architecture.excite is skip_instances:
-            skip_instances(model)
         for parameter in model.parameters():
             assert parameter.isfinite().all()
         for instances in run(model, [SIZE, (33, 70)]):
             check_output(architecture, instances, instances.image_size)
 
     @pytest.mark.parametrize("size", [(1, 1), (1, 200), (300, 2)])
+    @finding_instances
     def test_tiny_and_long_images_pass(self, architecture, excited, size):
         (instances,) = run(excited, [size])
         check_output(architecture, instances, size)
 
+    @those(lambda x: x.excite and not x.random)  # not what draws other points for each image
     def test_images_of_one_size_give_the_results_of_one_by_one(self, architecture, excited):
-        if architecture.random:
-            pytest.skip("draws other points for each image")
         inputs = images_of([SIZE] * 3)
         excited.eval()
         with torch.no_grad():
@@ -327,6 +337,7 @@ class TestInference:
             assert abs(len(a) - len(b)) <= 0.05 * len(b)
             assert share_with_partner(a, b) >= 0.95
 
+    @finding_instances
     def test_results_do_not_depend_on_the_chunks(self, architecture, excited, monkeypatch):
         torch.manual_seed(0)
         (whole,) = run(excited)
@@ -338,6 +349,7 @@ class TestInference:
         if architecture.has_masks:
             assert torch.equal(whole.pred_masks, chunked.pred_masks)
 
+    @finding_instances
     def test_mixed_precision_finds_something(self, architecture, excited):
         with precision("cpu", "bfloat16"):
             (instances,) = run(excited)
@@ -345,6 +357,7 @@ class TestInference:
         assert instances.scores.dtype == instances.pred_boxes.tensor.dtype == torch.float32
         check_output(architecture, instances, SIZE)
 
+    @finding_instances
     def test_weights_that_are_not_finite_are_no_silent_failure(self, architecture):
         model = tiny_model(architecture.settings).eval()
         architecture.excite(model)
@@ -353,6 +366,7 @@ class TestInference:
         with pytest.raises(ValueError, match="not finite"):
             run(model)
 
+    @finding_instances
     def test_one_weight_that_is_not_finite_gives_an_error_or_finite_results(self, architecture):
         for in_backbone in (True, False):
             model = tiny_model(architecture.settings).eval()

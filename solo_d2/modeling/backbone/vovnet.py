@@ -212,22 +212,8 @@ class VoVNet(Backbone):
         for i, name in enumerate(self.stage_names):
             deformable = deform_on_per_stage[i] and not body.depthwise
             conv = deform3x3 if deformable else conv3x3
-            stage = nn.Sequential()
-            for k in range(body.modules[i]):
-                module = OSAModule(
-                    channels,
-                    body.inner[i],
-                    body.out[i],
-                    num_layers=body.layers,
-                    conv3x3=conv,
-                    norm=norm,
-                    reduce=body.depthwise and channels != body.inner[i],
-                    # a stage's first module changes the width
-                    identity=k > 0,
-                )
-                stage.add_module(f"osa{k + 1}", module)
-                channels = body.out[i]
-            self.add_module(name, stage)
+            self.add_module(name, _stage(body, i, channels, conv, norm))
+            channels = body.out[i]
             self._out_feature_channels[name] = channels
             self._out_feature_strides[name] = 4 * 2**i
         for module in self.modules():
@@ -246,6 +232,31 @@ class VoVNet(Backbone):
             if name in self._out_features:
                 outputs[name] = x
         return outputs
+
+
+def _stage(
+    body: VoVNetBody,
+    index: int,
+    in_channels: int,
+    conv3x3: Callable[[int, int], nn.Module],
+    norm: str,
+) -> nn.Sequential:
+    """The OSA modules "osa1", "osa2", ... of one stage; ``index`` 0 is stage2."""
+    stage = nn.Sequential()
+    for k in range(body.modules[index]):
+        module = OSAModule(
+            in_channels,
+            body.inner[index],
+            body.out[index],
+            num_layers=body.layers,
+            conv3x3=conv3x3,
+            norm=norm,
+            reduce=body.depthwise and in_channels != body.inner[index],
+            identity=k > 0,  # a stage's first module changes the width
+        )
+        stage.add_module(f"osa{k + 1}", module)
+        in_channels = body.out[index]
+    return stage
 
 
 def _deform3x3(in_channels: int, out_channels: int, *, norm: str, modulated: bool) -> nn.Module:

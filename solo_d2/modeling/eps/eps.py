@@ -25,7 +25,7 @@ from ..num_classes import resolve_num_classes
 from ..options import check_at_least, check_fractions
 from ..own_keys import warn_about_own_keys
 from ..prepare import check_precision, prepare
-from .inference import PseudoMasks, rescale
+from .inference import PseudoMasks, rescale, to_regions
 from .losses import classification_loss, saliency_loss
 from .targets import UNLABELED, StandIn, image_labels
 
@@ -41,6 +41,8 @@ class EPS(nn.Module):
     best_metric = "sem_seg/mIoU"
     # it needs a mapper that supplies the labels of an image, also for evaluation
     trains_on_image_labels = True
+    # from the output to what ``solo_d2.predictor`` shows
+    to_regions = staticmethod(to_regions)
 
     @configurable
     def __init__(

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from solo_d2.arguments import add_model_arguments, parse, print_error
+from solo_d2.arguments import add_model_arguments, load_predictor, parse, print_error
 from solo_d2.errors import UserError
-from solo_d2.predictor import load
 
 from .annotations import AnnotationFile
 from .segmenter import Segmenter
@@ -25,15 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(options.images)
         if not folder.is_dir():
             raise UserError(f"--images: no folder {folder}")
-        config, weights = options.config_file, options.weights
-        if not (config or weights):
-            raise UserError("give --weights, --config-file, or both")
-        predictor = load(
-            config or weights,
-            weights=weights if config else "",
-            opts=options.opts,
-            allow_pickle=options.allow_pickle,
-        )
+        predictor = load_predictor(options)
         classes = dict(zip(predictor.names, predictor.category_ids))
         for name in options.classes:
             classes.setdefault(name, max(classes.values()) + 1)

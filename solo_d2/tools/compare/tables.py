@@ -110,10 +110,8 @@ def summary_cells(model: Model) -> dict[str, Cell]:
     logged, iterations = training["seconds_per_iteration"], training["iterations"]
     cells["iteration, ms"] = _milliseconds(logged, "median of the training's log")
     if logged and iterations:
-        minutes, note = (
-            logged["median"] * iterations / 60,
-            "iterations times the logged time of one",
-        )
+        minutes = logged["median"] * iterations / 60
+        note = "iterations times the logged time of one"
         cells["training, min"] = Cell(minutes, note, tip=f"{iterations:,} iterations")
     return cells
 

@@ -14,10 +14,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from solo_d2.arguments import add_dtype_argument, add_model_arguments, parse, print_error
+from solo_d2.arguments import (
+    add_dtype_argument,
+    add_model_arguments,
+    load_predictor,
+    parse,
+    print_error,
+)
 from solo_d2.errors import UserError, one_line
 from solo_d2.images import UnreadableError
-from solo_d2.predictor import Result, load
+from solo_d2.predictor import Result
 
 from . import outputs as formats
 from .inputs import Source, Video, find_sources, output_names
@@ -40,16 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError("no INPUT: name images, videos or folders")
         sources = find_sources(inputs, exclude=folder)
         outputs = _outputs(options, folder, sources)
-        config, weights = options.config_file, options.weights
-        if not (config or weights):
-            raise UserError("give --weights, --config-file, or both")
-        predictor = load(
-            config or weights,
-            weights=weights if config else "",
-            opts=options.opts,
-            allow_pickle=options.allow_pickle,
-            dtype=options.dtype,
-        )
+        predictor = load_predictor(options, dtype=options.dtype)
         predictor.max_pixels = round(options.max_megapixels * 1e6)
         if points and not predictor.takes_points:
             raise UserError(f"--points needs AdaptIS, not {type(predictor.model).__name__}")
