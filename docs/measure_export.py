@@ -82,6 +82,7 @@ def prefix(name: str) -> str | None:
 @torch.no_grad()
 def row(name: str, images: list[np.ndarray], reference: Path) -> str:
     cfg = load_config(name, opts=["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     for key in num_classes_keys(cfg):
         cfg.merge_from_list([key, 80])
     with tempfile.TemporaryDirectory() as folder:

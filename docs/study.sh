@@ -15,7 +15,7 @@ esac
 overrides=(SOLVER.BASE_LR "$rate")
 [ "$part" = shapes ] || overrides+=(MODEL.WEIGHTS "$WEIGHTS")
 adaptis=$folder/adaptis$suffix
-exec "${PYTHON:-python}" -m solo_d2 compare --train --output "output/study/${part}_$rate" --iterations $iterations "$@" \
+exec "${PYTHON:-python}" -m solo_d2 compare --train --output "output/study/${part}_$rate" --iterations $iterations \
     "Mask R-CNN=$folder/mask_rcnn$suffix.yaml" \
     "CenterMask=$folder/centermask$suffix.yaml" \
     "YOLACT=$folder/yolact$suffix.yaml" \
@@ -23,4 +23,4 @@ exec "${PYTHON:-python}" -m solo_d2 compare --train --output "output/study/${par
     "Decoupled SOLO=$folder/decoupled_solo$suffix.yaml" \
     "SOLOv2=$folder/solov2$suffix.yaml" \
     "AdaptIS=${adaptis}_stage1.yaml+${adaptis}_stage2.yaml" \
-    "${overrides[@]}"
+    "${overrides[@]}" "$@"

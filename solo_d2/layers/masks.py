@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .upload import upload
+
 # Masks are handled in chunks of this size on the CPU; a single mask may be larger.
 CHUNK_BYTES = 64 * 1024**2
 
@@ -128,8 +130,8 @@ def downsample_unpadded_masks(
     h, w = image_size
     rows, columns = int(h / stride + 0.5), int(w / stride + 0.5)
     out = masks.new_zeros((len(masks), padded_size[0] // stride, padded_size[1] // stride))
-    y0, y1, wy0, wy1 = (x.to(masks.device) for x in _opencv_taps(h, rows))
-    x0, x1, wx0, wx1 = (x.to(masks.device) for x in _opencv_taps(w, columns))
+    y0, y1, wy0, wy1 = (upload(x, masks.device) for x in _opencv_taps(h, rows))
+    x0, x1, wx0, wx1 = (upload(x, masks.device) for x in _opencv_taps(w, columns))
     masks = masks[:, :h, :w].int()
     # OpenCV's 8-bit arithmetic drops bits between the two passes, which moves the threshold
     along_x = (masks[:, :, x0] * wx0 + masks[:, :, x1] * wx1) >> 4

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from solo_d2.layers.symbolic import refuse_export
+from solo_d2.layers.upload import upload
 from solo_d2.postprocessing import postprocess
 
 from .own_keys import warn_about_own_keys
@@ -228,11 +229,11 @@ class InstanceSegmentor(nn.Module, ABC):
         if instances.has("gt_crowd") and instances.gt_crowd.any():
             objects, crowds = ~instances.gt_crowd, instances.gt_crowd
         return GroundTruth(
-            boxes[objects].to(self.device),
-            classes[objects].to(self.device),
+            upload(boxes[objects], self.device),
+            upload(classes[objects], self.device),
             _padded(masks[objects], padded_size, self.device),
             image_size,
-            crowd_boxes=boxes[crowds].to(self.device),
+            crowd_boxes=upload(boxes[crowds], self.device),
             crowd_masks=_padded(masks[crowds], padded_size, self.device),
         )
 
@@ -263,7 +264,7 @@ def _padded(masks: Tensor, size: tuple[int, int], device: torch.device) -> Tenso
     """(M, h, w) -> (M, *size) on the device; no copy if nothing changes."""
     m, h, w = masks.shape
     if (h, w) == size:
-        return masks.to(device)
+        return upload(masks, device)
     padded = torch.zeros((m, *size), dtype=torch.bool, device=device)
-    padded[:, :h, :w] = masks
+    padded[:, :h, :w] = upload(masks, device)
     return padded

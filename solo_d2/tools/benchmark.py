@@ -190,7 +190,7 @@ def _cuda_checks(subject: Subject) -> dict[str, Any]:
     if subject.instances is None:
         on_cpu = copy.deepcopy(subject)
         on_cpu.model.cpu().float()
-        on_cpu.device, on_cpu.dtype = torch.device("cpu"), "float32"
+        on_cpu.device, on_cpu.dtype, on_cpu.images = torch.device("cpu"), "float32", 1
         expected, found = (x.run()[0]["instances"].to("cpu") for x in (on_cpu, subject))
         checks |= differences(expected, found)
     return checks

@@ -33,5 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.weights = [options.weights or str(folder / "model_final.pth")]
     options.output = str(folder / "report")
     options.train, options.seeds, options.lrs = False, 1, ()
-    options.iterations, options.allow_differences, options.num_gpus = None, False, 1
+    options.iterations, options.allow_differences = None, False
+    options.num_gpus = options.jobs = 1
     return cli.run(options, shlex.join(["solo-d2", "report", *words]))

@@ -15,6 +15,8 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from solo_d2.layers.upload import upload
+
 from ..options import check_at_least
 
 
@@ -118,11 +120,12 @@ def crop_masks(
     low = np.clip(np.floor(boxes[:, :2]) - 1, 0, limit - 1)
     high = np.maximum(np.minimum(np.ceil(boxes[:, 2:]) + 1, limit), low + 1)
     align = ROIAlign((size, size), spatial_scale=1.0, sampling_ratio=0, aligned=True)
+    in_window = np.pad(boxes - np.tile(low, 2), ((0, 0), (1, 0)))  # 0: the first of one image
+    rois = upload(torch.from_numpy(in_window).float(), masks.device)
     crops = [masks.tensor.new_zeros((0, size, size))]
-    for i, (x1, y1), (x2, y2), box in zip(index, low.astype(int), high.astype(int), boxes):
+    for i, (x1, y1), (x2, y2), roi in zip(index, low.astype(int), high.astype(int), rois):
         window = masks.tensor[i, y1:y2, x1:x2].float()
-        roi = [0.0, *(box - (x1, y1, x1, y1))]
-        crops.append(align(window[None, None], window.new_tensor([roi]))[0] >= 0.5)
+        crops.append(align(window[None, None], roi[None])[0] >= 0.5)
     return torch.cat(crops)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
+from solo_d2.layers.upload import upload
 
 from .base import Levels, Size, SOLOFamily
 from .head import CategoryHead, HeadSpec, init_output
@@ -58,7 +59,7 @@ class DecoupledSOLO(SOLOFamily):
     ) -> Tensor:
         grid = self.num_grids[level]
         lines = [  # cells share lines
-            torch.from_numpy(x).to(self.device)
+            upload(torch.from_numpy(x), self.device)
             for line in (cells % grid, cells // grid)
             for x in np.unique(line, return_inverse=True)
         ]

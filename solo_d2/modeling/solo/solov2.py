@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.deform_conv import DeformConv2d
 from solo_d2.layers.resample import resize, upsample2x
+from solo_d2.layers.upload import upload
 
 from ..options import check_at_least, check_channels
 from .base import Levels, Size, SOLOFamily
@@ -80,7 +81,7 @@ class SOLOv2(SOLOFamily):
         self, outputs: SOLOv2Outputs, image: int, level: int, cells: np.ndarray, size: Size = None
     ) -> Tensor:
         kernels = outputs.kernels[level][image].flatten(1)
-        kernels = kernels[:, torch.from_numpy(cells).to(self.device)].T
+        kernels = kernels[:, upload(torch.from_numpy(cells), self.device)].T
         return self.kernel_masks(outputs.mask_features[image], kernels, size)
 
     def kernel_masks(self, feature: Tensor, kernels: Tensor, size: Size = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from solo_d2.layers.masks import mass_centers
+from solo_d2.layers.upload import upload
 
 from ..options import check_at_least
 from ..segmentor import GroundTruth
@@ -111,10 +112,10 @@ def assign_cells(
     offsets = level_offsets(num_grids)
     # The numbers of all levels, (L, 1) each, in one copy to the device.
     table = [num_grids, offsets[:-1], [1.0 / grid for grid in num_grids], *zip(*scale_ranges)]
-    numbers = torch.tensor(table, dtype=torch.float32).to(boxes.device)[:, :, None]
+    numbers = upload(torch.tensor(table, dtype=torch.float32), boxes.device)[:, :, None]
     grids, first_cells = numbers[:2].long()
     cell_size, smallest, largest = numbers[2:]
-    size = torch.tensor(extent[::-1], dtype=torch.float32).to(boxes.device)
+    size = upload(torch.tensor(extent[::-1], dtype=torch.float32), boxes.device)
 
     # x first, then y, in the last axis of everything below
     sizes = (boxes[:, 2:] - boxes[:, :2]).float() - float(inclusive_boxes)
@@ -160,7 +161,8 @@ def last_claims(targets: CellTargets, num_grids: Sequence[int]) -> CellTargets:
 
     SOLO and Decoupled SOLO train one mask per cell; SOLOv2 trains a cell's kernel on all pairs.
     """
-    flat = targets.cell + targets.cell.new_tensor(level_offsets(num_grids))[targets.level]
+    offsets = upload(torch.tensor(level_offsets(num_grids)), targets.cell.device)
+    flat = targets.cell + offsets[targets.level]
     # a stable sort keeps the pairs of a cell in instance order, so the last of each run wins
     order = flat.sort(stable=True).indices
     flat = flat[order]

@@ -82,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", nargs=4, metavar=DATA, help="your own data, as in solo-d2 train")
     allow = "compare configs that differ in data, schedule or evaluation; the report shows them"
     add("--allow-differences", action="store_true", help=allow)
+    jobs = "trainings at a time, all on the same device (default 1)"
+    add("--jobs", type=_positive, default=1, metavar="N", help=jobs)
     add("--num-gpus", type=_positive, default=1, help="for training")
     add_measuring_options(parser)
     return parser

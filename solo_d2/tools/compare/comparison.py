@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,7 @@ class Comparison:
         cfg = models[-1].cfgs[-1].clone()
         setup_datasets(cfg)
         self.data = accuracy.TestSet(cfg.DATASETS.TEST[0])
+        self.lock = threading.Lock()  # of the report, among the threads that train
         self.environment = _environment(models[0].cfgs[0])
         self.rows = {model.name: _empty_row(self.runs[model.name][0]) for model in models}
         self.report = {
@@ -104,21 +107,20 @@ class Comparison:
         runs = self.all_runs()
         self._collect()
         self.write()
-        for index, run in enumerate(runs, start=1):
-            if run.is_finished():
-                continue
-            row = self.rows[run.model.name]
-            status, row["status"] = row["status"], "training"
-            self.write()
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            futures = [
+                pool.submit(
+                    self._execute, run, f"run {i} of {len(runs)}, {run.model.name}, {run.title}"
+                )
+                for i, run in enumerate(runs, start=1)
+                if not run.is_finished()
+            ]
             try:
-                with Progress(f"run {index} of {len(runs)}, {run.model.name}, {run.title}") as bar:
-                    run.execute(bar.show, self.options.num_gpus)
-            except Exception as error:  # of one model; the others go on
-                self._fail(run, error)
-            else:
-                row["status"] = status
-                self._collect()
-            self.write()
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         for name in self.rows:
             self._measure_alone(name)
             self.write()
@@ -129,6 +131,25 @@ class Comparison:
         self.report["finished"] = True
         self.write()
         return not any(row["status"] == "failed" for row in self.rows.values())
+
+    def _execute(self, run: Run, title: str) -> None:
+        """Train and evaluate one model, in a thread of its own."""
+        row = self.rows[run.model.name]
+        with self.lock:
+            status, row["status"] = row["status"], "training"
+            self.write()
+        try:
+            with Progress(title) as bar:
+                run.execute(bar.show, self.options.num_gpus)
+        except Exception as error:  # of one model; the others go on
+            with self.lock:
+                self._fail(run, error)
+                self.write()
+        else:
+            with self.lock:
+                row["status"] = status
+                self._collect()
+                self.write()
 
     def write(self) -> None:
         """report.json with all that is known, and the pages made of it."""
