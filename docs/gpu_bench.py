@@ -58,9 +58,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=10.0, help="start nothing after these")
     options = parser.parse_args()
-    start = time.monotonic()
     options.output.mkdir(parents=True, exist_ok=True)
     weights = {name: stand_in(name, options) for name in options.models}
+    start = time.monotonic()
     for run, name in itertools.product(RUNS, options.models):
         if time.monotonic() - start < 60 * options.minutes:
             measure(name, weights[name], run, options)

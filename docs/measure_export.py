@@ -19,6 +19,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -127,10 +128,11 @@ def row(name: str, images: list[np.ndarray], reference: Path) -> str:
 
 
 def make_it_find(model: YOLACT, images: list[Tensor]) -> None:
-    """Let a head whose stand-in weights see nothing in real images give about 50 candidates each.
+    """Let a head whose stand-in weights see nothing in real images give 50 candidates or more.
 
-    A tenth of the features of its shared convolution become positive, and the threshold is lowered
-    where it is too high.
+    A tenth of the features of its shared convolution become positive. Logits, boxes and prototypes
+    are scaled: the order of saturated scores is chance, and boxes a million pixels wide make any
+    noise large. The threshold is lowered where it is too high.
     """
     inputs = [model.preprocess_image([{"image": image}]).tensor for image in images]
     before = []
@@ -140,9 +142,18 @@ def make_it_find(model: YOLACT, images: list[Tensor]) -> None:
     conv = model.head.shared
     features = F.conv2d(before[0], conv.weight, conv.bias, padding=1)
     conv.bias.sub_(features.flatten(2).quantile(0.9, dim=2).amax(dim=0).clamp(max=0))
+    found = [model.dense(x) for x in inputs]
+    scale(model.head.class_logits, max(x.class_logits.abs().amax() for x in found) / 10)
+    scale(model.head.box_pred, max(x.box_offsets.std() for x in found))
+    scale(model.protonet.predictor, max(x.prototypes.std() for x in found))
     scores = [model.dense(x).class_logits[0].softmax(dim=1)[:, 1:].amax(dim=1) for x in inputs]
-    threshold = torch.cat(scores).topk(50 * len(images)).values[-1].item()
+    threshold = min(x.topk(50).values[-1].item() for x in scores)
     model.detector.score_threshold = min(model.detector.score_threshold, threshold)
+
+
+def scale(conv: Conv2d, deviation: Tensor) -> None:
+    for parameter in conv.parameters():
+        parameter.div_(deviation)
 
 
 def fill(cfg: CfgNode, table: str, reference: Path, path: Path) -> None:

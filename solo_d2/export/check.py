@@ -17,6 +17,7 @@ BOX_TOLERANCE = 0.05  # pixels
 MASK_TOLERANCE = 1e-3  # of soft masks
 # No more of a score is explained by pixels at the threshold.
 _MAX_FLIP_EFFECT = 1e-2
+_MAX_MASK_DIFFERENCE = 0.5  # of soft masks; above it they are two objects
 _POINTS = 5  # along each side, for AdaptIS
 
 
@@ -101,16 +102,10 @@ def compare(
         mask_threshold: of the pixels that are compared.
         in_order: match those of the same position: the results of points.
     """
-    free = list(range(len(exported)))
-    pairs = []
-    for i in range(len(eager)):
-        tied = [j for j in free if j == i]
-        if not in_order:
-            tied = _tied(eager, i, exported, free, mask_threshold)
-        if tied:
-            best = min(tied, key=lambda j: _soft_mask_difference(eager, i, exported, j))
-            free.remove(best)
-            pairs.append((i, best))
+    if in_order:
+        pairs = list(zip(range(len(eager)), range(len(exported))))
+    else:
+        pairs = _match(eager, exported, mask_threshold)
     differences = [_differences(eager, i, exported, j, mask_threshold) for i, j in pairs]
     pixels = [_differing_pixels(eager, i, exported, j, mask_threshold) for i, j in pairs]
 
@@ -129,16 +124,26 @@ def compare(
     )
 
 
-def _tied(
-    eager: Instances, i: int, exported: Instances, free: list[int], threshold: float
-) -> list[int]:
-    close = (exported.scores - eager.scores[i]).abs() <= _MAX_FLIP_EFFECT
-    same = close & (exported.pred_classes == eager.pred_classes[i])
-    return [
-        j
-        for j in free
-        if same[j] and _score_difference(eager, i, exported, j, threshold) <= SCORE_TOLERANCE
-    ]
+def _match(eager: Instances, exported: Instances, threshold: float) -> list[tuple[int, int]]:
+    """Pairs of the same class and score, the most similar first.
+
+    Of instances with equal scores at the limit of their number, each side may keep another one.
+    These have no partner.
+    """
+    tied = []
+    for i in range(len(eager)):
+        close = (exported.scores - eager.scores[i]).abs() <= _MAX_FLIP_EFFECT
+        same = close & (exported.pred_classes == eager.pred_classes[i])
+        for j in same.nonzero()[:, 0].tolist():
+            mask = _soft_mask_difference(eager, i, exported, j)
+            score = _score_difference(eager, i, exported, j, threshold)
+            if mask <= _MAX_MASK_DIFFERENCE and score <= SCORE_TOLERANCE:
+                tied.append((mask, _box_difference(eager, i, exported, j), i, j))
+    partner: dict[int, int] = {}
+    for _, _, i, j in sorted(tied):
+        if i not in partner and j not in partner.values():
+            partner[i] = j
+    return list(partner.items())
 
 
 def _score_difference(
@@ -160,13 +165,22 @@ def _score_difference(
 def _differences(
     eager: Instances, i: int, exported: Instances, j: int, threshold: float
 ) -> dict[str, float]:
-    result = {"score": _score_difference(eager, i, exported, j, threshold), "box": 0.0}
+    result = {"score": _score_difference(eager, i, exported, j, threshold)}
     if eager.has("mask_scores"):  # they have no upper bound
         rated = _largest(eager.mask_scores[i], exported.mask_scores[j])
         result["score"] = max(result["score"], rated / max(1.0, float(eager.mask_scores[i])))
-    if eager.has("pred_boxes"):
-        result["box"] = _largest(eager.pred_boxes.tensor[i], exported.pred_boxes.tensor[j])
+    result["box"] = _box_difference(eager, i, exported, j)
     return result | {"soft_mask": _soft_mask_difference(eager, i, exported, j)}
+
+
+def _box_difference(eager: Instances, i: int, exported: Instances, j: int) -> float:
+    """In pixels, of the parts within the image."""
+    if not eager.has("pred_boxes"):
+        return 0.0
+    boxes = [x.pred_boxes[k].clone() for x, k in ((eager, i), (exported, j))]
+    for box in boxes:
+        box.clip(eager.image_size)
+    return _largest(*(box.tensor for box in boxes))
 
 
 def _soft_mask_difference(eager: Instances, i: int, exported: Instances, j: int) -> float:

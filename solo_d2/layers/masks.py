@@ -132,11 +132,15 @@ def downsample_unpadded_masks(
     out = masks.new_zeros((len(masks), padded_size[0] // stride, padded_size[1] // stride))
     y0, y1, wy0, wy1 = (upload(x, masks.device) for x in _opencv_taps(h, rows))
     x0, x1, wx0, wx1 = (upload(x, masks.device) for x in _opencv_taps(w, columns))
-    masks = masks[:, :h, :w].int()
-    # OpenCV's 8-bit arithmetic drops bits between the two passes, which moves the threshold
-    along_x = (masks[:, :, x0] * wx0 + masks[:, :, x1] * wx1) >> 4
-    upper = (along_x[:, y0] * wy0[:, None]) >> 16
-    lower = (along_x[:, y1] * wy1[:, None]) >> 16
+
+    def blend(y: Tensor, weight: Tensor) -> Tensor:
+        """One of the two rows of each target row; only the pixels that are needed become int."""
+        row = masks[:, y]
+        along_x = (row[:, :, x0].int() * wx0 + row[:, :, x1].int() * wx1) >> 4
+        # OpenCV's 8-bit arithmetic drops bits between the two passes, which moves the threshold
+        return (along_x * weight[:, None]) >> 16
+
+    upper, lower = blend(y0, wy0), blend(y1, wy1)
     small = ((upper + lower + 2) >> 2) > 0
     rows, columns = min(rows, out.shape[1]), min(columns, out.shape[2])
     out[:, :rows, :columns] = small[:, :rows, :columns]

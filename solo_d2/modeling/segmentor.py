@@ -7,6 +7,7 @@ Shape shorthand of this file:
 """
 
 from abc import ABC, abstractmethod
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ class InstanceSegmentor(nn.Module, ABC):
         self.freeze_bn_stats = freeze_bn_stats
         self.mask_threshold = mask_threshold
         self.num_classes = num_classes
+        self._finite_versions: list[int] = []  # of the weights, when they were last checked
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -153,11 +155,17 @@ class InstanceSegmentor(nn.Module, ABC):
         Raises:
             ValueError: a weight is inf or NaN.
         """
+        # reading all weights takes as long as a third of the network, so only once after a change
+        tensors = chain(self.parameters(), self.buffers())
+        versions = [0 if x.is_inference() else x._version for x in tensors]
+        if versions == self._finite_versions:
+            return
         weights = {k: v for k, v in self.state_dict().items() if v.is_floating_point()}
         finite = torch.stack([value.isfinite().all() for value in weights.values()])
         if not finite.all():
             name = list(weights)[int(finite.logical_not().nonzero()[0])]
             raise ValueError(f"the model's weights are not finite: {name} has inf or NaN values")
+        self._finite_versions = versions
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Normalize, then pad with zeros at the right and bottom.

@@ -159,3 +159,20 @@ def test_a_pixel_at_the_threshold_explains_its_part_of_a_score(flipped, matched)
     if flipped:
         eager.pred_masks[0, 0, 0], exported.pred_masks[0, 0, 0] = 0.50001, 0.49999
     assert compare(eager, exported).matched == matched
+
+
+def test_an_instance_without_partner_takes_no_other_ones():
+    """Two of three instances with equal scores are kept, not the same ones."""
+    masks = torch.eye(3).view(3, 3, 1)
+    eager, exported = (
+        Instances(
+            (3, 1),
+            scores=torch.full((2,), 0.5),
+            pred_classes=torch.zeros(2).long(),
+            pred_masks=masks[kept],
+        )
+        for kept in ([0, 1], [1, 2])
+    )
+    found = compare(eager, exported)
+    assert (found.matched, found.identical_masks, found.soft_mask) == (1, 1, 0)
+    assert not found.equal
