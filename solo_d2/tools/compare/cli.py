@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from solo_d2.arguments import parse, print_error
+from solo_d2.arguments import add_dtype_argument, parse, print_error
 from solo_d2.engine import training_folder
 from solo_d2.errors import UserError
 
@@ -99,6 +99,7 @@ def add_measuring_options(parser: argparse.ArgumentParser) -> None:
     ):
         help_text = f"{what} (default {default})"
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=help_text)
+    add_dtype_argument(parser)  # of --weights and of what is timed; training evaluates in float32
 
 
 def _positive(text: str) -> int:

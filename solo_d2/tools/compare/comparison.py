@@ -52,7 +52,9 @@ class Comparison:
         fairness.check_fair(differences, allow=options.allow_differences)
         first = max(0, models[0].cfgs[0].SEED)
         seeds = list(range(first, first + options.seeds))
-        self.runs = {m.name: make_runs(m, self.output, seeds, options.lrs) for m in models}
+        self.runs = {
+            m.name: make_runs(m, self.output, seeds, options.lrs, options.dtype) for m in models
+        }
         for run in self.all_runs():
             run.check_unchanged()
             if not (options.train or run.model.weights or run.is_finished()):
@@ -76,6 +78,7 @@ class Comparison:
                 "rates": list(options.lrs),
                 "batch": options.batch,
                 "images_for_timing": options.images_for_timing,
+                "dtype": options.dtype,
                 "score_threshold": accuracy.SCORE_THRESHOLD,
             },
             "data": _describe_data(self.data, cfg.DATASETS.TRAIN),
@@ -220,14 +223,15 @@ class Comparison:
         """What does not depend on how busy the machine is: parameters, FLOPs, memory."""
         if not (runs := self.best_runs(name)):
             return
-        run, log = runs[0], self.output / "printed.txt"
+        run, log, dtype = runs[0], self.output / "printed.txt", self.options.dtype
 
         def measure_all() -> dict[str, Any]:
             row: dict[str, Any] = {"notes": []}
             images, cfg = self.options.images_for_timing, run.training_cfg
             with Progress(f"measuring {name}"):
                 try:
-                    row = in_process(measure.measure_inference, run.final_cfg, images, log=log)
+                    work = (run.final_cfg, images, dtype)
+                    row = in_process(measure.measure_inference, *work, log=log)
                     if cfg is not None:
                         training = in_process(measure.training_memory, cfg, log=log)
                         row["memory"]["training"] = training
@@ -235,7 +239,7 @@ class Comparison:
                     row["notes"].append(f"not measured: {one_line(error)}")
             return row
 
-        key = {"run": run.fingerprint, "environment": self.environment}
+        key = {"run": run.fingerprint, "dtype": dtype, "environment": self.environment}
         self.rows[name] |= _kept(run.folder.parent / "measures.json", key, measure_all)
 
     def _measure_in_turn(self) -> None:
@@ -249,13 +253,14 @@ class Comparison:
             "batch": options.batch,
             "images": options.images_for_timing,
             "steps": options.steps_for_timing,
+            "dtype": options.dtype,
             "environment": self.environment,
         }
 
         def measure_all() -> dict[str, Any]:
             final = {name: run.final_cfg for name, run in runs.items()}
             trained = {n: cfg for n, run in runs.items() if (cfg := run.training_cfg) is not None}
-            work = (options.batch, options.images_for_timing, options.steps_for_timing)
+            work = options.batch, options.images_for_timing, options.steps_for_timing, options.dtype
             log = self.output / "printed.txt"
             with Progress(f"timing {', '.join(runs)} in turn"):
                 return in_process(measure.measure_times, final, trained, *work, log=log)

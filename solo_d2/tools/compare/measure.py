@@ -34,6 +34,7 @@ from solo_d2.data import build_mapper, setup_datasets
 from solo_d2.engine import Trainer, build_optimizer
 from solo_d2.errors import one_line
 from solo_d2.modeling import InstanceSegmentor
+from solo_d2.modeling.prepare import precision
 
 PARTS = ("preprocess", "network", "nms", "output")
 _WARM_UP = 3
@@ -59,7 +60,7 @@ def sample_inputs(cfg: CfgNode, count: int) -> Inputs:
     return [mapper(records[int(i)]) for i in chosen]
 
 
-def measure_inference(cfg: CfgNode, images: int) -> dict[str, Any]:
+def measure_inference(cfg: CfgNode, images: int, dtype: str) -> dict[str, Any]:
     """Most frequent input size (height, width), bytes of memory, parameters, operations, "notes".
 
     To be called in a process of its own, like ``training_memory`` and ``measure_times``.
@@ -69,7 +70,7 @@ def measure_inference(cfg: CfgNode, images: int) -> dict[str, Any]:
     device = torch.device(cfg.MODEL.DEVICE)
     memory = {"device": device.type, "baseline": _peak_memory(device)}
     model = load_model(cfg)
-    with torch.no_grad():
+    with torch.no_grad(), precision(device.type, dtype):
         for x in inputs[:_FEW]:
             model([x])
     memory["inference"] = _peak_memory(device)
@@ -97,8 +98,12 @@ def measure_times(
     batch_size: int,
     images: int,
     steps: int,
+    dtype: str,
 ) -> dict[str, Any]:
-    """By model, "latency" of batches of 1 and of ``batch_size``, training "steps", and "notes"."""
+    """By model, "latency" of batches of 1 and of ``batch_size``, training "steps", and "notes".
+
+    ``dtype`` is that of inference, see ``precision``.
+    """
     notes: dict[str, list[str]] = {name: [] for name in cfgs}
     latency: dict[str, list[dict[str, Any]]] = {name: [] for name in cfgs}
     for cfg in (*cfgs.values(), *train_cfgs.values()):
@@ -107,7 +112,9 @@ def measure_times(
     inputs = {name: sample_inputs(cfg, images) for name, cfg in cfgs.items()}
     for size in sorted({1, batch_size}):
         batches = {name: make_batches(x, size) for name, x in inputs.items()}
-        for name, row in time_inference(models, batches, notes).items():
+        with precision(next(iter(cfgs.values())).MODEL.DEVICE.split(":")[0], dtype):
+            rows = time_inference(models, batches, notes)
+        for name, row in rows.items():
             latency[name].append(row)
     models = {name: load_model(cfg) for name, cfg in train_cfgs.items()} if steps else {}
     found = time_training(models, train_cfgs, steps, notes)

@@ -23,6 +23,7 @@ from solo_d2.engine import Trainer
 from solo_d2.errors import UserError, is_user_error, one_line
 from solo_d2.evaluation.coco import RESULTS_FILE, write_results
 from solo_d2.files import atomic_write
+from solo_d2.modeling.prepare import precision
 
 from .fairness import flatten
 from .process import in_process
@@ -64,6 +65,7 @@ class Run:
     rate: float | None  # None: each config's own SOLVER.BASE_LR
     folder: Path
     cfgs: tuple[CfgNode, ...]  # of the stages, with OUTPUT_DIR, SEED and weights
+    dtype: str = "float32"  # of an evaluation
 
     @property
     def title(self) -> str:
@@ -105,7 +107,8 @@ class Run:
         for i, cfg in enumerate(self.cfgs):
             ignored = _NO_INFLUENCE | ({"MODEL.WEIGHTS"} if i else set())
             stages.append({k: v for k, v in flatten(cfg).items() if k not in ignored})
-        return {"weights": _digest(self.cfgs[0].MODEL.WEIGHTS), "stages": stages}
+        record = {"weights": _digest(self.cfgs[0].MODEL.WEIGHTS), "stages": stages}
+        return record if self.dtype == "float32" else record | {"dtype": self.dtype}
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +149,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.folder / _RECORD) as file:
             file.write(json.dumps(self.record, indent=1).encode())
-        work = _evaluate if self.seed is None else _train
+        work = partial(_evaluate, dtype=self.dtype) if self.seed is None else _train
         for cfg in self.cfgs:
             if not _results_file(cfg).exists():
                 log = Path(cfg.OUTPUT_DIR) / "printed.txt"
@@ -220,19 +223,24 @@ def set_iterations(cfgs: Sequence[CfgNode], iterations: int) -> None:
 
 
 def make_runs(
-    model: Model, output: Path, seeds: Sequence[int], rates: Sequence[float] = ()
+    model: Model,
+    output: Path,
+    seeds: Sequence[int],
+    rates: Sequence[float] = (),
+    dtype: str = "float32",
 ) -> list[Run]:
     """All trainings of a model, or the one evaluation of its weights.
 
     Args:
         output: folder of the comparison.
         seeds: each is trained with each of the rates, or with the configs' own if there are none.
+        dtype: of the evaluation of weights.
     """
     root = output / model.folder_name
     if model.weights:
         cfg = model.cfgs[-1].clone()
         cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(root / "evaluation"), model.weights
-        return [Run(model, None, None, root / "evaluation", (cfg,))]
+        return [Run(model, None, None, root / "evaluation", (cfg,), dtype)]
     return [_training(model, root, seed, rate) for rate in rates or (None,) for seed in seeds]
 
 
@@ -263,12 +271,14 @@ def _train_one(cfg: CfgNode) -> None:
     trainer.train()
 
 
-def _evaluate(cfg: CfgNode, _: int) -> None:
+def _evaluate(cfg: CfgNode, _: int, *, dtype: str) -> None:
     with _one_line_errors():
         _set_up(cfg)
         model = Trainer.build_model(cfg)
         build_checkpointer(cfg, model, require_complete=True).load(cfg.MODEL.WEIGHTS)
-    write_results(Trainer.test(cfg, model), cfg.OUTPUT_DIR)
+    with precision(model.device.type, dtype):
+        results = Trainer.test(cfg, model)
+    write_results(results, cfg.OUTPUT_DIR)
 
 
 @contextmanager
@@ -325,6 +335,8 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             was, now = before.get(key, defaults.get(key)), after.get(key, defaults.get(key))
             if was != now and not (key == "MODEL.WEIGHTS" and same_weights):
                 changes.append(f"{key} was {was!r}, now it is {now!r}")
+    if old.get("dtype") != new.get("dtype"):
+        changes.append("--dtype")
     if old["weights"] != new["weights"] and not changes:
         changes.append("the weights file has another content")
     return changes

@@ -213,7 +213,7 @@ def test_memory_is_that_of_a_process_with_one_model(models, tmp_path):
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     torch.save({"model": model.state_dict()}, cfg.MODEL.WEIGHTS)
     log = tmp_path / "log.txt"
-    found = in_process(measure.measure_inference, cfg, 2, log=log)
+    found = in_process(measure.measure_inference, cfg, 2, "float32", log=log)
     training = in_process(measure.training_memory, cfg, log=log)
     baseline = found["memory"]["baseline"]
     assert 0 < baseline < found["memory"]["inference"] < training

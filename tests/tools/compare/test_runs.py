@@ -102,6 +102,19 @@ def test_given_weights_are_evaluated_and_the_last_stage_has_them(tiny_configs, t
     assert [x.seed for x in make_runs(solo, tmp_path, [1, 2])] == [1, 2]
 
 
+def test_a_folder_is_of_one_dtype(tiny_configs, tmp_path):
+    weights = tmp_path / "w.pth"
+    torch.save({"model": {}}, weights)
+    (model,) = read_models([tiny_configs["solo"]], [str(weights)])
+    full, half = (make_runs(model, tmp_path, [1], dtype=x)[0] for x in ("float32", "bfloat16"))
+    assert "dtype" not in full.record and half.record["dtype"] == "bfloat16"
+    half.folder.mkdir(parents=True)
+    (half.folder / "run.json").write_text(json.dumps(half.record))
+    half.check_unchanged()
+    with pytest.raises(UserError, match="--dtype"):
+        full.check_unchanged()
+
+
 def prepared(tiny_configs, output, *opts, **options):
     """A run whose folder has the record of an earlier one."""
     (model,) = read_models([tiny_configs["solo"]], opts=opts, **options)
