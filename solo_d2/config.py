@@ -125,7 +125,8 @@ def _add_input(cfg: CN) -> None:
     # YOLACT's parameters (photometric, expand, crop), RANDOM_FLIP, resize; an image that loses all
     # of its objects is replaced by another one. "cityscapes": CROP, resize, RANDOM_FLIP, then
     # AdaptIS's for Cityscapes (shift and rotation, a crop of 400 x 720, colors); an image that
-    # loses all of its objects is replaced with probability 0.95.
+    # loses all of its objects is replaced with probability 0.95. "eps": that of EPS, with a longer
+    # side from MODEL.EPS.LONG_SIDES, RANDOM_FLIP, colors, and a crop or padding to CROP.SIZE.
     cfg.INPUT.AUGMENTATION = "default"
     # Also pass crowd regions to the model, as instances with the field gt_crowd. Only for
     # architectures that do not train on them as objects (YOLACT, AdaptIS, the SOLO family).
@@ -135,6 +136,8 @@ def _add_input(cfg: CN) -> None:
 def _add_training(cfg: CN) -> None:
     # "SGD" as in Detectron2, or "AdamW" with the same parameter groups.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Factor on the learning rate of the backbone.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     # Maximum L2 norm of all gradients together (0 = no limit). SOLVER.CLIP_GRADIENTS limits each
     # parameter separately.
     cfg.SOLVER.CLIP_TOTAL_GRAD_NORM = 0.0

@@ -28,7 +28,8 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation | T
         ValueError: a key of INPUT has an unsupported value.
     """
     options = cfg.INPUT
-    if options.AUGMENTATION not in KINDS:
+    # that of EPS is built by ``ImageLabelMapper``, which tests with this one
+    if options.AUGMENTATION not in KINDS and (is_train or options.AUGMENTATION != "eps"):
         raise ValueError(
             f"INPUT.AUGMENTATION must be one of {', '.join(KINDS)}, not {options.AUGMENTATION!r}"
         )

@@ -19,6 +19,7 @@ from torchvision.transforms import ColorJitter
 from solo_d2.errors import UserError, one_line
 from solo_d2.modeling.eps.targets import label_map_classes, multi_hot
 from solo_d2.modeling.num_classes import num_classes_keys, resolve_num_classes
+from solo_d2.modeling.options import check_choice
 
 from .augmentation import WindowTransform, build_augmentations
 from .catalog import check_images_exist, find_path
@@ -84,10 +85,9 @@ class ImageLabelMapper:
             maps = [saliency_file(folder, r["file_name"]) for records in sets for r in records]
             names = [{"file_name": str(file)} for file in maps]
             check_images_exist(names, "saliency maps (MODEL.EPS.SALIENCY_FOLDER)")
-        published = is_train and options.CROP_SIZE > 0
+        check_choice("INPUT.AUGMENTATION", cfg.INPUT.AUGMENTATION, ("default", "eps"))
+        published = is_train and cfg.INPUT.AUGMENTATION == "eps"
         build = published_augmentations if published else build_augmentations
-        if not published and cfg.INPUT.AUGMENTATION != "default":
-            raise ValueError("INPUT.AUGMENTATION must be 'default' for models of image labels")
         return {
             "is_train": is_train,
             "augmentations": build(cfg, is_train),
@@ -167,15 +167,17 @@ def published_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation
     Raises:
         ValueError: a key has an unsupported value.
     """
-    size, sides = cfg.MODEL.EPS.CROP_SIZE, cfg.MODEL.EPS.LONG_SIDES
+    size, sides = cfg.INPUT.CROP.SIZE, cfg.MODEL.EPS.LONG_SIDES
+    if len(set(size)) != 1 or size[0] < 1 or size[0] != int(size[0]):
+        raise ValueError(f"INPUT.CROP.SIZE must be a square in pixels for 'eps', not {size!r}")
     if len(sides) != 2 or not 1 <= sides[0] <= sides[1]:
         raise ValueError(f"MODEL.EPS.LONG_SIDES must be the ends of a range, not {sides!r}")
     if cfg.INPUT.FORMAT != "RGB":
-        raise ValueError(f"MODEL.EPS.CROP_SIZE needs INPUT.FORMAT 'RGB', not {cfg.INPUT.FORMAT!r}")
+        raise ValueError(f"INPUT.AUGMENTATION 'eps' needs RGB images, not {cfg.INPUT.FORMAT}")
     flips = utils.build_augmentation(cfg, is_train)[1:]
     fill = cfg.MODEL.PIXEL_MEAN
     to_float = T.ColorTransform(_as_float)
-    return [ResizeLongSide(*sides), *flips, Jitter(), to_float, RandomWindow(size, fill)]
+    return [ResizeLongSide(*sides), *flips, Jitter(), to_float, RandomWindow(int(size[0]), fill)]
 
 
 class ResizeLongSide(T.Augmentation):

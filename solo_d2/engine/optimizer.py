@@ -11,19 +11,22 @@ from torch import nn
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Detectron2's SGD, or AdamW with the same parameter groups.
 
-    A model may have a method ``lr_factor(name of a parameter)``, a factor on its learning rate.
-
     For any Detectron2 trainer: return it from the trainer's ``build_optimizer``. Gradients are
     clipped within ``step``, that is, after ``AMPTrainer`` has unscaled them.
 
     Raises:
-        ValueError: SOLVER.OPTIMIZER or SOLVER.CLIP_TOTAL_GRAD_NORM has an unsupported value.
+        ValueError: SOLVER.OPTIMIZER, CLIP_TOTAL_GRAD_NORM or BACKBONE_MULTIPLIER has an unsupported
+            value.
     """
     solver = cfg.SOLVER
     if solver.CLIP_TOTAL_GRAD_NORM < 0:
         raise ValueError(
             "SOLVER.CLIP_TOTAL_GRAD_NORM must be positive, or 0 for no limit, not "
             f"{solver.CLIP_TOTAL_GRAD_NORM!r}"
+        )
+    if solver.BACKBONE_MULTIPLIER < 0:
+        raise ValueError(
+            f"SOLVER.BACKBONE_MULTIPLIER must be at least 0, not {solver.BACKBONE_MULTIPLIER!r}"
         )
     kinds: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}),
@@ -38,7 +41,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=getattr(model, "lr_factor", None),
+        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if "backbone." in name else 1.0,
     )
     optimizer = maybe_add_gradient_clipping(cfg, kind)(
         groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True, **options

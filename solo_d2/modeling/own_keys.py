@@ -16,14 +16,12 @@ _DATASETS = "call solo_d2.data.setup_datasets(cfg) before you freeze the config"
 
 # key -> (the value that has no effect, how to honor the key in another pipeline)
 OWN_KEYS = {
-    "MODEL.EPS.CROP_SIZE": (0, _LABEL_MAPPER),
     "MODEL.EPS.SALIENCY_FOLDER": ("", _LABEL_MAPPER),
-    "MODEL.EPS.HEAD_LR_FACTOR": (1.0, _OPTIMIZER),
     "SOLVER.OPTIMIZER": ("SGD", _OPTIMIZER),
     "SOLVER.CLIP_TOTAL_GRAD_NORM": (0.0, _OPTIMIZER),
+    "SOLVER.BACKBONE_MULTIPLIER": (1.0, _OPTIMIZER),
     "INPUT.AUGMENTATION": ("default", _MAPPER),
     "INPUT.KEEP_CROWD": (False, _MAPPER),
-    "MODEL.ADAPTIS.BACKBONE_LR_FACTOR": (1.0, _OPTIMIZER),
     "DATASETS.OVERFIT_IMAGES": (0, _DATASETS),
 }
 

@@ -25,6 +25,9 @@ LEFT = {
 }
 
 
+EPS_SQUARE = {"AUGMENTATION": "eps", "CROP.SIZE": [64, 64]}
+
+
 def config(**eps):
     cfg = load_config(opts=("MODEL.META_ARCHITECTURE", "EPS", "MODEL.EPS.NUM_CLASSES", 3))
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
@@ -113,7 +116,8 @@ def test_the_saliency_map_follows_the_image(record, tmp_path):
 
 
 def test_the_published_augmentation_pads_with_the_mean_color_and_saliency_0(record, tmp_path):
-    cfg = config(SALIENCY_FOLDER=str(tmp_path / "saliency"), CROP_SIZE=64, LONG_SIDES=(20, 40))
+    cfg = config(SALIENCY_FOLDER=str(tmp_path / "saliency"), LONG_SIDES=(20, 40))
+    cfg.INPUT.AUGMENTATION, cfg.INPUT.CROP.SIZE = "eps", [64, 64]
     cfg.MODEL.PIXEL_MEAN = [1.5, 120.25, 99.0]
     example = ImageLabelMapper(cfg)(record)
     image, saliency = example["image"], example["saliency"][0]
@@ -181,14 +185,15 @@ def test_what_cannot_be_used_is_named(record, tmp_path):
 @pytest.mark.parametrize(
     ("eps", "options", "message"),
     [
-        ({"CROP_SIZE": 64, "LONG_SIDES": (9, 3)}, {}, "MODEL.EPS.LONG_SIDES"),
-        ({"CROP_SIZE": 64}, {"FORMAT": "BGR"}, "MODEL.EPS.CROP_SIZE needs INPUT.FORMAT 'RGB'"),
-        ({}, {"AUGMENTATION": "ssd"}, "INPUT.AUGMENTATION must be 'default'"),
+        ({"LONG_SIDES": (9, 3)}, {"AUGMENTATION": "eps"}, "INPUT.CROP.SIZE"),
+        ({"LONG_SIDES": (9, 3)}, EPS_SQUARE, "MODEL.EPS.LONG_SIDES"),
+        ({}, {**EPS_SQUARE, "FORMAT": "BGR"}, "'eps' needs RGB images, not BGR"),
+        ({}, {"AUGMENTATION": "ssd"}, "INPUT.AUGMENTATION"),
     ],
 )
 def test_wrong_keys_are_refused(eps, options, message):
     cfg = config(**eps)
     for key, value in options.items():
-        cfg.INPUT[key] = value
+        cfg.merge_from_list([f"INPUT.{key}", value])
     with pytest.raises(ValueError, match=message):
         ImageLabelMapper(cfg)

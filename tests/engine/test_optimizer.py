@@ -48,6 +48,15 @@ def test_optimizers_have_detectron2s_parameter_groups(name, kind):
     assert found[net[1].weight] == (1.0, 0.2)
 
 
+def test_the_backbone_has_its_own_learning_rate():
+    net = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    optimizer = build_optimizer(config("SOLVER.BACKBONE_MULTIPLIER", 0.1), net)
+    found = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert found[net["backbone"].weight] == pytest.approx(0.1 * found[net["head"].weight])
+    with pytest.raises(ValueError, match="SOLVER.BACKBONE_MULTIPLIER must be at least 0"):
+        build_optimizer(config("SOLVER.BACKBONE_MULTIPLIER", -1.0), net)
+
+
 @pytest.mark.parametrize(("scale", "is_clipped"), [(10.0, True), (0.01, False)])
 def test_all_gradients_together_are_scaled_down_to_the_limit(scale, is_clipped):
     net = model()

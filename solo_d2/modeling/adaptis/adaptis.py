@@ -76,7 +76,6 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         criterion: InstanceCriterion | ProposalCriterion,
         freeze_bn: bool = True,
         inference_options: InferenceOptions,
-        backbone_lr_factor: float = 1.0,
         pixel_mean: list[float],
         pixel_std: list[float],
         freeze_bn_stats: bool = False,
@@ -92,7 +91,6 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
             freeze_bn: in the second stage, keep the frozen parts in eval mode. False: let the
                 statistics of their batch norms drift, as the published code does.
             inference_options: how objects are found.
-            backbone_lr_factor: factor on the learning rate of the backbone.
 
         Raises:
             ValueError: an option has an unsupported value, or the parts do not fit together.
@@ -119,7 +117,6 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
         self.sampler, self.criterion = sampler, criterion
         self.freeze_bn = freeze_bn
         self.options = inference_options
-        self.backbone_lr_factor = backbone_lr_factor
         if self.proposal_head is not None and isinstance(criterion, ProposalCriterion):
             self.iou_threshold = criterion.iou_threshold
             self.requires_grad_(False)
@@ -160,12 +157,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
             if second_stage
             else InstanceCriterion(adaptis.LOSS_ALPHA, adaptis.TEST.MASK_THRESH),
             "inference_options": InferenceOptions.from_config(cfg),
-            "backbone_lr_factor": adaptis.BACKBONE_LR_FACTOR,
         }
-
-    def lr_factor(self, name: str) -> float:
-        """Of the learning rate of a parameter; see ``build_optimizer``."""
-        return self.backbone_lr_factor if name.startswith("backbone.") else 1.0
 
     def modules_with_frozen_statistics(self) -> list[nn.Module]:
         modules = super().modules_with_frozen_statistics()

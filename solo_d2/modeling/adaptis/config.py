@@ -54,8 +54,6 @@ def add_adaptis_config(cfg: CN) -> None:
     # Weight of an object's pixels in the loss of its mask; the others have 1 - LOSS_ALPHA.
     # Cityscapes: 0.25.
     cfg.MODEL.ADAPTIS.LOSS_ALPHA = 0.5
-    # Factor on the learning rate of the backbone. Cityscapes: 0.1.
-    cfg.MODEL.ADAPTIS.BACKBONE_LR_FACTOR = 1.0
     # Targets of the points on an object in the second stage: "score" (published code: graded, for
     # all points but the worst), "top20" (paper: the best fifth by IoU against the rest) or "dual"
     # (the best fifth against the worst half).

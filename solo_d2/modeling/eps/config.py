@@ -25,12 +25,8 @@ def add_eps_config(cfg: CN) -> None:
     cfg.MODEL.EPS.STAND_IN_EROSION = 0
     cfg.MODEL.EPS.STAND_IN_BLUR = 0.0
 
-    # The published augmentation: longer side drawn from the range LONG_SIDES, flip, color jitter,
-    # and a crop or padding to this size. 0: Detectron2's, as INPUT says.
-    cfg.MODEL.EPS.CROP_SIZE = 0
+    # With INPUT.AUGMENTATION "eps": the range of the longer side.
     cfg.MODEL.EPS.LONG_SIDES = (256, 512)
-    # Factor on the learning rate of the classifier; 10 as published.
-    cfg.MODEL.EPS.HEAD_LR_FACTOR = 1.0
 
     # Inference adds up the maps of these scales and of their mirror images.
     cfg.MODEL.EPS.TEST_SCALES = (0.5, 1.0, 1.5, 2.0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from solo_d2.layers.resample import resize
 
 from ..num_classes import resolve_num_classes
-from ..options import check_at_least, check_fractions
+from ..options import check_fractions
 from ..own_keys import warn_about_own_keys
 from ..prepare import check_precision, prepare
 from .inference import PseudoMasks, rescale, to_regions
@@ -59,7 +59,6 @@ class EPS(nn.Module):
         stand_in: StandIn | None = None,
         pseudo_masks: PseudoMasks | None = None,
         freeze_bn_stats: bool = False,
-        head_lr_factor: float = 1.0,
     ):
         """
         Args:
@@ -73,7 +72,6 @@ class EPS(nn.Module):
             stand_in: makes the saliency of an input that has none.
             pseudo_masks: makes the output from the maps.
             freeze_bn_stats: keep the backbone's batch norms in eval mode while training.
-            head_lr_factor: factor on the classifier's learning rate, see ``lr_factor``.
 
         Raises:
             ValueError: an option has an unsupported value.
@@ -90,7 +88,6 @@ class EPS(nn.Module):
                 f"one, not {[*pixel_mean]} and {[*pixel_std]}"
             )
         check_fractions(tau=tau, lam=lam)
-        check_at_least(0, head_lr_factor=head_lr_factor)
         self.stand_in = stand_in or StandIn()
         self.pseudo_masks = pseudo_masks or PseudoMasks()
         if self.pseudo_masks.use_bg_cam and not use_saliency:
@@ -102,7 +99,6 @@ class EPS(nn.Module):
         self.use_saliency = use_saliency
         self.tau, self.lam = tau, lam
         self.freeze_bn_stats = freeze_bn_stats
-        self.head_lr_factor = head_lr_factor
         self.dropout = nn.Identity() if use_saliency else nn.Dropout2d(0.5)
         channels = sum(shapes[name].channels for name in in_features)
         self.classifier = nn.Conv2d(channels, num_classes + int(use_saliency), 1, bias=False)
@@ -131,16 +127,11 @@ class EPS(nn.Module):
                 use_bg_cam=options.USE_BG_CAM,
             ),
             "freeze_bn_stats": cfg.MODEL.BACKBONE.FREEZE_BN_STATS,
-            "head_lr_factor": options.HEAD_LR_FACTOR,
         }
 
     @property
     def device(self) -> torch.device:
         return self.pixel_mean.device
-
-    def lr_factor(self, name: str) -> float:
-        """Factor on the learning rate of a parameter, for ``engine.build_optimizer``."""
-        return self.head_lr_factor if name.startswith("classifier.") else 1.0
 
     def train(self, mode: bool = True) -> "EPS":
         super().train(mode)

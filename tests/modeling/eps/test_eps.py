@@ -6,11 +6,10 @@ import logging
 import pytest
 import torch
 from example_inputs import BATCHES, NUM_CLASSES, SIZE, example, rectangle
-from tiny_models import EPS, tiny_config, tiny_model
+from tiny_models import EPS, tiny_model
 from torch import nn
 
 from solo_d2 import modeling
-from solo_d2.engine import build_optimizer
 from solo_d2.modeling.eps.losses import classification_loss, saliency_loss
 
 BASELINE = {**EPS, "MODEL.EPS.SALIENCY_LOSS": False}
@@ -172,7 +171,6 @@ class TestBaseline:
         ({"NUM_CLASSES": 255}, "num_classes must be 1 to 254"),
         ({"TAU": 1.5}, "tau must be from 0 to 1"),
         ({"LAM": -0.1}, "lam must be from 0 to 1"),
-        ({"HEAD_LR_FACTOR": -1.0}, "head_lr_factor must be at least 0"),
         ({"USE_BG_CAM": True, "SALIENCY_LOSS": False}, "use_bg_cam needs use_saliency"),
         ({"STAND_IN_BLUR": -1.0}, "blur must be at least 0"),
         ({"TEST_SCALES": ()}, "scales must be positive"),
@@ -202,25 +200,6 @@ def test_statistics_of_batch_norms_can_be_frozen():
     model = tiny_model(EPS, MODEL__BACKBONE__FREEZE_BN_STATS=True).train()
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and not any(norm.training for norm in norms)
-
-
-def test_the_classifier_has_its_own_learning_rate():
-    options = {
-        "MODEL__EPS__HEAD_LR_FACTOR": 10.0,
-        "SOLVER__BASE_LR": 0.01,
-        "SOLVER__WEIGHT_DECAY": 5e-4,
-        "SOLVER__BIAS_LR_FACTOR": 2.0,
-        "SOLVER__WEIGHT_DECAY_BIAS": 0.0,
-        "SOLVER__MOMENTUM": 5e-4,
-    }
-    model = tiny_model(EPS, **options)
-    optimizer = build_optimizer(tiny_config(EPS, **options), model)
-    found = {p: g for g in optimizer.param_groups for p in g["params"]}
-    assert found[model.classifier.weight]["lr"] == pytest.approx(0.1)
-    assert found[model.backbone.features[0][0].weight]["lr"] == 0.01
-    assert found[model.backbone.features[0][1].bias]["lr"] == 0.02
-    assert found[model.classifier.weight]["weight_decay"] == 5e-4
-    assert {group["momentum"] for group in optimizer.param_groups} == {5e-4}
 
 
 def test_it_is_public():
