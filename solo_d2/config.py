@@ -81,6 +81,15 @@ def add_point_rend_config(cfg: CN) -> None:
     add_pointrend_config(cfg)
 
 
+# Keys in the config.yaml of older runs: ignored with a warning.
+_DEPRECATED = (
+    "INPUT.KEEP_CROWD",  # now a property of the architecture
+    "MODEL.EPS.CROP_SIZE",  # INPUT.AUGMENTATION "eps" with INPUT.CROP.SIZE
+    "MODEL.EPS.HEAD_LR_FACTOR",  # SOLVER.BACKBONE_MULTIPLIER
+    "MODEL.ADAPTIS.BACKBONE_LR_FACTOR",  # SOLVER.BACKBONE_MULTIPLIER
+)
+
+
 def add_solo_d2_config(cfg: CN) -> None:
     """Add every key of solo_d2 to ``cfg``, in place. Call it before ``cfg.merge_from_file``."""
     _add_data(cfg)
@@ -92,6 +101,8 @@ def add_solo_d2_config(cfg: CN) -> None:
     add_centermask_config(cfg)
     add_yolact_config(cfg)
     add_eps_config(cfg)
+    for key in _DEPRECATED:
+        cfg.register_deprecated_key(key)
 
 
 def _add_data(cfg: CN) -> None:
@@ -128,9 +139,6 @@ def _add_input(cfg: CN) -> None:
     # loses all of its objects is replaced with probability 0.95. "eps": that of EPS, with a longer
     # side from MODEL.EPS.LONG_SIDES, RANDOM_FLIP, colors, and a crop or padding to CROP.SIZE.
     cfg.INPUT.AUGMENTATION = "default"
-    # Also pass crowd regions to the model, as instances with the field gt_crowd. Only for
-    # architectures that do not train on them as objects (YOLACT, AdaptIS, the SOLO family).
-    cfg.INPUT.KEEP_CROWD = False
 
 
 def _add_training(cfg: CN) -> None:

@@ -72,3 +72,10 @@ def test_what_is_no_config_is_one_line(tmp_path, text, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         load_config(str(path))
     assert str(caught.value).startswith(f"config {path}: ") and "\n" not in str(caught.value)
+
+
+def test_keys_of_older_runs_are_ignored(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("INPUT:\n  KEEP_CROWD: True\nMODEL:\n  ADAPTIS:\n    BACKBONE_LR_FACTOR: 0.1\n")
+    cfg = load_config(str(file))
+    assert "KEEP_CROWD" not in cfg.INPUT

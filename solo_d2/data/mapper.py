@@ -47,7 +47,8 @@ class InstanceMapper(DatasetMapper):
         Args:
             args, kwargs: see ``DatasetMapper``.
             keep_crowd: also return crowd regions, after the objects; they are marked in a field
-                ``gt_crowd`` (N,) bool of the instances.
+                ``gt_crowd`` (N,) bool of the instances. COCO stores them as RLE, so they need
+                bitmasks. From a config: for architectures that use them (YOLACT, AdaptIS).
             reject_emptied: probability of returning None if augmentation removed all objects of an
                 image; the loader then takes another image.
             num_classes: number of classes of the model; a class out of range is an error. None:
@@ -61,7 +62,7 @@ class InstanceMapper(DatasetMapper):
         super().__init__(*args, **kwargs)
         if keep_crowd and self.instance_mask_format != "bitmask":
             raise ValueError(
-                'INPUT.KEEP_CROWD needs INPUT.MASK_FORMAT: "bitmask"; crowds are not polygons'
+                'keep_crowd needs INPUT.MASK_FORMAT: "bitmask"; crowds are not polygons'
             )
         self.keep_crowd = keep_crowd
         self.reject_emptied = reject_emptied
@@ -70,22 +71,18 @@ class InstanceMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        if is_train and cfg.INPUT.KEEP_CROWD:
-            architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
-            if not getattr(architecture, "separates_crowds", False):
-                raise ValueError(
-                    f"INPUT.KEEP_CROWD: {cfg.MODEL.META_ARCHITECTURE} would take crowds for objects"
-                )
         options = super().from_config(cfg, is_train)
         kind = cfg.INPUT.AUGMENTATION if is_train else "default"
         num_classes = get_value(cfg, num_classes_keys(cfg)[0])
+        architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+        uses_crowds = getattr(architecture, "uses_crowds", False)
         return {
             **options,
             "augmentations": build_augmentations(cfg, is_train),
             "recompute_boxes": options["recompute_boxes"]
             if kind == "default"
             else cfg.MODEL.MASK_ON,
-            "keep_crowd": cfg.INPUT.KEEP_CROWD,
+            "keep_crowd": uses_crowds and cfg.INPUT.MASK_FORMAT == "bitmask",
             "reject_emptied": _REJECT_EMPTIED[kind],
             "num_classes": num_classes if num_classes > 0 else None,
             "panoptic_things": _panoptic_things(cfg.DATASETS.TRAIN),

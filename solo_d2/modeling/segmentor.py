@@ -43,8 +43,9 @@ class InstanceSegmentor(nn.Module, ABC):
     A subclass implements ``losses`` and ``inference``.
     """
 
-    # Crowd regions are not trained as objects, so INPUT.KEEP_CROWD is allowed.
-    separates_crowds = True
+    # Whether the losses leave the pixels of crowds alone. If so, ``InstanceMapper`` passes crowds on
+    # as instances with the field gt_crowd. Otherwise it drops them, as Detectron2's does.
+    uses_crowds = False
 
     def __init__(
         self,

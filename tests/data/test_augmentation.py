@@ -37,7 +37,6 @@ def config(**options):
         "MODEL.MASK_ON": True,
         "INPUT.MASK_FORMAT": "bitmask",
         "INPUT.FORMAT": "RGB",
-        "INPUT.KEEP_CROWD": True,
         "INPUT.AUGMENTATION": "ssd",
         "INPUT.MIN_SIZE_TRAIN": (64,),
         "INPUT.MIN_SIZE_TEST": 64,
@@ -193,7 +192,8 @@ class TestMapper:
 
     @pytest.mark.parametrize("kept_crowd, expected", [(True, [True]), (False, [])])
     def test_crowd_only_images_pass(self, folder, kept_crowd, expected):
-        mapper = build(KEEP_CROWD=kept_crowd)
+        mapper = build()
+        mapper.keep_crowd = kept_crowd
         for seed in range(10):
             np.random.seed(seed)  # noqa: NPY002
             example = mapper(record(folder, [quad(48, 36, 40, 40, 0.2)], "rle", crowds=1))

@@ -67,21 +67,18 @@ def test_crowds_are_kept_behind_the_objects_and_marked(tmp_path):
     # has no pixel, so it is dropped; the crowd flag must not move to another instance
     empty = {**SQUARE, "segmentation": [[4.0, 4.0, 4.0, 4.0, 4.0, 4.0]]}
     record = {"file_name": str(tmp_path / "a.png"), "annotations": [crowd, empty, dict(SQUARE)]}
-    keeping = build(KEEP_CROWD=True)
+    keeping = build(architecture="YOLACT")
     instances = keeping({**record, "height": 24, "width": 24, "image_id": 1})["instances"]
     assert instances.gt_crowd.tolist() == [False, True]
     assert instances.gt_classes.tolist() == [0, 1]
     assert instances.gt_boxes.tensor[1].tolist() == [4, 3, 12, 8]  # 24 pixels become 32
 
 
-def test_crowds_need_bitmasks():
-    with pytest.raises(ValueError, match="INPUT.KEEP_CROWD"):
-        build(KEEP_CROWD=True, MASK_FORMAT="polygon")
-
-
-def test_crowds_are_not_given_to_models_that_would_take_them_for_objects():
-    with pytest.raises(ValueError, match="GeneralizedRCNN would take crowds"):
-        build(architecture="GeneralizedRCNN", KEEP_CROWD=True)
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "SOLO", "YOLACT", "AdaptIS"])
+def test_crowds_go_to_architectures_that_use_them(architecture):
+    uses_them = architecture in ("YOLACT", "AdaptIS")
+    assert build(architecture=architecture).keep_crowd == uses_them
+    assert not build(architecture=architecture, MASK_FORMAT="polygon").keep_crowd
 
 
 def record_of(tmp_path, *annotations, name="a.png"):
@@ -115,8 +112,8 @@ def test_detectron2s_loader_takes_it_for_a_torch_data_set_too(tmp_path, request)
     DatasetCatalog.register("torch_data_set", lambda: data_set)
     request.addfinalizer(lambda: DatasetCatalog.remove("torch_data_set"))
     cfg = load_config(
-        opts=["MODEL.META_ARCHITECTURE", "SOLO", "MODEL.MASK_ON", True]
-        + ["INPUT.MASK_FORMAT", "bitmask", "INPUT.KEEP_CROWD", True]
+        opts=["MODEL.META_ARCHITECTURE", "YOLACT", "MODEL.YOLACT.NUM_CLASSES", 80]
+        + ["INPUT.MASK_FORMAT", "bitmask", "MODEL.MASK_ON", True]
         + ["INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.RANDOM_FLIP", "none"]
         + ["DATASETS.TRAIN", ("torch_data_set",), "DATALOADER.NUM_WORKERS", 0]
         + ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.ASPECT_RATIO_GROUPING", False]

@@ -63,6 +63,7 @@ class AdaptIS(InstanceSegmentor, ObjectFinder):
 
     num_classes_key = "MODEL.ADAPTIS.NUM_THINGS"
     best_metric = "panoptic_seg/PQ"
+    uses_crowds = True
 
     @configurable
     def __init__(

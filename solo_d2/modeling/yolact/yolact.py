@@ -48,6 +48,7 @@ class YOLACT(InstanceSegmentor):
     """
 
     num_classes_key = "MODEL.YOLACT.NUM_CLASSES"
+    uses_crowds = True
 
     @configurable
     def __init__(

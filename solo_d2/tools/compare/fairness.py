@@ -16,7 +16,7 @@ GROUPS = {
 }
 # What may differ besides MODEL. The rest of a config is data, schedule and evaluation.
 _LISTED = (
-    *("INPUT.KEEP_CROWD", "INPUT.FORMAT"),
+    "INPUT.FORMAT",
     # PointRend's, which instances do not depend on
     *("INPUT.CROP.SINGLE_CATEGORY_MAX_AREA", "INPUT.COLOR_AUG_SSD"),
     *("DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD"),

@@ -27,7 +27,7 @@ def test_equal_configs_do_not_differ_whatever_their_folders():
         ("MODEL.WEIGHTS", "other.pth", "backbone"),
         ("MODEL.RESNETS.DEPTH", 18, "backbone"),
         ("MODEL.VOVNET.OUT_FEATURES", ["stage5"], "model"),  # no model has a VoVNet
-        ("INPUT.KEEP_CROWD", True, "other"),
+        ("INPUT.FORMAT", "RGB", "other"),
         ("DATALOADER.NUM_WORKERS", 7, "other"),
         ("MODEL.DEVICE", "cpu", "forbidden"),
         ("INPUT.AUGMENTATION", "ssd", "forbidden"),
