@@ -43,8 +43,8 @@ class InstanceSegmentor(nn.Module, ABC):
     A subclass implements ``losses`` and ``inference``.
     """
 
-    # Whether the losses leave the pixels of crowds alone. If so, ``InstanceMapper`` passes crowds on
-    # as instances with the field gt_crowd. Otherwise it drops them, as Detectron2's does.
+    # Whether the losses leave the pixels of crowds alone. If so, ``InstanceMapper`` passes crowds
+    # on as instances with the field gt_crowd. Otherwise it drops them, as Detectron2's does.
     uses_crowds = False
 
     def __init__(
