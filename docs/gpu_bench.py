@@ -2,8 +2,9 @@
 
     python docs/gpu_bench.py --reference ../shared/reference --output gpu
 
-Runs ``solo-d2 benchmark`` with stand-in weights, which find about as many objects as trained ones.
-AdaptIS and Mask R-CNN have random weights. Without a GPU it runs on the CPU; see ``--size``.
+Runs ``solo-d2 benchmark`` with stand-in weights; those of the SOLO family find objects in photos
+(``--image``) and none in noise. AdaptIS and Mask R-CNN have random weights. Without a GPU it runs
+on the CPU; see ``--size``.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure_export import TABLES, fill, prefix
+from measure_export import TABLES, coco_config, fill, prefix
 from tabulate import tabulate
 
 from solo_d2.config import load_config
@@ -73,10 +74,7 @@ def stand_in(name: str, options: argparse.Namespace) -> str:
     if (start := prefix(f"{name}.yaml")) is None:
         return ""
     if not path.exists():
-        cfg = load_config(f"{name}.yaml", opts=["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-        for key in num_classes_keys(cfg):
-            cfg.merge_from_list([key, 80])
-        fill(cfg, TABLES[start], options.reference, path)
+        fill(coco_config(f"{name}.yaml"), TABLES[start], options.reference, path)
     return str(path)
 
 
@@ -85,12 +83,8 @@ def measure(name: str, weights: str, run: tuple, options: argparse.Namespace) ->
     cfg = load_config(f"{name}.yaml")
     keys = [word for key in num_classes_keys(cfg) for word in (key, "80")]
     if name.startswith("MaskRCNN"):  # 100 detections of random weights
-        keys += [
-            "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-            "0.0",
-            "MODEL.ROI_HEADS.NMS_THRESH_TEST",
-            "1.0",
-        ]
+        roi_heads = "MODEL.ROI_HEADS"
+        keys += [f"{roi_heads}.SCORE_THRESH_TEST", "0.0", f"{roi_heads}.NMS_THRESH_TEST", "1.0"]
     height, width = options.size or MODELS[name]
     file = options.output / f"{_stem(run)}_{Path(name).name}.json"
     words = ["--config-file", f"{name}.yaml", "--only", what, "--images", str(images)]

@@ -82,10 +82,7 @@ def prefix(name: str) -> str | None:
 
 @torch.no_grad()
 def row(name: str, images: list[np.ndarray], reference: Path) -> str:
-    cfg = load_config(name, opts=["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    for key in num_classes_keys(cfg):
-        cfg.merge_from_list([key, 80])
+    cfg = coco_config(name)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pth"
         fill(cfg, TABLES[prefix(name) or ""], reference, weights)
@@ -125,6 +122,15 @@ def row(name: str, images: list[np.ndarray], reference: Path) -> str:
         f"| {Path(name).stem} | {megabytes:.0f} MB | {matched} of {total}{surplus} | {identical} "
         f"({pixels} pixels differ) | {worst} | {eager:.2f} s | {ort:.2f} s |"
     )
+
+
+def coco_config(name: str) -> CfgNode:
+    """A config for 80 classes on the CPU, without weights and data."""
+    cfg = load_config(name, opts=["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""])
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    for key in num_classes_keys(cfg):
+        cfg.merge_from_list([key, 80])
+    return cfg
 
 
 def make_it_find(model: YOLACT, images: list[Tensor]) -> None:

@@ -63,14 +63,7 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
         cfg.MODEL.YOLACT.INPUT_SIZE = 0
     torch.manual_seed(0)
     model = build_model(cfg).train(mode == "step")
-    for parameter, value in model.named_parameters():
-        if re.search(r"\b(kernel|mask|x|y|coefficient)_pred\.|class_logits\.weight", parameter):
-            torch.nn.init.normal_(value, std=0.3 if "proposal_generator" not in parameter else 0.05)
-        elif re.search(r"proposal_generator.*(class_logits|box_pred)\.bias", parameter):
-            # scores of one half, and boxes of two strides, which NMS leaves
-            torch.nn.init.constant_(value, float("box_pred" in parameter))
-        elif "roi_heads.mask_head.predictor.weight" in parameter:
-            torch.nn.init.normal_(value, std=1.0)
+    spread_heads(model)
     if tree == str(HERE) and mode == "inference":  # as solo_d2.load does
         from solo_d2.modeling.prepare import prepare_for_inference
 
@@ -99,6 +92,20 @@ def child(tree: str, name: str, mode: str, scale: float, dtype: str) -> None:
     print(json.dumps({"peak": peak}), flush=True)
 
 
+def spread_heads(model) -> None:
+    """Let random weights find many instances."""
+    import torch
+
+    for parameter, value in model.named_parameters():
+        if re.search(r"\b(kernel|mask|x|y|coefficient)_pred\.|class_logits\.weight", parameter):
+            torch.nn.init.normal_(value, std=0.3 if "proposal_generator" not in parameter else 0.05)
+        elif re.search(r"proposal_generator.*(class_logits|box_pred)\.bias", parameter):
+            # scores of one half, and boxes of two strides, which NMS leaves
+            torch.nn.init.constant_(value, float("box_pred" in parameter))
+        elif "roi_heads.mask_head.predictor.weight" in parameter:
+            torch.nn.init.normal_(value, std=1.0)
+
+
 def random_input(height: int, width: int, objects: int) -> dict:
     """Noise, with square objects if there are any."""
     import torch
@@ -116,7 +123,7 @@ def random_input(height: int, width: int, objects: int) -> dict:
         boxes.append([x, y, x + side, y + side])
     if objects:
         instances = Instances((height, width), gt_boxes=Boxes(torch.tensor(boxes).float()))
-        instances.gt_masks, instances.gt_classes = BitMasks(masks), torch.arange(objects)
+        instances.gt_masks, instances.gt_classes = BitMasks(masks), torch.arange(objects) % 80
         inputs["instances"] = instances
     return inputs
 

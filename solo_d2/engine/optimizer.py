@@ -35,13 +35,18 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.OPTIMIZER not in kinds:
         raise ValueError(f"SOLVER.OPTIMIZER must be 'SGD' or 'AdamW', not {solver.OPTIMIZER!r}")
     kind, options = kinds[solver.OPTIMIZER]
+
+    def lr_factor(name: str) -> float:
+        # Detectron2's ``bias_lr_factor`` would replace the backbone's factor, not multiply it
+        factor = (solver.BIAS_LR_FACTOR or 1.0) if name.endswith(".bias") else 1.0
+        return factor * (solver.BACKBONE_MULTIPLIER if "backbone." in name else 1.0)
+
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if "backbone." in name else 1.0,
+        lr_factor_func=lr_factor,
     )
     optimizer = maybe_add_gradient_clipping(cfg, kind)(
         groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True, **options

@@ -156,7 +156,7 @@ class InstanceSegmentor(nn.Module, ABC):
         Raises:
             ValueError: a weight is inf or NaN.
         """
-        # reading all weights takes as long as a third of the network, so only once after a change
+        # reading all weights takes a third of the time of a small image: once after a change
         tensors = chain(self.parameters(), self.buffers())
         versions = [0 if x.is_inference() else x._version for x in tensors]
         if versions == self._finite_versions:

@@ -104,6 +104,7 @@ def measure_times(
 
     ``dtype`` is that of inference, see ``precision``.
     """
+    device = torch.device(next(iter(cfgs.values())).MODEL.DEVICE)
     notes: dict[str, list[str]] = {name: [] for name in cfgs}
     latency: dict[str, list[dict[str, Any]]] = {name: [] for name in cfgs}
     for cfg in (*cfgs.values(), *train_cfgs.values()):
@@ -112,7 +113,7 @@ def measure_times(
     inputs = {name: sample_inputs(cfg, images) for name, cfg in cfgs.items()}
     for size in sorted({1, batch_size}):
         batches = {name: make_batches(x, size) for name, x in inputs.items()}
-        with precision(next(iter(cfgs.values())).MODEL.DEVICE.split(":")[0], dtype):
+        with precision(device.type, dtype):
             rows = time_inference(models, batches, notes)
         for name, row in rows.items():
             latency[name].append(row)

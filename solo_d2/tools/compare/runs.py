@@ -31,14 +31,8 @@ from .process import in_process
 _RECORD = "run.json"
 # These may change between a training and its resume.
 _NO_INFLUENCE = {
-    *(
-        "OUTPUT_DIR",
-        "VERSION",
-        "MODEL.DEVICE",
-        "DATALOADER.NUM_WORKERS",
-        "SOLVER.CHECKPOINT_PERIOD",
-    ),
-    *("TEST.VIS_IMAGES", "TEST.VIS_SCORE_THRESH", "VIS_PERIOD"),
+    *("OUTPUT_DIR", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD"),
+    *("MODEL.DEVICE", "TEST.VIS_IMAGES", "TEST.VIS_SCORE_THRESH", "VIS_PERIOD"),
 }
 
 

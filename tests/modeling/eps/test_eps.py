@@ -6,10 +6,11 @@ import logging
 import pytest
 import torch
 from example_inputs import BATCHES, NUM_CLASSES, SIZE, example, rectangle
-from tiny_models import EPS, tiny_model
+from tiny_models import EPS, tiny_config, tiny_model
 from torch import nn
 
 from solo_d2 import modeling
+from solo_d2.engine import build_optimizer
 from solo_d2.modeling.eps.losses import classification_loss, saliency_loss
 
 BASELINE = {**EPS, "MODEL.EPS.SALIENCY_LOSS": False}
@@ -206,3 +207,22 @@ def test_it_is_public():
     import solo_d2
 
     assert solo_d2.EPS is modeling.EPS
+
+
+def test_the_classifier_has_its_own_learning_rate():
+    options = {
+        "SOLVER__BACKBONE_MULTIPLIER": 0.1,
+        "SOLVER__BASE_LR": 0.1,
+        "SOLVER__WEIGHT_DECAY": 5e-4,
+        "SOLVER__BIAS_LR_FACTOR": 2.0,
+        "SOLVER__WEIGHT_DECAY_BIAS": 0.0,
+        "SOLVER__MOMENTUM": 5e-4,
+    }
+    model = tiny_model(EPS, **options)
+    optimizer = build_optimizer(tiny_config(EPS, **options), model)
+    found = {p: g for g in optimizer.param_groups for p in g["params"]}
+    assert found[model.classifier.weight]["lr"] == pytest.approx(0.1)
+    assert found[model.backbone.features[0][0].weight]["lr"] == pytest.approx(0.01)
+    assert found[model.backbone.features[0][1].bias]["lr"] == pytest.approx(0.02)
+    assert found[model.classifier.weight]["weight_decay"] == 5e-4
+    assert {group["momentum"] for group in optimizer.param_groups} == {5e-4}
