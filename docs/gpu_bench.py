@@ -1,10 +1,9 @@
 """The tables of docs/performance.md for a GPU: every architecture, beside Detectron2's Mask R-CNN.
 
-    python docs/gpu_bench.py --reference ../shared/reference --output gpu
+    python docs/gpu_bench.py --output gpu
 
-Runs ``solo-d2 benchmark`` with stand-in weights; those of the SOLO family find objects in photos
-(``--image``) and none in noise. AdaptIS and Mask R-CNN have random weights. Without a GPU it runs
-on the CPU; see ``--size``.
+Runs ``solo-d2 benchmark`` on noise with random weights that find 100 instances, as in
+measure_performance.py; AdaptIS finds none. Without a GPU it runs on the CPU; see ``--size``.
 """
 
 import argparse
@@ -14,7 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from measure_export import TABLES, coco_config, fill, prefix
+from detectron2.modeling import build_model
+from measure_performance import FCOS, SOLO, YOLACT, spread_heads
 from tabulate import tabulate
 
 from solo_d2.config import load_config
@@ -34,6 +34,9 @@ MODELS = {
     "AdaptIS/AdaptIS_R50_FPN_stage1": (800, 1333),
     "MaskRCNN/MaskRCNN_R50_3x": (800, 1333),
 }
+ROI_HEADS = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "1.0"]
+# by the first letters of a name; classes are 80
+OPTIONS = {"SOLO": SOLO, "YOLACT": YOLACT, "CenterMask": FCOS, "MaskRCNN": ROI_HEADS}
 # what, images, dtype, compiled
 RUNS = [
     ("inference", 1, "float32", False),
@@ -51,48 +54,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder of json files")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--runs", type=int, nargs="+", default=range(len(RUNS)), help="by number")
     parser.add_argument("--image", default="", help="stands for all images (default: noise)")
     parser.add_argument("--size", type=int, nargs=2, help="of all inputs, for a test")
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=10.0, help="start nothing after these")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    weights = {name: stand_in(name, options) for name in options.models}
+    weights = {name: random_weights(name, options) for name in options.models}
     start = time.monotonic()
-    for run, name in itertools.product(RUNS, options.models):
+    runs = [RUNS[i] for i in options.runs]
+    for run, name in itertools.product(runs, options.models):
         if time.monotonic() - start < 60 * options.minutes:
             measure(name, weights[name], run, options)
     print(summary(options.output))
 
 
-def stand_in(name: str, options: argparse.Namespace) -> str:
-    """A file of weights; "" where there is no table of published ones."""
+def random_weights(name: str, options: argparse.Namespace) -> str:
+    """A file of them."""
     path = options.output / f"{Path(name).name}.pth"
-    if (start := prefix(f"{name}.yaml")) is None:
-        return ""
     if not path.exists():
-        fill(coco_config(f"{name}.yaml"), TABLES[start], options.reference, path)
+        torch.manual_seed(0)
+        opts = [*_options(name), "MODEL.DEVICE", "cpu"]
+        model = build_model(load_config(f"{name}.yaml", opts=opts))
+        spread_heads(model)
+        state = model.state_dict()
+        for key in state:
+            if "conv3.norm.weight" in key:  # of residual blocks, whose sums float16 has to hold
+                state[key].fill_(0.2)
+        torch.save({"model": state}, path)
     return str(path)
 
 
 def measure(name: str, weights: str, run: tuple, options: argparse.Namespace) -> None:
     what, images, dtype, compiled = run
-    cfg = load_config(f"{name}.yaml")
-    keys = [word for key in num_classes_keys(cfg) for word in (key, "80")]
-    if name.startswith("MaskRCNN"):  # 100 detections of random weights
-        roi_heads = "MODEL.ROI_HEADS"
-        keys += [f"{roi_heads}.SCORE_THRESH_TEST", "0.0", f"{roi_heads}.NMS_THRESH_TEST", "1.0"]
     height, width = options.size or MODELS[name]
     file = options.output / f"{_stem(run)}_{Path(name).name}.json"
-    words = ["--config-file", f"{name}.yaml", "--only", what, "--images", str(images)]
+    words = ["--config-file", f"{name}.yaml", "--weights", weights, "--image", options.image]
     words += ["--size", str(height), str(width), "--repeat", str(options.repeat), "--warmup", "3"]
-    words += ["--dtype", dtype, "--output", str(file), "--image", options.image]
-    words += ["--weights", weights] * bool(weights)
+    words += ["--only", what, "--images", str(images), "--dtype", dtype, "--output", str(file)]
     try:
-        benchmark.main([*words, *["--compile"] * compiled, *keys])
+        benchmark.main([*words, *["--compile"] * compiled, *_options(name)])
     except Exception as error:  # of one model: the others go on
         print(f"{name}, {run}: {type(error).__name__}: {error}", flush=True)
     if torch.cuda.is_available():
@@ -110,6 +114,11 @@ def summary(folder: Path) -> str:
             keys = [k for k in dict.fromkeys(key for row in rows for key in row) if k != "what"]
             lines.append(tabulate([[r.get(k) for k in keys] for r in rows], keys, "github", ".4g"))
     return "\n".join(lines)
+
+
+def _options(name: str) -> list[str]:
+    classes = [(key, "80") for key in num_classes_keys(load_config(f"{name}.yaml"))]
+    return [*sum(classes, ()), *next((v for k, v in OPTIONS.items() if name.startswith(k)), [])]
 
 
 def _stem(run: tuple) -> str:

@@ -48,6 +48,7 @@ class Subject:
     dtype: str = "float32"
     seconds: list[float] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)  # bytes beyond those before the run
+    found: int | None = None  # instances in the first image of the last inference
 
     def __post_init__(self) -> None:
         self.model = self.predictor.model
@@ -82,9 +83,11 @@ class Subject:
         """Run once and note time and memory."""
         with peak_memory(self.device, self.memory):
             start = time.perf_counter()
-            self.run()
+            results = self.run()
             wait(self.device)
             self.seconds.append(time.perf_counter() - start)
+        if self.instances is None:
+            self.found = len(results[0]["instances"])
         self.model.zero_grad()
 
     def row(self, stages: dict[str, float], checks: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class Subject:
             "what": "inference" if self.instances is None else f"step, {self.instances} objects",
             "size": "{} x {}".format(*self.size),
             "images": self.images,
+            "found": self.found,
             "median": 1e3 * median,
             "p90": 1e3 * float(np.quantile(self.seconds, 0.9)),
             "images/s": self.images / median,
