@@ -37,6 +37,7 @@ def postprocess(
     results = Instances((height, width), **instances.get_fields())
     results.pred_masks = masks
     results.pred_boxes = Boxes(tight_boxes(masks))
-    has_pixels = results.pred_boxes.nonempty()
+    # as indices, for which a GPU is waited for once; with bools each field would wait
+    (kept,) = results.pred_boxes.nonempty().nonzero(as_tuple=True)
     # selecting copies all masks
-    return results if has_pixels.all() else results[has_pixels]
+    return results if len(kept) == len(results) else results[kept]

@@ -11,7 +11,6 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from detectron2.layers import move_device_like
 from detectron2.modeling import Backbone, build_backbone
 from detectron2.structures import BitMasks, ImageList, Instances, PolygonMasks
 from torch import Tensor, nn
@@ -175,7 +174,7 @@ class InstanceSegmentor(nn.Module, ABC):
             ValueError: the weights were converted to half precision.
         """
         check_precision(self.pixel_mean.dtype, self.device)
-        images = [move_device_like(x["image"], self.pixel_mean) for x in batched_inputs]
+        images = [upload(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(
             images,

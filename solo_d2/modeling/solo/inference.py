@@ -12,6 +12,7 @@ from torch import Tensor
 
 from solo_d2.layers.masks import chunk_length
 from solo_d2.layers.nms import MATRIX_NMS_KERNELS, mask_nms, matrix_nms
+from solo_d2.layers.upload import upload
 
 from ..options import check_at_least, check_choice, check_fractions
 
@@ -150,9 +151,9 @@ class Detector:
                 masks[start : start + len(chunk)] = chunk
                 start += len(chunk)
         classes, cell_of = (
-            torch.from_numpy(x).to(device) for x in (candidates.classes, cell_of_pair)
+            upload(torch.from_numpy(x), device) for x in (candidates.classes, cell_of_pair)
         )
-        scores = candidates.scores.to(device) * torch.cat(maskness)[cell_of]
+        scores = upload(candidates.scores, device) * torch.cat(maskness)[cell_of]
         large_enough = torch.cat(sized)[cell_of].nonzero()[:, 0]
         order = scores[large_enough].sort(descending=True, stable=True).indices
         best = large_enough[order[: self.topk_candidates]]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from solo_d2.layers.coord import append_coordinates
 from solo_d2.layers.resample import UpsampledConv2d, resize
+from solo_d2.layers.upload import upload
 
 from .base import Levels, Size, SOLOFamily
 from .head import CategoryHead, HeadSpec, init_output
@@ -45,7 +46,7 @@ class SOLO(SOLOFamily):
     def soft_masks(
         self, outputs: SOLOOutputs, image: int, level: int, cells: np.ndarray, size: Size = None
     ) -> Tensor:
-        channels = torch.from_numpy(cells).to(self.device)
+        channels = upload(torch.from_numpy(cells), self.device)
         return self.channel_masks(outputs, image, level, channels, size)
 
     def channel_masks(
