@@ -250,13 +250,13 @@ class FCOSProposalGenerator(nn.Module):
             instance = owner[image, location]
 
             one_hot = torch.zeros_like(class_logits, dtype=torch.float32)
-            one_hot[image, classes[image, instance], location] = 1
+            one_hot[image, classes[image, instance], location] = one_hot.new_ones(())
             points, stride = self._locations(sizes, boxes.device)
             targets = box_distances(points[location], boxes[image, instance].float())
             targets = targets / stride[location, None]
             weights = centerness(targets)
             num_positive, weight_sum = _mean_over_processes(
-                torch.stack([weights.new_tensor(len(weights)), weights.sum()])
+                torch.stack([weights.new_full((), len(weights)), weights.sum()])
             )
         if has_event_storage():
             get_event_storage().put_scalar("fcos/positive_locations", len(weights))

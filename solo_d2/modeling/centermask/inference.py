@@ -9,6 +9,8 @@ import torch
 from detectron2.layers import batched_nms
 from torch import Tensor
 
+from solo_d2.layers.upload import upload
+
 from .head import FCOSOutputs
 from .targets import distances_to_boxes
 
@@ -56,7 +58,7 @@ def select_boxes(
     num_pairs, num_images = starts.pop(), len(above[0])
     # where each level of each image begins among all pairs, and among those above the threshold
     first = [i * num_pairs + start for i in range(num_images) for start in starts]
-    first = torch.tensor(first, device=pair.device)
+    first = upload(torch.tensor(first), pair.device)
     # beside ``nonzero``, the only wait for the device
     bounds = [*torch.searchsorted(image * num_pairs + pair, first).tolist(), len(pair)]
     parts = iter(pair.split([end - begin for begin, end in pairwise(bounds)]))

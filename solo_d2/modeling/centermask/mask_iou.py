@@ -177,7 +177,8 @@ def _bitmask_areas(
             rows, columns = (slice(max(0, a), max(0, a + n)) for a, n in ((top, h), (left, w)))
             counts.append(masks.tensor[i, rows, columns].count_nonzero())
     none = masks.tensor.new_zeros(0, dtype=torch.float32)
-    x, y = torch.from_numpy(boxes[:, :2] - corner).to(none).unbind(dim=1)
+    offset = upload(torch.from_numpy(boxes[:, :2] - corner).float(), none.device)
+    x, y = offset.unbind(dim=1)
     weights = torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], dim=1)
     inside = torch.stack([none.new_zeros(()).long(), *counts])[1:].view(-1, 4) * weights
     return inside.sum(dim=1), torch.stack([whole[i] for i in index]).float() if index else none

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from solo_d2.layers.distributed import normalizer
+from solo_d2.layers.upload import upload
 
 from ..num_classes import resolve_num_classes, write_num_classes
 from ..options import check_choice
@@ -202,7 +203,7 @@ class CenterMaskROIHeads(ROIHeads):
         """The proposals that fit an object, of each image a limited number at random.
 
         Unlike Detectron2's, it omits the background, which no head learns, and waits for the device
-        once, not several times per image.
+        once, not several times per image. The matcher waits once more.
 
         Returns:
             Per image, with ``gt_classes`` and ``gt_index``, a list with the object of each.
@@ -212,10 +213,10 @@ class CenterMaskROIHeads(ROIHeads):
         objects = Boxes.cat([x.gt_boxes for x in targets])
         boxes = Boxes.cat([x.proposal_boxes for x in proposals])
         blocks = [torch.ones(len(x), len(y)) for x, y in zip(targets, proposals)]
-        same_image = torch.block_diag(*blocks).to(boxes.device)
+        same_image = upload(torch.block_diag(*blocks), boxes.device)
         owner, label = self.proposal_matcher(pairwise_iou(objects, boxes) * same_image)
-        fits = (label == 1).nonzero()[:, 0]
-        pairs = torch.stack([fits, owner[fits]], dim=1).tolist()
+        owner_of, label_of = torch.stack([owner, label.to(owner)]).tolist()
+        pairs = [(p, o) for p, (o, fits) in enumerate(zip(owner_of, label_of)) if fits == 1]
 
         limit = int(self.batch_size_per_image * self.positive_fraction)
         sampled = []
@@ -225,9 +226,10 @@ class CenterMaskROIHeads(ROIHeads):
             if len(ours) > limit:
                 ours = [ours[i] for i in torch.randperm(len(ours))[:limit]]
             first, first_object = first + len(found), first_object + len(target)
-            index = [i for _, i in ours]
-            found = found[[i for i, _ in ours]]
-            found.gt_classes, found.gt_index = target.gt_classes[index], index
+            # a list as an index would be uploaded for each field, and each time waited for
+            rows = upload(torch.tensor(ours, dtype=torch.long).view(-1, 2), boxes.device)
+            found = found[rows[:, 0]]
+            found.gt_classes, found.gt_index = target.gt_classes[rows[:, 1]], [o for _, o in ours]
             sampled.append(found)
         if has_event_storage():
             mean = sum(map(len, sampled)) / len(sampled)
@@ -277,8 +279,8 @@ class CenterMaskROIHeads(ROIHeads):
         for proposal, masks in zip(proposals, _masks_of(proposals, targets)):
             ours, corners = np.split(corners, [len(proposal)])
             if masks is not None:
-                crops.append(crop_masks(masks, proposal.gt_index, ours, size).to(boxes.device))
-                visible.append(visible_share(masks, proposal.gt_index, ours).to(boxes.device))
+                crops.append(upload(crop_masks(masks, proposal.gt_index, ours, size), boxes.device))
+                visible.append(upload(visible_share(masks, proposal.gt_index, ours), boxes.device))
         return torch.cat(crops), torch.cat(visible)
 
 
