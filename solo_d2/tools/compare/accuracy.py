@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from solo_d2.evaluation.coco_eval import evaluate_coco, mask_score
 from solo_d2.evaluation.oracle import error_costs, match, overlaps
 from solo_d2.files import atomic_write
 
-TASKS = ("segm", "bbox")
+TASKS = {"segm": "mask", "bbox": "box"}  # -> its name in the report
 # In the order of ``COCOeval.stats``.
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 MAIN_METRICS = {"segm": "AP", "bbox": "AP", "sem_seg": "mIoU"}
@@ -25,7 +25,7 @@ MAIN_METRICS = {"segm": "AP", "bbox": "AP", "sem_seg": "mIoU"}
 SCORE_THRESHOLD = 0.3
 # The gallery draws at most this many detections per image; more would hide each other.
 _MOST_DETECTIONS = 40
-_VERSION = 3  # of accuracy.json; raise it when its content changes
+_VERSION = 4  # of what is ``kept``; raise it when the content changes
 
 
 class TestSet:
@@ -54,27 +54,37 @@ class TestSet:
         return [{**x, "rle": self.coco.annToRLE(x)} for x in ordered]
 
 
+def kept(path: Path, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was computed before under the same key, as JSON has it, or else now."""
+    text = json.dumps([_VERSION, key], sort_keys=True)
+    if path.exists() and (found := json.loads(path.read_bytes())).get("key") == text:
+        return found["value"]
+    value = compute()
+    with atomic_write(path) as file:
+        file.write(json.dumps({"key": text, "value": value}).encode())
+    return value
+
+
 def load_accuracy(data: TestSet, detections_file: Path, results_file: Path) -> dict[str, Any]:
     """``evaluate_detections`` of a run, computed once and kept beside its results.
 
     "metrics" has what else is in results.json, too: those of label maps and of panoptic masks. A
     model that writes no detections has those alone.
     """
-    kept = results_file.with_name("accuracy.json")
-    if kept.exists() and kept.stat().st_mtime_ns >= results_file.stat().st_mtime_ns:
-        accuracy = json.loads(kept.read_bytes())
-        if accuracy.get("version") == _VERSION:
-            return {**accuracy, "ious": dict(accuracy["ious"])}
-    accuracy = {"metrics": {}, "ious": {}}
-    if detections_file.exists():
-        accuracy = evaluate_detections(data, json.loads(detections_file.read_bytes()))
-    for task, metrics in json.loads(results_file.read_bytes()).items():
-        if task not in TASKS:  # those of classes have names such as "IoU-person"
-            accuracy["metrics"][task] = {k: v for k, v in metrics.items() if "-" not in k}
-    with atomic_write(kept) as file:
-        pairs = list(accuracy["ious"].items())  # JSON has string keys only
-        file.write(json.dumps({**accuracy, "ious": pairs, "version": _VERSION}).encode())
-    return accuracy
+
+    def compute() -> dict[str, Any]:
+        found: dict[str, Any] = {"metrics": {}, "ious": {}}
+        if detections_file.exists():
+            found = evaluate_detections(data, json.loads(detections_file.read_bytes()))
+        for task, metrics in json.loads(results_file.read_bytes()).items():
+            if task not in TASKS:  # those of classes have names such as "IoU-person"
+                found["metrics"][task] = {k: v for k, v in metrics.items() if "-" not in k}
+        return found
+
+    time = results_file.stat().st_mtime_ns
+    found = kept(results_file.with_name("accuracy.json"), time, compute)
+    # JSON has string keys only
+    return found | {"ious": dict(zip(data.file_names, found["ious"].values()))}
 
 
 def evaluate_detections(data: TestSet, detections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -82,8 +92,8 @@ def evaluate_detections(data: TestSet, detections: Sequence[Mapping[str, Any]]) 
 
     Returns:
         Per task: "metrics" in percent, "per_class" (see ``class_metrics``) and "pr_curves" (see
-        ``precision_recall``). Also "ious" per image id (see ``object_ious``), "confusion" (see
-        ``confusion_matrix``) and "errors" (see ``error_costs``).
+        ``precision_recall``). Also "ious" and "confusion" (see ``match_images``) and "errors" (see
+        ``error_costs``).
     """
     found: dict[str, Any] = {"metrics": {}, "per_class": {}, "pr_curves": {}}
     for task in TASKS:
@@ -93,9 +103,7 @@ def evaluate_detections(data: TestSet, detections: Sequence[Mapping[str, Any]]) 
         names = [data.category_names[c] for c in evaluation.params.catIds]
         found["per_class"][task] = class_metrics(evaluation, names)
         found["pr_curves"][task] = precision_recall(evaluation, names)
-    by_image = _by_image(detections)
-    found["ious"] = {i: object_ious(data, i, by_image[i]) for i in data.file_names}
-    found["confusion"] = confusion_matrix(data, by_image)
+    found["ious"], found["confusion"] = match_images(data, detections)
     found["errors"] = error_costs(data.coco, detections)
     return found
 
@@ -115,22 +123,20 @@ def class_metrics(
     By class; all are None for a class without objects.
     """
     precision, scores = (evaluation.eval[key][..., 0, -1] for key in ("precision", "scores"))
-    recall, recalls = evaluation.eval["recall"][..., 0, -1], evaluation.params.recThrs
-    found: dict[str, dict[str, float | None]] = {}
-    for k, name in enumerate(class_names):
-        p = precision[:, :, k]
-        f1 = 2 * p[0] * recalls / np.maximum(p[0] + recalls, 1e-12)
-        best = f1.argmax()
-        percent = {
-            "AP": p.mean(),
-            "AP50": p[0].mean(),
-            "AR100": recall[:, k].mean(),
-            "F1": f1[best],
-        }
-        numbers = {key: 100 * float(x) for key, x in percent.items()}
-        numbers["threshold"] = float(scores[0, best, k])
-        found[name] = numbers if (p > -1).all() else dict.fromkeys(numbers)  # type: ignore[assignment]
-    return found
+    recall, recalls = evaluation.eval["recall"][..., 0, -1], evaluation.params.recThrs[:, None]
+    f1 = 2 * precision[0] * recalls / np.maximum(precision[0] + recalls, 1e-12)
+    numbers = {
+        "AP": 100 * precision.mean(axis=(0, 1)),
+        "AP50": 100 * precision[0].mean(axis=0),
+        "AR100": 100 * recall.mean(axis=0),
+        "F1": 100 * f1.max(axis=0),
+        "threshold": scores[0, f1.argmax(axis=0), range(len(class_names))],
+    }
+    present = (precision > -1).all(axis=(0, 1))
+    return {
+        name: {key: float(x[k]) if present[k] else None for key, x in numbers.items()}
+        for k, name in enumerate(class_names)
+    }
 
 
 def precision_recall(evaluation: COCOeval, class_names: Sequence[str]) -> dict[str, list[float]]:
@@ -138,8 +144,8 @@ def precision_recall(evaluation: COCOeval, class_names: Sequence[str]) -> dict[s
 
     There are the mean over the classes at several IoU, and each class that has objects at IoU 0.5.
     """
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class)
-    present = [k for k in range(precision.shape[2]) if (precision[:, :, k] > -1).all()]
+    precision = evaluation.eval["precision"][..., 0, -1]  # (IoU, recall, class)
+    present = np.flatnonzero((precision > -1).all(axis=(0, 1))).tolist()
     curves = {}
     if present:
         mean = precision[:, :, present].mean(axis=2)
@@ -149,40 +155,39 @@ def precision_recall(evaluation: COCOeval, class_names: Sequence[str]) -> dict[s
     return {name: np.round(curve, 4).tolist() for name, curve in curves.items()}
 
 
-def object_ious(
-    data: TestSet, image_id: int, detections: Iterable[Mapping[str, Any]]
-) -> list[float]:
-    """Per object (no crowd), the best mask IoU with a confident detection of its class."""
-    objects = [x for x in data.objects(image_id) if not x.get("iscrowd")]
-    confident = _confident(detections)
-    iou = overlaps([x["segmentation"] for x in confident], objects)
-    classes = [np.array([x["category_id"] for x in found]) for found in (confident, objects)]
-    same = (classes[0][:, None] == classes[1]).reshape(iou.shape)
-    return np.where(same, iou, 0.0).max(axis=0, initial=0.0).tolist()
+def match_images(
+    data: TestSet, detections: Iterable[Mapping[str, Any]]
+) -> tuple[dict[int, list[float]], list[list[int]]]:
+    """How the confident detections overlap the objects.
 
-
-def confusion_matrix(data: TestSet, by_image: Mapping[int, Sequence[Mapping]]) -> list[list[int]]:
-    """(C + 1, C + 1) counts: rows are true classes and "background", columns predicted ones.
-
-    Detections from ``SCORE_THRESHOLD`` are matched to objects by mask IoU whatever their class.
-    Matches with crowds count nowhere.
+    Returns:
+        ious: by image id, for each object (no crowd) the best mask IoU with a detection of its
+            class.
+        confusion: (C + 1, C + 1) counts, where rows are true classes and "background" and columns
+            predicted ones. Detections are matched to objects by mask IoU whatever their class.
+            Matches with crowds count nowhere.
     """
     index = {c: i for i, c in enumerate(data.category_names)}
     background = len(index)
     counts = np.zeros((background + 1, background + 1), dtype=int)
+    ious, by_image = {}, _confident(detections)
     for image_id in data.file_names:
-        objects = data.objects(image_id)
-        detections = _confident(by_image.get(image_id, ()))
-        iou = overlaps([x["segmentation"] for x in detections], objects)
-        matches = match(iou, [bool(x.get("iscrowd")) for x in objects])
-        for x, m in zip(detections, matches):
-            if m is None or not objects[m].get("iscrowd"):
-                truth = background if m is None else index[objects[m]["category_id"]]
-                counts[truth, index[x["category_id"]]] += 1
-        for i, x in enumerate(objects):
-            if i not in matches and not x.get("iscrowd"):
-                counts[index[x["category_id"]], background] += 1
-    return counts.tolist()
+        objects, found = data.objects(image_id), by_image[image_id]
+        iou = overlaps([x["segmentation"] for x in found], objects)
+        truth, answers = (
+            np.array([index[x["category_id"]] for x in several], dtype=int)
+            for several in (objects, found)
+        )
+        crowd = np.array([bool(x.get("iscrowd")) for x in objects], dtype=bool)
+        of_class = np.where(answers[:, None] == truth, iou, 0.0)
+        ious[image_id] = of_class.max(axis=0, initial=0.0)[~crowd].tolist()
+        matches = match(iou, crowd)
+        for answer, m in zip(answers, matches):
+            if m is None or not crowd[m]:
+                counts[background if m is None else truth[m], answer] += 1
+        for i in np.flatnonzero(~crowd):
+            counts[truth[i], background] += i not in matches
+    return ious, counts.tolist()
 
 
 def disagreement(ious: Mapping[str, Sequence[float]]) -> float | None:
@@ -208,41 +213,35 @@ def choose_gallery(
         detection_files: by model.
         count: of images. With one model the worst images come first; those without objects last.
     """
-    ranked = []
-    for image_id in data.file_names if ious else ():
-        of_models = {name: x[image_id] for name, x in ious.items()}
-        span = disagreement(of_models)
-        mean = float(np.mean(list(of_models.values()))) if any(of_models.values()) else 1.0
-        ranked.append((-1.0 if span is None else span, -mean, image_id, of_models))
-    ranked = sorted(ranked, key=lambda x: x[:2], reverse=True)[:count]
-    chosen = {x[2] for x in ranked}
-    found = {
-        name: _by_image(x for x in json.loads(file.read_bytes()) if x["image_id"] in chosen)
-        for name, file in detection_files.items()
-    }
+    images = data.file_names if ious else ()
+    of_models = {i: {name: x[i] for name, x in ious.items()} for i in images}
+    spans = {i: disagreement(x) for i, x in of_models.items()}
+
+    def rank(i: int) -> tuple[float, float]:
+        values, span = list(of_models[i].values()), spans[i]
+        return -1.0 if span is None else span, -float(np.mean(values)) if values[0] else -1.0
+
+    chosen = sorted(of_models, key=rank, reverse=True)[:count]
+    found = {n: _confident(json.loads(file.read_bytes())) for n, file in detection_files.items()}
     return [
         {
-            "file_name": str(Path(data.file_names[image_id]).resolve()),
-            "image_id": image_id,
-            "disagreement": None if span < 0 else span,
-            "ious": {name: float(np.mean(x)) if x else None for name, x in of_models.items()},
-            "ground_truth": [_drawn(data, x, x["rle"]) for x in data.objects(image_id)],
+            "file_name": str(Path(data.file_names[i]).resolve()),
+            "image_id": i,
+            "disagreement": spans[i],
+            "ious": {name: float(np.mean(x)) if x else None for name, x in of_models[i].items()},
+            "ground_truth": [_drawn(data, x, x["rle"]) for x in data.objects(i)],
             "predictions": {
-                name: [
-                    _drawn(data, x, x["segmentation"])
-                    for x in _confident(detections[image_id])[:_MOST_DETECTIONS]
-                ]
-                for name, detections in found.items()
+                name: [_drawn(data, x, x["segmentation"]) for x in by_image[i][:_MOST_DETECTIONS]]
+                for name, by_image in found.items()
             },
         }
-        for span, _, image_id, of_models in ranked
+        for i in chosen
     ]
 
 
 def _drawn(data: TestSet, x: Mapping[str, Any], rle: Mapping[str, Any]) -> dict[str, Any]:
     """What the gallery shows of an object or a detection, as JSON has it."""
-    counts = rle["counts"]
-    counts = counts.decode() if isinstance(counts, bytes) else counts
+    counts = rle["counts"] if isinstance(rle["counts"], str) else rle["counts"].decode()
     shown = {"class": data.category_names[x["category_id"]]}
     shown |= {"rle": {"size": list(rle["size"]), "counts": counts}}
     if "score" in x:
@@ -250,21 +249,21 @@ def _drawn(data: TestSet, x: Mapping[str, Any], rle: Mapping[str, Any]) -> dict[
     return shown | {"iscrowd": bool(x.get("iscrowd"))}
 
 
-def summarize(values: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Numbers of several runs, by name, to mean and sample standard deviation.
+def summarize(values: Sequence[Any]) -> dict[str, Any]:
+    """A number, or a dict of them, of several runs to "mean", sample "std" and "values".
 
     One run has no standard deviation. A number that a run lacks has no mean.
     """
-    summary = {}
-    for name in values[0] if values else ():
-        numbers = [finite_or_none(x.get(name)) for x in values]
-        complete = None not in numbers
-        summary[name] = {
-            "mean": float(np.mean(numbers)) if complete else None,  # type: ignore[arg-type]
-            "std": float(np.std(numbers, ddof=1)) if complete and len(numbers) > 1 else None,  # type: ignore[arg-type]
-            "values": numbers,
-        }
-    return summary
+    first = values[0] if values else {}
+    if isinstance(first, Mapping):
+        return {name: summarize([x.get(name) for x in values]) for name in first}
+    numbers = [finite_or_none(x) for x in values]
+    complete = None not in numbers
+    return {
+        "mean": float(np.mean(numbers)) if complete else None,  # type: ignore[arg-type]
+        "std": float(np.std(numbers, ddof=1)) if complete and numbers[1:] else None,  # type: ignore[arg-type]
+        "values": numbers,
+    }
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -291,15 +290,16 @@ def training_curve(folder: Path) -> dict[str, Any] | None:
     evaluated = [x for x in lines if any(key in x for key in keys)]
     if not steps:
         return None
-    names = sorted({k for x in steps for k in x if k.startswith("loss_") or k == "total_loss"})
-    validation: dict[str, list] = {"iteration": [x["iteration"] for x in evaluated]}
-    for key in keys:
-        if any(key in x for x in evaluated):
-            validation[key] = [finite_or_none(x.get(key)) for x in evaluated]
+
+    def columns(rows: list[dict[str, Any]], wanted: Callable[[str], bool]) -> dict[str, list]:
+        names = sorted({name for row in rows for name in row if wanted(name)})
+        return {name: [finite_or_none(row.get(name)) for row in rows] for name in names}
+
     return {
         "iteration": [x["iteration"] for x in steps],
-        "losses": {name: [finite_or_none(x.get(name)) for x in steps] for name in names},
-        "validation": validation,
+        "losses": columns(steps, lambda name: name == "total_loss" or name.startswith("loss_")),
+        "validation": {"iteration": [x["iteration"] for x in evaluated]}
+        | columns(evaluated, keys.__contains__),
     }
 
 
@@ -308,14 +308,10 @@ def finite_or_none(value: Any) -> float | None:
     return None if value is None or not np.isfinite(value) else float(value)
 
 
-def _by_image(detections: Iterable[Mapping[str, Any]]) -> defaultdict[int, list]:
-    result: defaultdict[int, list] = defaultdict(list)
-    for x in detections:
-        result[x["image_id"]].append(x)
-    return result
-
-
-def _confident(detections: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """From ``SCORE_THRESHOLD`` on, best first."""
-    kept = [x for x in detections if mask_score(x) >= SCORE_THRESHOLD]
-    return sorted(kept, key=mask_score, reverse=True)
+def _confident(detections: Iterable[Mapping[str, Any]]) -> defaultdict[int, list]:
+    """By image those from ``SCORE_THRESHOLD`` on, best first."""
+    by_image: defaultdict[int, list] = defaultdict(list)
+    for x in sorted(detections, key=mask_score, reverse=True):
+        if mask_score(x) >= SCORE_THRESHOLD:
+            by_image[x["image_id"]].append(x)
+    return by_image

@@ -10,12 +10,13 @@ import altair as alt
 
 from solo_d2.evaluation.oracle import KINDS
 
+from .accuracy import TASKS
+
 Report = Mapping[str, Any]
 Row = dict[str, Any]
 
 # Contrast above 3 with white and with the dark page.
 COLORS = "#3b7dd8 #d9580d #2f9e44 #9c5fd6 #d6336c #0c8f9c #a87b00 #76808c #a9623a #5f8f00".split()
-TASKS = {"segm": "mask", "bbox": "box"}
 PART_TITLES = {
     "preprocess": "pre-processing",
     "network": "network",

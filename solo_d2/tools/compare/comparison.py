@@ -2,13 +2,12 @@
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -177,12 +176,8 @@ class Comparison:
                 continue
             first[name] = done[0]
             found = [self._accuracy(run) for run in done]
-            row["metrics"] = _summarize(found, "metrics")
-            row["errors"] = _summarize(found, "errors")
-            row["per_class"] = {
-                task: _summarize([x["per_class"] for x in found], task)
-                for task in found[0].get("per_class", ())
-            }
+            for key in ("metrics", "errors", "per_class"):
+                row[key] = accuracy.summarize([x.get(key, {}) for x in found])
             for key in ("pr_curves", "confusion"):
                 row[key] = found[0].get(key)
             row["seeds"] = [run.seed for run in done if run.seed is not None]
@@ -213,8 +208,7 @@ class Comparison:
 
     def _score(self, runs: Sequence[Run]) -> dict[str, Any]:
         """The main metric of some runs."""
-        scores = [{"score": accuracy.main_score(self._accuracy(run))} for run in runs]
-        return accuracy.summarize(scores)["score"]
+        return accuracy.summarize([accuracy.main_score(self._accuracy(run)) for run in runs])
 
     def _accuracy(self, run: Run) -> dict[str, Any]:
         return accuracy.load_accuracy(self.data, run.detections_file, run.results_file)
@@ -240,7 +234,7 @@ class Comparison:
             return row
 
         key = {"run": run.fingerprint, "dtype": dtype, "environment": self.environment}
-        self.rows[name] |= _kept(run.folder.parent / "measures.json", key, measure_all)
+        self.rows[name] |= accuracy.kept(run.folder.parent / "measures.json", key, measure_all)
 
     def _measure_in_turn(self) -> None:
         """Latencies and training steps of all models that have weights."""
@@ -265,7 +259,7 @@ class Comparison:
             with Progress(f"timing {', '.join(runs)} in turn"):
                 return in_process(measure.measure_times, final, trained, *work, log=log)
 
-        timed = _kept(self.output / "timing.json", key, measure_all)
+        timed = accuracy.kept(self.output / "timing.json", key, measure_all)
         for name in runs:
             row = self.rows[name]
             row["latency"] = timed["latency"][name]
@@ -322,26 +316,6 @@ def _describe_data(data: accuracy.TestSet, train: Sequence[str]) -> dict[str, An
         "instances": sum(1 for _ in objects),
         "images_train": sum(len(DatasetCatalog.get(name)) for name in train) or None,
     }
-
-
-def _summarize(found: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
-    """``accuracy.summarize`` for each entry of a dict of dicts."""
-    names = found[0].get(key, {})
-    return {name: accuracy.summarize([x[key][name] for x in found]) for name in names}
-
-
-def _kept(path: Path, key: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was computed before under the same key, or else now."""
-    text = json.dumps([2, key], sort_keys=True)  # 2: version of the content
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    if path.exists():
-        kept = json.loads(path.read_bytes())
-        if kept["key"] == digest:
-            return kept["value"]
-    value = compute()
-    with atomic_write(path) as file:
-        file.write(json.dumps({"key": digest, "value": value}, indent=1).encode())
-    return value
 
 
 def _environment(cfg: CfgNode) -> dict[str, str]:

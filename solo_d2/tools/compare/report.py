@@ -18,8 +18,8 @@ from solo_d2.evaluation import oracle
 from solo_d2.files import atomic_write
 
 from . import tables
-from .accuracy import MAIN_METRICS
-from .charts import TASKS, color_of, make_charts
+from .accuracy import MAIN_METRICS, TASKS
+from .charts import color_of, make_charts
 from .fairness import GROUPS
 from .gallery import make_gallery
 from .tables import Table, number
