@@ -5,10 +5,13 @@ import datetime
 import json
 import os
 import platform
+import re
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +46,19 @@ class Comparison:
         """
         self.options = options
         self.output = Path(options.output)
-        cfgs = {model.name: model.cfgs for model in models}
         trained = [model for model in models if options.train and not model.weights]
         differences = fairness.find_differences(
-            cfgs, training=len(trained) > 1, rates=bool(options.lrs)
+            {model.name: model.cfgs for model in models},
+            training=len(trained) > 1,
+            rates=bool(options.lrs),
         )
         fairness.check_fair(differences, allow=options.allow_differences)
         first = max(0, models[0].cfgs[0].SEED)
         seeds = list(range(first, first + options.seeds))
-        self.runs = {
-            m.name: make_runs(m, self.output, seeds, options.lrs, options.dtype) for m in models
-        }
-        for run in self.all_runs():
+        by_model = [make_runs(m, self.output, seeds, options.lrs, options.dtype) for m in models]
+        # the first of every model, then the next of each, to have something of all soon
+        self.runs = [run for runs in zip_longest(*by_model) for run in runs if run]
+        for run in self.runs:
             run.check_unchanged()
             if not (options.train or run.model.weights or run.is_finished()):
                 raise UserError(
@@ -63,10 +67,11 @@ class Comparison:
                 )
         cfg = models[-1].cfgs[-1].clone()
         setup_datasets(cfg)
-        self.data = accuracy.TestSet(cfg.DATASETS.TEST[0])
+        train, self.data = cfg.DATASETS.TRAIN, accuracy.TestSet(cfg.DATASETS.TEST[0])
         self.lock = threading.Lock()  # of the report, among the threads that train
         self.environment = _environment(models[0].cfgs[0])
-        self.rows = {model.name: _empty_row(self.runs[model.name][0]) for model in models}
+        self.best: dict[str, list[Run]] = {}  # by model, the finished ones of its best rate
+        self.rows = {runs[0].model.name: _empty_row(runs[0]) for runs in by_model}
         self.report = {
             "finished": False,
             "command": command,
@@ -80,41 +85,30 @@ class Comparison:
                 "dtype": options.dtype,
                 "score_threshold": accuracy.SCORE_THRESHOLD,
             },
-            "data": _describe_data(self.data, cfg.DATASETS.TRAIN),
+            "data": {
+                "train": list(train),
+                "test": [self.data.name],
+                "classes": self.data.class_names,
+                "images": len(self.data.file_names),
+                "instances": sum(not x.get("iscrowd") for x in self.data.coco.anns.values()),
+                "images_train": sum(len(DatasetCatalog.get(name)) for name in train) or None,
+            },
             "differences": [x._asdict() for x in differences],
             "models": list(self.rows.values()),
             "gallery": [],
         }
 
-    def all_runs(self) -> list[Run]:
-        """The first run of every model, then the next of each, to have something of all soon."""
-        most = max(map(len, self.runs.values()))
-        return [runs[i] for i in range(most) for runs in self.runs.values() if i < len(runs)]
-
-    def finished_runs(self, name: str) -> dict[float | None, list[Run]]:
-        """By learning rate."""
-        by_rate: dict[float | None, list[Run]] = {}
-        for run in self.runs[name]:
-            if run.is_finished():
-                by_rate.setdefault(run.rate, []).append(run)
-        return by_rate
-
-    def best_runs(self, name: str) -> list[Run]:
-        """The finished runs of the model's best learning rate."""
-        runs = self.finished_runs(name).values()
-        return max(runs, key=lambda x: self._score(x)["mean"] or 0.0, default=[])
-
     def execute(self) -> bool:
         """Train, evaluate and measure what is not done yet; returns whether nothing failed."""
-        runs = self.all_runs()
         self._collect()
-        self.write()
         with ThreadPoolExecutor(self.options.jobs) as pool:
             futures = [
                 pool.submit(
-                    self._execute, run, f"run {i} of {len(runs)}, {run.model.name}, {run.title}"
+                    self._execute,
+                    run,
+                    f"run {i} of {len(self.runs)}, {run.model.name}, {run.title}",
                 )
-                for i, run in enumerate(runs, start=1)
+                for i, run in enumerate(self.runs, start=1)
                 if not run.is_finished()
             ]
             try:
@@ -123,10 +117,11 @@ class Comparison:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        for name in self.rows:
-            self._measure_alone(name)
+        for name, (run, *_) in self.best.items():
+            self._measure_alone(name, run)
             self.write()
-        self._measure_in_turn()
+        if self.best:
+            self._measure_in_turn()
         for row in self.rows.values():
             if row["status"] == "evaluated":
                 row["status"] = "finished"
@@ -144,14 +139,17 @@ class Comparison:
             with Progress(title) as bar:
                 run.execute(bar.show, self.options.num_gpus)
         except Exception as error:  # of one model; the others go on
+            text = one_line(error)
+            if not isinstance(error, UserError):
+                text = f"{type(error).__name__}: {text} (details: {run.folder})"
+            print(f"error: {run.model.name}, {run.title}: {text}", file=sys.stderr, flush=True)
             with self.lock:
-                self._fail(run, error)
+                row |= {"status": "failed", "error": f"{run.title}: {text}"}
                 self.write()
         else:
             with self.lock:
                 row["status"] = status
                 self._collect()
-                self.write()
 
     def write(self) -> None:
         """report.json with all that is known, and the pages made of it."""
@@ -161,31 +159,29 @@ class Comparison:
             file.write(json.dumps(self.report, indent=1, allow_nan=False).encode())
         write_report(self.report, self.output)
 
-    def _fail(self, run: Run, error: Exception) -> None:
-        text = one_line(error)
-        if not isinstance(error, UserError):
-            text = f"{type(error).__name__}: {text} (details: {run.folder})"
-        print(f"error: {run.model.name}, {run.title}: {text}", file=sys.stderr, flush=True)
-        self.rows[run.model.name] |= {"status": "failed", "error": f"{run.title}: {text}"}
-
     def _collect(self) -> None:
-        """Take the accuracy of finished runs into the report."""
-        first: dict[str, Run] = {}
+        """Take the accuracy of finished runs into the report, which is written."""
+        self.best = {}
         for name, row in self.rows.items():
-            if not (done := self.best_runs(name)):
+            by_rate: dict[float | None, list[Run]] = {}
+            for run in self.runs:
+                if run.model.name == name and run.is_finished():
+                    by_rate.setdefault(run.rate, []).append(run)
+            if not by_rate:
                 continue
-            first[name] = done[0]
+            scores = {
+                rate: accuracy.summarize([accuracy.main_score(self._accuracy(x)) for x in runs])
+                for rate, runs in by_rate.items()
+            }
+            done = by_rate[max(scores, key=lambda rate: scores[rate]["mean"] or 0.0)]
+            self.best[name] = done
             found = [self._accuracy(run) for run in done]
             for key in ("metrics", "errors", "per_class"):
                 row[key] = accuracy.summarize([x.get(key, {}) for x in found])
             for key in ("pr_curves", "confusion"):
                 row[key] = found[0].get(key)
             row["seeds"] = [run.seed for run in done if run.seed is not None]
-            row["rates"] = [
-                {"rate": rate, "score": self._score(runs)}
-                for rate, runs in self.finished_runs(name).items()
-                if rate is not None
-            ]
+            row["rates"] = [{"rate": x, "score": y} for x, y in scores.items() if x is not None]
             row["training_curves"] = [
                 {"seed": run.seed, "stage": f"stage{i + 1}" if len(run.cfgs) > 1 else None, **curve}
                 for run in done
@@ -198,6 +194,7 @@ class Comparison:
             row["training"]["seconds_per_iteration"] = measure.quartiles(times) if times else None
             if row["status"] != "failed":
                 row["status"] = "evaluated"
+        first = {name: runs[0] for name, runs in self.best.items()}
         with_instances = {n: run for n, run in first.items() if run.detections_file.exists()}
         self.report["gallery"] = accuracy.choose_gallery(
             self.data,
@@ -205,26 +202,20 @@ class Comparison:
             {name: run.detections_file for name, run in with_instances.items()},
             count=self.options.gallery,
         )
-
-    def _score(self, runs: Sequence[Run]) -> dict[str, Any]:
-        """The main metric of some runs."""
-        return accuracy.summarize([accuracy.main_score(self._accuracy(run)) for run in runs])
+        self.write()
 
     def _accuracy(self, run: Run) -> dict[str, Any]:
         return accuracy.load_accuracy(self.data, run.detections_file, run.results_file)
 
-    def _measure_alone(self, name: str) -> None:
+    def _measure_alone(self, name: str, run: Run) -> None:
         """What does not depend on how busy the machine is: parameters, FLOPs, memory."""
-        if not (runs := self.best_runs(name)):
-            return
-        run, log, dtype = runs[0], self.output / "printed.txt", self.options.dtype
+        log, dtype, cfg = self.output / "printed.txt", self.options.dtype, run.training_cfg
 
-        def measure_all() -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
             row: dict[str, Any] = {"notes": []}
-            images, cfg = self.options.images_for_timing, run.training_cfg
+            work = (run.final_cfg, self.options.images_for_timing, dtype)
             with Progress(f"measuring {name}"):
                 try:
-                    work = (run.final_cfg, images, dtype)
                     row = in_process(measure.measure_inference, *work, log=log)
                     if cfg is not None:
                         training = in_process(measure.training_memory, cfg, log=log)
@@ -234,32 +225,28 @@ class Comparison:
             return row
 
         key = {"run": run.fingerprint, "dtype": dtype, "environment": self.environment}
-        self.rows[name] |= accuracy.kept(run.folder.parent / "measures.json", key, measure_all)
+        self.rows[name] |= accuracy.kept(run.folder.parent / "measures.json", key, compute)
 
     def _measure_in_turn(self) -> None:
         """Latencies and training steps of all models that have weights."""
-        runs = {name: found[0] for name in self.rows if (found := self.best_runs(name))}
-        if not runs:
-            return
-        options = self.options
-        key = {
-            "runs": {name: run.fingerprint for name, run in runs.items()},
-            "batch": options.batch,
+        runs, options = {name: runs[0] for name, runs in self.best.items()}, self.options
+        work = {
+            "batch_size": options.batch,
             "images": options.images_for_timing,
             "steps": options.steps_for_timing,
             "dtype": options.dtype,
-            "environment": self.environment,
         }
 
-        def measure_all() -> dict[str, Any]:
+        def compute() -> dict[str, Any]:
             final = {name: run.final_cfg for name, run in runs.items()}
             trained = {n: cfg for n, run in runs.items() if (cfg := run.training_cfg) is not None}
-            work = options.batch, options.images_for_timing, options.steps_for_timing, options.dtype
-            log = self.output / "printed.txt"
+            call = partial(measure.measure_times, final, trained, **work)
             with Progress(f"timing {', '.join(runs)} in turn"):
-                return in_process(measure.measure_times, final, trained, *work, log=log)
+                return in_process(call, log=self.output / "printed.txt")
 
-        timed = accuracy.kept(self.output / "timing.json", key, measure_all)
+        fingerprints = {name: run.fingerprint for name, run in runs.items()}
+        key = {"runs": fingerprints, "environment": self.environment} | work
+        timed = accuracy.kept(self.output / "timing.json", key, compute)
         for name in runs:
             row = self.rows[name]
             row["latency"] = timed["latency"][name]
@@ -271,12 +258,11 @@ class Progress(tqdm):
     """On a terminal a line with the iteration and what is left; the title alone into a pipe."""
 
     def __init__(self, title: str):
-        if not sys.stdout.isatty():
+        shown = sys.stdout.isatty()
+        if not shown:
             print(title, flush=True)
         form = "{desc}: {elapsed}{postfix}"
-        super().__init__(
-            desc=title, file=sys.stdout, disable=not sys.stdout.isatty(), bar_format=form
-        )
+        super().__init__(desc=title, file=sys.stdout, disable=not shown, bar_format=form)
 
     def show(self, cfg: CfgNode) -> None:
         """The iteration of a training, by its log."""
@@ -306,26 +292,13 @@ def _empty_row(run: Run) -> dict[str, Any]:
     }
 
 
-def _describe_data(data: accuracy.TestSet, train: Sequence[str]) -> dict[str, Any]:
-    objects = (x for x in data.coco.anns.values() if not x.get("iscrowd"))
-    return {
-        "train": list(train),
-        "test": [data.name],
-        "classes": data.class_names,
-        "images": len(data.file_names),
-        "instances": sum(1 for _ in objects),
-        "images_train": sum(len(DatasetCatalog.get(name)) for name in train) or None,
-    }
-
-
 def _environment(cfg: CfgNode) -> dict[str, str]:
     """What the measures depend on."""
     lines, _ = env.report()
-    found = dict(line.split("  ", 1) for line in lines)
     # where it is installed says nothing about the results
-    found = {name: value.strip().split(" (/")[0] for name, value in found.items()}
+    found = dict(line.split(" (/")[0].split(maxsplit=1) for line in lines)
     info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    cpu = names[0].split(":", 1)[1].strip() if names else platform.processor()
+    names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    cpu = names[0] if names else platform.processor()
     found["CPU"] = f"{cpu}, {os.cpu_count()} cores"
     return found | {"threads": str(torch.get_num_threads()), "device": cfg.MODEL.DEVICE}

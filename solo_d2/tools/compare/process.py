@@ -1,11 +1,10 @@
 """Work in a process of its own: its memory can be measured, and its output goes to a file."""
 
-import functools
 import multiprocessing
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,12 @@ def in_process(
     if forkserver:
         # It imports once and is small: a fork of this process would begin with its memory.
         context.set_forkserver_preload(["solo_d2.tools.compare.measure"])
-    start = functools.partial(_start, log, os.environ.copy())
-    with ProcessPoolExecutor(1, mp_context=context, initializer=start) as pool:
+    arguments = log, os.environ.copy()
+    with ProcessPoolExecutor(1, context, initializer=_start, initargs=arguments) as pool:
         result = pool.submit(function, *args)
-        while True:
-            try:
-                return result.result(timeout=_POLL_SECONDS)
-            except TimeoutError:
-                if result.done():  # the function's own TimeoutError
-                    raise
-                progress()
+        while not wait([result], timeout=_POLL_SECONDS).done:
+            progress()
+        return result.result()
 
 
 def _start(log: Path, environment: dict[str, str]) -> None:
