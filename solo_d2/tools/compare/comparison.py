@@ -205,7 +205,7 @@ class Comparison:
         self.write()
 
     def _accuracy(self, run: Run) -> dict[str, Any]:
-        return accuracy.load_accuracy(self.data, run.detections_file, run.results_file)
+        return accuracy.load_accuracy(self.data, run.detections_file, run.results_files[-1])
 
     def _measure_alone(self, name: str, run: Run) -> None:
         """What does not depend on how busy the machine is: parameters, FLOPs, memory."""

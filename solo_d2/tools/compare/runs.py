@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup, launch
 from detectron2.utils.file_io import PathManager
 
-from solo_d2.checkpoint import build_checkpointer
 from solo_d2.config import load_config, use_available_device
 from solo_d2.data import setup_datasets
 from solo_d2.engine import Trainer
@@ -26,6 +26,7 @@ from solo_d2.files import atomic_write
 from solo_d2.modeling.prepare import precision
 
 from .fairness import flatten
+from .measure import load_model
 from .process import in_process
 
 _RECORD = "run.json"
@@ -73,9 +74,9 @@ class Run:
         return Path(self.cfgs[-1].OUTPUT_DIR) / "inference" / RESULTS_FILE
 
     @property
-    def results_file(self) -> Path:
-        """What an evaluation writes last."""
-        return _results_file(self.cfgs[-1])
+    def results_files(self) -> list[Path]:
+        """What the evaluation of each stage writes last."""
+        return [Path(cfg.OUTPUT_DIR) / "results.json" for cfg in self.cfgs]
 
     @property
     def training_folders(self) -> list[Path]:
@@ -87,20 +88,21 @@ class Run:
     @property
     def final_cfg(self) -> CfgNode:
         """Of the model that is evaluated, with its weights."""
-        return _with_weights(self.cfgs[-1], self.model.weights)
+        return self.cfgs[-1] if self.seed is None else _trained(self.cfgs[-1])
 
     @property
     def training_cfg(self) -> CfgNode | None:
         """Of the first stage, with the weights that it ended with; None: nothing is trained."""
-        return None if self.seed is None else _with_weights(self.cfgs[0])
+        return None if self.seed is None else _trained(self.cfgs[0])
 
     @property
     def record(self) -> dict[str, Any]:
         """What the results depend on, apart from data and code."""
-        stages = []
-        for i, cfg in enumerate(self.cfgs):
-            ignored = _NO_INFLUENCE | ({"MODEL.WEIGHTS"} if i else set())
-            stages.append({k: v for k, v in flatten(cfg).items() if k not in ignored})
+        stages = [
+            {k: v for k, v in flatten(cfg).items() if k not in _NO_INFLUENCE} for cfg in self.cfgs
+        ]
+        for stage in stages[1:]:
+            del stage["MODEL.WEIGHTS"]
         record = {"weights": _digest(self.cfgs[0].MODEL.WEIGHTS), "stages": stages}
         return record if self.dtype == "float32" else record | {"dtype": self.dtype}
 
@@ -110,8 +112,7 @@ class Run:
 
     def is_finished(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
-        files = [self.folder / _RECORD, *map(_results_file, self.cfgs)]
-        return all(file.exists() for file in files)
+        return all(file.exists() for file in (self.folder / _RECORD, *self.results_files))
 
     def check_unchanged(self) -> None:
         """
@@ -143,11 +144,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.folder / _RECORD) as file:
             file.write(json.dumps(self.record, indent=1).encode())
-        work = partial(_evaluate, dtype=self.dtype) if self.seed is None else _train
-        for cfg in self.cfgs:
-            if not _results_file(cfg).exists():
-                log = Path(cfg.OUTPUT_DIR) / "printed.txt"
-                in_process(work, cfg, num_gpus, log=log, progress=partial(progress, cfg))
+        function, option = (_evaluate, self.dtype) if self.seed is None else (_train, num_gpus)
+        for cfg, results in zip(self.cfgs, self.results_files):
+            if not results.exists():
+                log = results.with_name("printed.txt")
+                in_process(function, cfg, option, log=log, progress=partial(progress, cfg))
 
 
 def read_models(
@@ -235,21 +236,20 @@ def make_runs(
         cfg = model.cfgs[-1].clone()
         cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS = str(root / "evaluation"), model.weights
         return [Run(model, None, None, root / "evaluation", (cfg,), dtype)]
-    return [_training(model, root, seed, rate) for rate in rates or (None,) for seed in seeds]
-
-
-def _training(model: Model, root: Path, seed: int, rate: float | None) -> Run:
-    folder = root / ("" if rate is None else f"rate{rate:g}") / f"seed{seed}"
-    cfgs = [cfg.clone() for cfg in model.cfgs]
-    for i, cfg in enumerate(cfgs):
-        cfg.SEED = seed
-        cfg.OUTPUT_DIR = str(folder / f"stage{i + 1}" if len(cfgs) > 1 else folder)
-        if i:
-            cfg.MODEL.WEIGHTS = str(Path(cfgs[i - 1].OUTPUT_DIR) / "model_final.pth")
-        if rate is not None:
-            # later stages keep their rate in proportion to the first's
-            cfg.SOLVER.BASE_LR *= rate / model.cfgs[0].SOLVER.BASE_LR
-    return Run(model, seed, rate, folder, tuple(cfgs))
+    runs = []
+    for rate, seed in itertools.product(rates or (None,), seeds):
+        folder = root / ("" if rate is None else f"rate{rate:g}") / f"seed{seed}"
+        cfgs = [cfg.clone() for cfg in model.cfgs]
+        for i, cfg in enumerate(cfgs):
+            cfg.SEED = seed
+            cfg.OUTPUT_DIR = str(folder / f"stage{i + 1}" if len(cfgs) > 1 else folder)
+            if i:
+                cfg.MODEL.WEIGHTS = _trained(cfgs[i - 1]).MODEL.WEIGHTS
+            if rate is not None:
+                # later stages keep their rate in proportion to the first's
+                cfg.SOLVER.BASE_LR *= rate / model.cfgs[0].SOLVER.BASE_LR
+        runs.append(Run(model, seed, rate, folder, tuple(cfgs)))
+    return runs
 
 
 def _train(cfg: CfgNode, num_gpus: int) -> None:
@@ -258,27 +258,29 @@ def _train(cfg: CfgNode, num_gpus: int) -> None:
 
 def _train_one(cfg: CfgNode) -> None:
     """One stage, in each process."""
-    with _one_line_errors():
-        _set_up(cfg)
+    with _set_up(cfg):
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=True)
     trainer.train()
 
 
-def _evaluate(cfg: CfgNode, _: int, *, dtype: str) -> None:
-    with _one_line_errors():
-        _set_up(cfg)
-        model = Trainer.build_model(cfg)
-        build_checkpointer(cfg, model, require_complete=True).load(cfg.MODEL.WEIGHTS)
+def _evaluate(cfg: CfgNode, dtype: str) -> None:
+    with _set_up(cfg):
+        model = load_model(cfg)
     with precision(model.device.type, dtype):
         results = Trainer.test(cfg, model)
     write_results(results, cfg.OUTPUT_DIR)
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What the user can mend becomes a UserError, which crosses the process."""
+def _set_up(cfg: CfgNode) -> Iterator[None]:
+    """As ``solo-d2 train`` does; within it, what the user can mend becomes a UserError, which
+    crosses the process.
+    """
     try:
+        setup_datasets(cfg)
+        cfg.freeze()
+        default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
         yield
     except Exception as error:
         if is_user_error(error):
@@ -286,21 +288,10 @@ def _one_line_errors() -> Iterator[None]:
         raise
 
 
-def _set_up(cfg: CfgNode) -> None:
-    """As ``solo-d2 train`` does."""
-    setup_datasets(cfg)
-    cfg.freeze()
-    default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
-
-
-def _with_weights(cfg: CfgNode, weights: str | None = None) -> CfgNode:
+def _trained(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
-    cfg.MODEL.WEIGHTS = weights or str(Path(cfg.OUTPUT_DIR) / "model_final.pth")
+    cfg.MODEL.WEIGHTS = str(Path(cfg.OUTPUT_DIR) / "model_final.pth")
     return cfg
-
-
-def _results_file(cfg: CfgNode) -> Path:
-    return Path(cfg.OUTPUT_DIR) / "results.json"
 
 
 def _default_name(files: Sequence[str]) -> str:
@@ -320,13 +311,13 @@ def _digest(path: str) -> str | None:
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    numbers = [len(record["stages"]) for record in (old, new)]
-    changes = [f"{numbers[0]} stages, now {numbers[1]}"] if numbers[0] != numbers[1] else []
+    counts = [len(record["stages"]) for record in (old, new)]
+    changes = [f"{counts[0]} stages, now {counts[1]}"] if counts[0] != counts[1] else []
     defaults = flatten(load_config())  # of keys that are newer than the record
     same_weights = new["weights"] is not None and old["weights"] == new["weights"]
     for before, after in zip(old["stages"], new["stages"]):
         for key in sorted(before.keys() | after.keys()):
-            was, now = before.get(key, defaults.get(key)), after.get(key, defaults.get(key))
+            was, now = (stage.get(key, defaults.get(key)) for stage in (before, after))
             if was != now and not (key == "MODEL.WEIGHTS" and same_weights):
                 changes.append(f"{key} was {was!r}, now it is {now!r}")
     if old.get("dtype") != new.get("dtype"):
