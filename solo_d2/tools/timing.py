@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 _PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "gemm")
 # Modules that also select, so that their time is not all the network's.
 _SELECTING = ("", "proposal_generator", "roi_heads")
-_METHODS = {"preprocess_image": "preprocess", "postprocess": "output"}
+_METHODS = {"preprocess_image": "preprocess", "postprocess_batch": "output"}
 
 
 class StageClock:
@@ -28,11 +28,13 @@ class StageClock:
         self._mark = 0.0
 
     def enter(self, stage: str) -> None:
-        self._note()
+        if self._stack[-1:] != [stage]:  # else nothing ends, and waiting would cost time
+            self._note()
         self._stack.append(stage)
 
     def leave(self) -> None:
-        self._note()
+        if self._stack[-2:-1] != self._stack[-1:]:
+            self._note()
         self._stack.pop()
 
     @contextlib.contextmanager
@@ -145,14 +147,15 @@ def peak_memory(device: torch.device, results: list[int]) -> Iterator[None]:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, so that all is counted
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-        start = _process_memory("VmRSS")
+        start = process_memory("VmRSS")
     except (OSError, AttributeError):
         yield
         return
     yield
-    results.append(_process_memory("VmHWM") - start)
+    results.append(process_memory("VmHWM") - start)
 
 
-def _process_memory(key: str) -> int:
+def process_memory(key: str) -> int:
+    """Bytes of this process, on Linux: "VmRSS" now, "VmHWM" at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))

@@ -7,16 +7,13 @@ the images' sizes. It consists of
 - network: the forward passes of the backbone and of the heads' modules,
 - nms: the rest of the inference, which chooses candidates, suppresses duplicates, makes masks,
 - output: masks at the images' sizes.
-
-The stages are the model's own public steps, called one after the other.
 """
 
 import itertools
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +32,7 @@ from solo_d2.engine import Trainer, build_optimizer
 from solo_d2.errors import one_line
 from solo_d2.modeling import InstanceSegmentor
 from solo_d2.modeling.prepare import precision
+from solo_d2.tools.timing import StageClock, process_memory, wait
 
 PARTS = ("preprocess", "network", "nms", "output")
 _WARM_UP = 3
@@ -186,11 +184,7 @@ def time_inference(
     @torch.no_grad()
     def infer(name: str, number: int) -> Seconds:
         model, batch = models[name], batches[name][number]
-        _synchronize(model)
-        start = time.perf_counter()
-        model(batch)
-        _synchronize(model)
-        seconds = {"total": time.perf_counter() - start}
+        seconds = {"total": _seconds(model, lambda: model(batch))}
         seconds |= time_stages(model, batch) if _has_stages(model) else {}
         return {part: x / len(batch) for part, x in seconds.items()}
 
@@ -205,37 +199,12 @@ def time_inference(
 
 def time_stages(model: nn.Module, batch: Inputs) -> Seconds:
     """Seconds of each part of one inference, for a model that ``_has_stages``."""
-    seconds = dict.fromkeys(PARTS, 0.0)
-    with _watched_heads(model) as in_modules:
-        _synchronize(model)
-        start = time.perf_counter()
-        for part in stages(model, batch):
-            _synchronize(model)
-            now = time.perf_counter()
-            # what modules computed in this stage is network time
-            seconds["network"] += in_modules[0]
-            seconds[part] += now - start - in_modules[0]
-            in_modules[0] = 0.0
-            start = time.perf_counter()
-    return seconds
-
-
-def stages(model: nn.Module, batch: Inputs) -> Iterator[str]:
-    """Run an inference step by step; gives the name of each part when it has ended."""
-    images = model.preprocess_image(batch)
-    yield "preprocess"
-    features = model.backbone(images.tensor)
-    yield "network"
-    if isinstance(model, InstanceSegmentor):
-        results = model.inference(images, features)
-        yield "nms"
-        model.postprocess_batch(results, batch, images)
-    else:
-        proposals, _ = model.proposal_generator(images, features, None)
-        results, _ = model.roi_heads(images, features, proposals, None)
-        yield "nms"
-        GeneralizedRCNN._postprocess(results, batch, images.image_sizes)
-    yield "output"
+    clock = StageClock(model, _device(model))
+    with clock.attached():
+        clock.enter("selection")  # what is in no other stage
+        model(batch)
+        clock.leave()
+    return dict(zip(PARTS, clock.seconds.values()))
 
 
 def _has_stages(model: nn.Module) -> bool:
@@ -243,39 +212,6 @@ def _has_stages(model: nn.Module) -> bool:
         own = type(model).inference is not GeneralizedRCNN.inference
         return not own and model.proposal_generator is not None
     return isinstance(model, InstanceSegmentor)
-
-
-@contextmanager
-def _watched_heads(model: nn.Module) -> Iterator[list[float]]:
-    """Within it, a sum of the seconds that the heads' modules are at work.
-
-    All modules of a head are watched, as it may be entered by another method than ``forward``. The
-    two heads of an R-CNN are mere containers, which choose and suppress between their modules.
-    """
-    total, started = [0.0], list[float]()
-
-    def enter(*_: Any) -> None:
-        if not started:
-            _synchronize(model)
-        started.append(time.perf_counter())
-
-    def leave(*_: Any) -> None:
-        start = started.pop()
-        if not started:
-            _synchronize(model)
-            total[0] += time.perf_counter() - start
-
-    heads = [head for name, head in model.named_children() if name != "backbone"]
-    containers = [getattr(model, name, None) for name in ("proposal_generator", "roi_heads")]
-    modules = {module: None for head in heads for module in head.modules()}
-    watched = [module for module in modules if not any(module is x for x in containers)]
-    handles = [x.register_forward_pre_hook(enter) for x in watched]
-    handles += [x.register_forward_hook(leave) for x in watched]
-    try:
-        yield total
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def time_training(
@@ -303,12 +239,8 @@ def training_step(cfg: CfgNode, model: nn.Module) -> Callable[[], float]:
     trainer = (AMPTrainer if amp else SimpleTrainer)(model, batches, optimizer)
 
     def step() -> float:
-        _synchronize(model)
-        start = time.perf_counter()
         with EventStorage(0):
-            trainer.run_step()
-        _synchronize(model)
-        return time.perf_counter() - start
+            return _seconds(model, trainer.run_step)
 
     return step
 
@@ -339,20 +271,24 @@ def _in_turn(
     return {name: values[_WARM_UP:] for name, values in found.items()}
 
 
-def _synchronize(model: nn.Module) -> None:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(model: nn.Module, run: Callable[[], object]) -> float:
+    wait(_device(model))
+    start = time.perf_counter()
+    run()
+    wait(_device(model))
+    return time.perf_counter() - start
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _peak_memory(device: torch.device) -> int:
     """Bytes of tensors on a GPU, or of the whole process, since the start of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would give the peak of the process that this one is a fork of
-        peak = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
+    if sys.platform == "linux":  # getrusage would give the peak of the process it is a fork of
+        return process_memory("VmHWM")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
