@@ -3,7 +3,7 @@
 Each chart has a parameter "shown", the names of the models that are drawn; the page sets it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -23,6 +23,8 @@ PART_TITLES = {
     "nms": "NMS and assembly",
     "output": "output to masks",
 }
+# Names of the validation curves -> keys of metrics.json.
+_VALIDATION = {"mask AP": "segm/AP", "box AP": "bbox/AP", "mIoU": "sem_seg/mIoU"}
 _LEGEND = alt.Legend(orient="bottom", title=None, columns=3)
 _MOST_POINTS = 300  # of a curve; more cannot be seen
 
@@ -37,35 +39,35 @@ def make_charts(report: Report) -> dict[str, Any]:
     made = {
         "accuracy": _accuracy(report, names),
         "time": _time(report, names),
-        "losses": _curves(report, names, "loss", _losses),
-        "validation": _curves(report, names, "AP", _validation),
+        "losses": _curves(report, names, "loss"),
+        "validation": _curves(report, names, "AP"),
         "precision": _precision(report, names),
         "errors": _errors(report, names),
     }
     return {name: chart for name, chart in made.items() if chart is not None}
 
 
-def _base(rows: Sequence[Row], names: Sequence[str]) -> alt.Chart:
-    shown = alt.param(name="shown", value=list(names))
-    return (
-        alt.Chart(alt.Data(values=list(rows)), width="container", height=300)
-        .add_params(shown)
-        .transform_filter("indexof(shown, datum.model) >= 0")
-    )
+def _base(rows: Sequence[Row], names: Sequence[str], *fields: str) -> alt.Chart:
+    """Shows the rows of shown models whose fields are what select boxes say, first the first row's.
+
+    Each field has a box if it has several values.
+    """
+    chart = alt.Chart(alt.Data(values=list(rows)), width="container", height=300)
+    chart = chart.add_params(alt.param(name="shown", value=list(names)))
+    chart = chart.transform_filter("indexof(shown, datum.model) >= 0")
+    for field in fields:
+        options = list(dict.fromkeys(row[field] for row in rows))
+        choice: dict[str, Any] = {"name": field, "value": options[0]}
+        if len(options) > 1:
+            choice["bind"] = alt.binding_select(options=options, name=f"{field} ")
+        chart = chart.add_params(alt.param(**choice)).transform_filter(f"datum.{field} == {field}")
+    return chart
 
 
-def _chosen(chart: alt.Chart, field: str, rows: Sequence[Row]) -> alt.Chart:
-    """Show the rows whose ``field`` is what a select box says, first that of the first row."""
-    options = list(dict.fromkeys(row[field] for row in rows))
-    choice: dict[str, Any] = {"name": field, "value": options[0]}
-    if len(options) > 1:
-        choice["bind"] = alt.binding_select(options=options, name=f"{field} ")
-    return chart.add_params(alt.param(**choice)).transform_filter(f"datum.{field} == {field}")
-
-
-def _color(names: Sequence[str]) -> alt.Color:
-    scale = alt.Scale(domain=list(names), range=[color_of(i) for i in range(len(names))])
-    return alt.Color("model:N", scale=scale, legend=_LEGEND)
+def _color(names: Sequence[str], field: str = "model", first: int = 0) -> alt.Color:
+    colors = [color_of(i + first) for i in range(len(names))]
+    scale = alt.Scale(domain=list(names), range=colors)
+    return alt.Color(f"{field}:N", scale=scale, legend=_LEGEND)
 
 
 def _accuracy(report: Report, names: Sequence[str]) -> Any:
@@ -78,12 +80,10 @@ def _accuracy(report: Report, names: Sequence[str]) -> Any:
             ]
             for x in model["latency"]
         }
-        for key, title, scale in (
-            ("parameters", "millions of parameters", 1e-6),
-            ("flops", "GFLOPs of the network", 1e-9),
-        ):
-            if model.get(key):
-                costs[title] = [scale * model[key]] * 3
+        if model.get("parameters"):
+            costs["millions of parameters"] = [1e-6 * model["parameters"]] * 3
+        if model.get("flops"):
+            costs["GFLOPs of the network"] = [1e-9 * model["flops"]] * 3
         for task, title in TASKS.items():
             ap = model["metrics"].get(task, {}).get("AP", {"mean": None})
             if ap["mean"] is None:
@@ -95,8 +95,8 @@ def _accuracy(report: Report, names: Sequence[str]) -> Any:
                 rows.append(row | {"cost": cost, "x": x, "low": low, "high": high})
     if not rows:
         return None
-    base = _base(rows, names).encode(color=_color(names), tooltip=["model:N", "x:Q", "AP:Q"])
-    base = _chosen(_chosen(base, "cost", rows), "task", rows)
+    base = _base(rows, names, "cost", "task")
+    base = base.encode(color=_color(names), tooltip=["model:N", "x:Q", "AP:Q"])
     x = alt.X("x:Q", title="cost (select below)", scale=alt.Scale(zero=False, padding=20))
     y = alt.Y("AP:Q", title="AP", scale=alt.Scale(zero=False, padding=20))
     return alt.layer(
@@ -113,20 +113,18 @@ def _bars(
     """A bar for each model, stacked from the values of its parts."""
     if not rows:
         return None
-    colors = alt.Scale(domain=list(parts), range=[color_of(i + 3) for i in range(len(parts))])
     rows = [{**row, "order": parts.index(row["part"])} for row in rows]
-    chart = _chosen(_base(rows, names), field, rows)
+    chart = _base(rows, names, field)
     return chart.mark_bar(height={"band": 0.6}).encode(
         x=alt.X("value:Q", title=what),
         y=alt.Y("model:N", sort=list(names), title=None),
-        color=alt.Color("part:N", scale=colors, legend=_LEGEND),
+        color=_color(parts, "part", first=3),
         order="order:Q",
         tooltip=["model:N", "part:N", alt.Tooltip("value:Q", title=what, format=".1f")],
     )
 
 
 def _time(report: Report, names: Sequence[str]) -> alt.Chart | None:
-    """Mean time per image, stacked by part."""
     rows = [
         {
             "model": model["name"],
@@ -138,8 +136,7 @@ def _time(report: Report, names: Sequence[str]) -> alt.Chart | None:
         for timed in model["latency"]
         for part, stat in timed["parts"].items()
     ]
-    what = "mean time per image, ms"
-    return _bars(rows, names, list(PART_TITLES.values()), "batch", what)
+    return _bars(rows, names, list(PART_TITLES.values()), "batch", "mean time per image, ms")
 
 
 def _errors(report: Report, names: Sequence[str]) -> alt.Chart | None:
@@ -149,27 +146,24 @@ def _errors(report: Report, names: Sequence[str]) -> alt.Chart | None:
         {"model": model["name"], "part": kind, "metric": metric, "value": max(0.0, stat["mean"])}
         for model in report["models"]
         for kind in kinds
-        for metric, stat in (model.get("errors") or {}).get(kind, {}).items()
+        for metric, stat in model.get("errors", {}).get(kind, {}).items()
         if stat["mean"] is not None
     ]
     return _bars(rows, names, kinds, "metric", "points that each kind of error costs")
 
 
-def _curves(
-    report: Report, names: Sequence[str], what: str, read: Callable[[Any], tuple[Any, Any]]
-) -> alt.Chart | None:
-    """Values over the iterations, one line for each training.
-
-    Args:
-        what: the name of the values.
-        read: gives the iterations of a training curve and its values by name.
-    """
+def _curves(report: Report, names: Sequence[str], what: str) -> alt.Chart | None:
+    """Losses or APs over the iterations, one line for each training."""
     rows = []
     for model in report["models"]:
         offset, seed = 0, None  # iterations of the stages before
         for curve in model.get("training_curves", ()):
             offset = offset if curve["seed"] == seed and curve["stage"] else 0
-            iterations, values = read(curve)
+            validation, losses = curve["validation"], curve["losses"]
+            iterations = (curve if what == "loss" else validation)["iteration"]
+            values = {"total_loss": losses["total_loss"]} | losses  # the total comes first
+            if what == "AP":
+                values = {k: validation[x] for k, x in _VALIDATION.items() if x in validation}
             row = {"model": model["name"], "training": f"seed {curve['seed']}"}
             for name, of_name in values.items():
                 points = [(x, y) for x, y in zip(iterations, of_name) if y is not None]
@@ -178,46 +172,35 @@ def _curves(
             offset, seed = offset + curve["iteration"][-1] + 1, curve["seed"]
     if not rows:
         return None
-    return (
-        _chosen(_base(rows, names), what, rows)
-        .mark_line(point=what == "AP")
-        .encode(
-            x=alt.X("iteration:Q"),
-            y=alt.Y("value:Q", title=what, scale=alt.Scale(zero=what == "AP")),
-            color=_color(names),
-            detail=["model:N", "training:N"],
-            tooltip=["model:N", "training:N", "iteration:Q", "value:Q"],
-        )
+    chart = _base(rows, names, what).mark_line(point=what == "AP")
+    return chart.encode(
+        x=alt.X("iteration:Q"),
+        y=alt.Y("value:Q", title=what, scale=alt.Scale(zero=what == "AP")),
+        color=_color(names),
+        detail=["model:N", "training:N"],
+        tooltip=["model:N", "training:N", "iteration:Q", "value:Q"],
     )
 
 
-def _losses(curve: Mapping[str, Any]) -> tuple[list[int], dict[str, list]]:
-    total = {"total_loss": curve["losses"]["total_loss"]}  # comes first
-    return curve["iteration"], total | curve["losses"]
-
-
-def _validation(curve: Mapping[str, Any]) -> tuple[list[int], dict[str, list]]:
-    found = curve["validation"]
-    titles = {"mask AP": "segm/AP", "box AP": "bbox/AP", "mIoU": "sem_seg/mIoU"}
-    return found["iteration"], {title: found[k] for title, k in titles.items() if k in found}
-
-
 def _precision(report: Report, names: Sequence[str]) -> alt.Chart | None:
-    rows = []
-    for model in report["models"]:
-        for task, curves in (model.get("pr_curves") or {}).items():
-            for name, values in curves.items():
-                row = {"model": model["name"], "task": TASKS[task], "curve": name}
-                for i, y in enumerate(values[::4]):
-                    rows.append(row | {"recall": i / 25, "precision": y})
+    rows = [
+        {"model": model["name"], "task": TASKS[t], "curve": name, "recall": i / 25, "precision": y}
+        for model in report["models"]
+        for t, curves in (model.get("pr_curves") or {}).items()
+        for name, values in curves.items()
+        for i, y in enumerate(values[::4])
+    ]
     if not rows:
         return None
-    chart = _chosen(_chosen(_base(rows, names), "task", rows), "curve", rows)
     whole = alt.Scale(domain=[0, 1])
-    return chart.mark_line().encode(
-        x=alt.X("recall:Q", scale=whole),
-        y=alt.Y("precision:Q", scale=whole),
-        color=_color(names),
-        order="recall:Q",
-        tooltip=["model:N", "recall:Q", "precision:Q"],
+    return (
+        _base(rows, names, "task", "curve")
+        .mark_line()
+        .encode(
+            x=alt.X("recall:Q", scale=whole),
+            y=alt.Y("precision:Q", scale=whole),
+            color=_color(names),
+            order="recall:Q",
+            tooltip=["model:N", "recall:Q", "precision:Q"],
+        )
     )

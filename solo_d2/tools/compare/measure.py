@@ -143,18 +143,13 @@ def count_flops(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
             (result,) = model([{key: x[key] for key in ("image", "height", "width")}])
         counts = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
         total = counts.pop("Global", 0.0)
-        network = sum(n for name, n in counts.items() if _is_outermost(name, counts))
+        below = {name: n for name, n in counts.items() if "." in name}  # below the model
+        inside = {x for x in below for y in below if x.startswith(f"{y}.")}  # another one of them
+        network = sum(n for name, n in below.items() if name not in inside)
         totals["flops"].append(network)
         totals["flops_post"].append(total - network)
         totals["detections"].append(len(result.get("instances", ())))
     return {name: float(np.mean(values)) for name, values in totals.items()}
-
-
-def _is_outermost(name: str, counts: Mapping[str, float]) -> bool:
-    """Whether a module is below the model, and in no other module that was counted."""
-    parts = name.split(".")
-    above = (".".join(parts[:i]) for i in range(2, len(parts)))
-    return len(parts) > 1 and not any(prefix in counts for prefix in above)
 
 
 def _deform_conv_flops(
