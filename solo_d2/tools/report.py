@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", help="a checkpoint other than RUN/model_final.pth")
     parser.add_argument("--data", nargs=4, metavar=cli.DATA, help="other data, as in solo-d2 train")
     cli.add_measuring_options(parser)
+    parser.set_defaults(train=False, seeds=1, lrs=(), iterations=None, allow_differences=False)
+    parser.set_defaults(num_gpus=1, jobs=1)
     options = parse(parser, words)
     folder = Path(options.run)
     if not (folder / "config.yaml").is_file():
@@ -32,7 +34,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.inputs = [f"{folder.resolve().name}={folder / 'config.yaml'}"]
     options.weights = [options.weights or str(folder / "model_final.pth")]
     options.output = str(folder / "report")
-    options.train, options.seeds, options.lrs = False, 1, ()
-    options.iterations, options.allow_differences = None, False
-    options.num_gpus = options.jobs = 1
     return cli.run(options, shlex.join(["solo-d2", "report", *words]))

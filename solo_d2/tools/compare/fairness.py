@@ -1,6 +1,7 @@
 """Where the configs of a comparison differ, and whether they may."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
@@ -49,13 +50,13 @@ class Difference(NamedTuple):
 
 
 def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, with lists for tuples, as json has them."""
+    """Dotted key -> value as JSON has it, with lists for tuples."""
     flat: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = _plain(value)
+            flat[prefix + key] = json.loads(json.dumps(value))
     return flat
 
 
@@ -73,14 +74,12 @@ def find_differences(
         rates: whether each model is trained with several learning rates; theirs may differ.
     """
     stages = {name: [flatten(cfg) for cfg in cfgs] for name, cfgs in models.items()}
-    iterations = {n: sum(x["SOLVER.MAX_ITER"] for x in flats) for n, flats in stages.items()}
-    first = {
-        name: flats[0] | {"SOLVER.MAX_ITER": iterations[name]} for name, flats in stages.items()
-    }
+    total = "SOLVER.MAX_ITER"
+    first = {n: flats[0] | {total: sum(x[total] for x in flats)} for n, flats in stages.items()}
     differences = []
     for key in sorted(set().union(*first.values()) - _IGNORED):
         values = {name: flat.get(key) for name, flat in first.items()}
-        sign = " + " if key == "SOLVER.MAX_ITER" else ", then "
+        sign = " + " if key == total else ", then "
         within = {
             name: sign.join(str(flat.get(key)) for flat in flats)
             for name, flats in stages.items()
@@ -88,7 +87,7 @@ def find_differences(
         }
         if any(value != values[next(iter(values))] for value in values.values()):
             tried = rates and key == "SOLVER.BASE_LR"
-            group = "other" if tried else _group(key, list(first.values()), training=training)
+            group = "other" if tried else _group(key, first.values(), training=training)
         elif within and key != "MODEL.WEIGHTS":
             group = "other"
         else:
@@ -136,7 +135,7 @@ def architecture(cfg: CfgNode) -> str:
     return "Mask R-CNN" if cfg.MODEL.MASK_ON else "Faster R-CNN"
 
 
-def _group(key: str, models: Sequence[dict[str, Any]], *, training: bool) -> str:
+def _group(key: str, models: Iterable[dict[str, Any]], *, training: bool) -> str:
     """That of a key which differs between models."""
     names = "".join(flat["MODEL.BACKBONE.NAME"] for flat in models)
     used = tuple(f"MODEL.{x}." for x in _BACKBONES if x.lower().rstrip("s") in names)
@@ -146,7 +145,3 @@ def _group(key: str, models: Sequence[dict[str, Any]], *, training: bool) -> str
         return "model"
     unused = not training and key.startswith(_TRAINING)
     return "other" if unused or key in _LISTED else "forbidden"
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value

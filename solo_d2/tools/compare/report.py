@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from base64 import b64decode
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ _CHARTS = {
     "precision": "Precision over recall",
     "errors": "What errors cost",
 }
+_PAGES = ("report.html", "report.md")
 _FIGURES = ("accuracy", "time", "losses", "errors")  # of report.md
 
 
@@ -44,20 +45,24 @@ def write_report(report: Report, folder: Path) -> None:
         report: the content of report.json; whatever is not measured yet is None, empty or absent.
         folder: exists. Each file is replaced in one step, so that it is whole at any time.
     """
-    charts = make_charts(report)
-    gallery = make_gallery(report)
+    charts, gallery = make_charts(report), make_gallery(report)
     script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;") if charts else ""
+    figures = _figures(charts, gallery)
     context = _context(report) | {
         "charts": {name: chart.to_dict() for name, chart in charts.items()},
         "chart_titles": _CHARTS,
         "gallery": gallery,
         "javascript": script,
-        "figures": _write_figures(charts, gallery, folder / "figures"),
+        "figures": {path: caption for path, (caption, _) in figures.items()},
     }
-    for name in ("report.html", "report.md"):
-        environment = _environment(escape_html=name.endswith("html"))
-        _write(folder / name, environment.get_template(f"{name}.j2").render(context))
-    _write(folder / "per_class.csv", per_class_csv(report))
+    files = {path: picture for path, (_, picture) in figures.items()}
+    texts = {x: _TEMPLATES.get_template(f"{x}.j2").render(context) for x in _PAGES}
+    for name, text in {**texts, "per_class.csv": per_class_csv(report)}.items():
+        files[name] = text.encode("utf-8", "replace")
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, content in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
 
 
 def terminal_table(report: Report) -> str:
@@ -138,7 +143,10 @@ def _context(report: Report) -> dict[str, Any]:
     models, classes = report["models"], report["data"]["classes"]
     tasks = list(dict.fromkeys(task for m in models for task in m["metrics"]))
     scores = {t: Table(models, partial(tables.all_scores, task=t)) for t in tasks}
-    grids = {TASKS[t]: partial(tables.class_grid, models, classes, t) for t in TASKS if t in tasks}
+    grids = {
+        key: {TASKS[t]: tables.class_grid(models, classes, t, key) for t in TASKS if t in tasks}
+        for key in ("AP", "F1")
+    }
     differences = {g: [d for d in report["differences"] if d["group"] == g] for g in GROUPS}
     errors = {k: Table(models, partial(tables.error_cells, metric=k)) for k in oracle.METRICS}
     shown = {  # also in report.md
@@ -162,8 +170,8 @@ def _context(report: Report) -> dict[str, Any]:
         "metrics": {TASKS[t]: table for t, table in scores.items() if t in TASKS},
         "errors": errors,
         "error_kinds": oracle.KINDS,
-        "per_class": {task: grid(tables.class_ap) for task, grid in grids.items()},
-        "best_f1": {task: grid(tables.class_f1) for task, grid in grids.items()},
+        "per_class": grids["AP"],
+        "best_f1": grids["F1"],
         "confusion": {
             m["name"]: tables.confusion_grid(m, classes) for m in models if m.get("confusion")
         },
@@ -175,19 +183,6 @@ def _context(report: Report) -> dict[str, Any]:
 
 def _with_status(models: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{m['name']} ({m['status']})".removesuffix(" (finished)") for m in models]
-
-
-def _environment(*, escape_html: bool) -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=escape_html,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"md": _markdown, "setting": _setting, "number": number}
-    environment.filters["script_json"] = lambda x: Markup(json.dumps(x).replace("<", "\\u003c"))
-    return environment
 
 
 def _setting(value: object) -> str:
@@ -204,32 +199,39 @@ def _markdown(value: object) -> str:
     return re.sub(r"[\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
-def _write_figures(
-    charts: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]], folder: Path
-) -> list[tuple[str, str]]:
-    """(caption, path from the report) of the pictures for report.md."""
-    folder.mkdir(exist_ok=True)
-    pictures = {}
+def _figures(
+    charts: Mapping[str, Any], gallery: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, bytes]]:
+    """Path from the report -> caption and content of the pictures for report.md."""
+    figures = {}
     for name in _FIGURES:
         if name in charts:  # a picture has no container to be as wide as
             description = charts[name].properties(background="white").to_dict() | {"width": 560}
             picture = vl_convert.vegalite_to_png(description, scale=2)
-            pictures[f"{name}.png"] = _CHARTS[name], picture
+            figures[f"figures/{name}.png"] = _CHARTS[name], picture
     for i, figure in enumerate(gallery[:4], start=1):
         for panel in figure["panels"]:
-            name = re.sub(r"\W+", "_", f"gallery_{i}_{panel['name']}") + ".webp"
-            picture = b64decode(panel["image"].partition(",")[2])
-            pictures[name] = f"{figure['name']}: {panel['name']}", picture
-    for name, (_, picture) in pictures.items():
-        with atomic_write(folder / name) as file:
-            file.write(picture)
-    return [(caption, f"figures/{name}") for name, (caption, _) in pictures.items()]
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode("utf-8", "replace"))
+            name = re.sub(r"\W+", "_", f"gallery_{i}_{panel['name']}")
+            caption = f"{figure['name']}: {panel['name']}"
+            figures[f"figures/{name}.webp"] = caption, panel["image"]
+    return figures
 
 
 def _counted(count: int, word: str) -> str:
     return f"{count:,} {word}{'s' * (count != 1)}"
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=jinja2.select_autoescape(["html.j2"]),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters |= {
+    "md": _markdown,
+    "setting": _setting,
+    "number": number,
+    "script_json": lambda x: Markup(json.dumps(x).replace("<", "\\u003c")),
+    "webp_url": lambda x: "data:image/webp;base64," + b64encode(x).decode(),
+}

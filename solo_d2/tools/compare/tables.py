@@ -43,7 +43,7 @@ class Table:
         found = [{k: x for k, x in read(model).items() if x.value is not None} for model in models]
         self.columns: dict[str, Cell] = {}  # by title, for what is the same in a column
         for row in sorted(found, key=len, reverse=True):
-            self.columns = row | self.columns if not self.columns else self.columns | row
+            self.columns |= row
         self.rows = [  # (index of the model, a cell for each column)
             (i, [row.get(title, Cell(None)) for title in self.columns])
             for i, row in enumerate(found)
@@ -132,27 +132,17 @@ def error_cells(model: Model, metric: str) -> dict[str, Cell]:
     }
 
 
-def class_grid(
-    models: Sequence[Model],
-    classes: Sequence[str],
-    task: str,
-    read: Callable[[Model, str, str], Any],
-) -> Grid:
-    """Classes x models, without the classes that no model has a value for."""
-    rows = [(name, [read(model, task, name) for model in models]) for name in classes]
+def class_grid(models: Sequence[Model], classes: Sequence[str], task: str, key: str) -> Grid:
+    """Classes x models: AP, or F1 and its score threshold; without classes that have no value."""
+
+    def cell(model: Model, name: str) -> tuple[str, float | None]:
+        found = model.get("per_class", {}).get(task, {}).get(name, {})
+        value, threshold = (found.get(k, {}).get("mean") for k in (key, "threshold"))
+        text = number(value, 1) + (f" from {number(threshold, 2)}" if key == "F1" else "")
+        return text, None if value is None else value / 100
+
+    rows = [(name, [cell(model, name) for model in models]) for name in classes]
     return [row for row in rows if any(share is not None for _, share in row[1])]
-
-
-def class_ap(model: Model, task: str, name: str) -> tuple[str, float | None]:
-    value = model.get("per_class", {}).get(task, {}).get(name, {}).get("AP", {}).get("mean")
-    return number(value, 1), None if value is None else value / 100
-
-
-def class_f1(model: Model, task: str, name: str) -> tuple[str, float | None]:
-    """The best F1 and the score threshold that gives it."""
-    found = model.get("per_class", {}).get(task, {}).get(name)
-    f1, threshold = (found[k]["mean"] if found else None for k in ("F1", "threshold"))
-    return f"{number(f1, 1)} from {number(threshold, 2)}", None if f1 is None else f1 / 100
 
 
 def confusion_grid(model: Model, classes: Sequence[str]) -> Grid:
