@@ -103,11 +103,7 @@ class Comparison:
         self._collect()
         with ThreadPoolExecutor(self.options.jobs) as pool:
             futures = [
-                pool.submit(
-                    self._execute,
-                    run,
-                    f"run {i} of {len(self.runs)}, {run.model.name}, {run.title}",
-                )
+                pool.submit(self._execute, run, f"run {i} of {len(self.runs)}")
                 for i, run in enumerate(self.runs, start=1)
                 if not run.is_finished()
             ]
@@ -129,14 +125,14 @@ class Comparison:
         self.write()
         return not any(row["status"] == "failed" for row in self.rows.values())
 
-    def _execute(self, run: Run, title: str) -> None:
+    def _execute(self, run: Run, count: str) -> None:
         """Train and evaluate one model, in a thread of its own."""
         row = self.rows[run.model.name]
         with self.lock:
             status, row["status"] = row["status"], "training"
             self.write()
         try:
-            with Progress(title) as bar:
+            with Progress(f"{count}, {run.model.name}, {run.title}") as bar:
                 run.execute(bar.show, self.options.num_gpus)
         except Exception as error:  # of one model; the others go on
             text = one_line(error)
@@ -194,14 +190,11 @@ class Comparison:
             row["training"]["seconds_per_iteration"] = measure.quartiles(times) if times else None
             if row["status"] != "failed":
                 row["status"] = "evaluated"
-        first = {name: runs[0] for name, runs in self.best.items()}
-        with_instances = {n: run for n, run in first.items() if run.detections_file.exists()}
-        self.report["gallery"] = accuracy.choose_gallery(
-            self.data,
-            {name: self._accuracy(run)["ious"] for name, run in with_instances.items()},
-            {name: run.detections_file for name, run in with_instances.items()},
-            count=self.options.gallery,
-        )
+        files = {name: runs[0].detections_file for name, runs in self.best.items()}
+        files = {name: file for name, file in files.items() if file.exists()}
+        ious = {name: self._accuracy(self.best[name][0])["ious"] for name in files}
+        gallery = accuracy.choose_gallery(self.data, ious, files, count=self.options.gallery)
+        self.report["gallery"] = gallery
         self.write()
 
     def _accuracy(self, run: Run) -> dict[str, Any]:
@@ -224,7 +217,7 @@ class Comparison:
                     row["notes"].append(f"not measured: {one_line(error)}")
             return row
 
-        key = {"run": run.fingerprint, "dtype": dtype, "environment": self.environment}
+        key = {"run": run.record, "dtype": dtype, "environment": self.environment}
         self.rows[name] |= accuracy.kept(run.folder.parent / "measures.json", key, compute)
 
     def _measure_in_turn(self) -> None:
@@ -244,8 +237,8 @@ class Comparison:
             with Progress(f"timing {', '.join(runs)} in turn"):
                 return in_process(call, log=self.output / "printed.txt")
 
-        fingerprints = {name: run.fingerprint for name, run in runs.items()}
-        key = {"runs": fingerprints, "environment": self.environment} | work
+        records = {name: run.record for name, run in runs.items()}
+        key = {"runs": records, "environment": self.environment} | work
         timed = accuracy.kept(self.output / "timing.json", key, compute)
         for name in runs:
             row = self.rows[name]

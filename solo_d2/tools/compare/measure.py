@@ -173,7 +173,7 @@ def time_inference(
 
     Returns:
         Per model "batch", "images", and seconds per image: "total" and "parts" (of the models whose
-        stages are known, see ``stages``), each with "median", "q1", "q3" and "mean".
+        stages are known), each with "median", "q1", "q3" and "mean".
     """
 
     @torch.no_grad()
@@ -203,10 +203,9 @@ def time_stages(model: nn.Module, batch: Inputs) -> Seconds:
 
 
 def _has_stages(model: nn.Module) -> bool:
-    if isinstance(model, GeneralizedRCNN):  # a subclass such as PanopticFPN has more of them
-        own = type(model).inference is not GeneralizedRCNN.inference
-        return not own and model.proposal_generator is not None
-    return isinstance(model, InstanceSegmentor)
+    # a GeneralizedRCNN with an inference of its own, such as PanopticFPN, has more of them
+    standard = getattr(type(model), "inference", None) is GeneralizedRCNN.inference
+    return standard or isinstance(model, InstanceSegmentor)
 
 
 def time_training(

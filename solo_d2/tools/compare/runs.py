@@ -106,10 +106,6 @@ class Run:
         record = {"weights": _digest(self.cfgs[0].MODEL.WEIGHTS), "stages": stages}
         return record if self.dtype == "float32" else record | {"dtype": self.dtype}
 
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:16]
-
     def is_finished(self) -> bool:
         """Whether nothing is left to train or to evaluate."""
         return all(file.exists() for file in (self.folder / _RECORD, *self.results_files))
