@@ -13,20 +13,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import launch
 from detectron2.utils.file_io import PathManager
 
 from solo_d2.config import load_config, use_available_device
-from solo_d2.data import setup_datasets
-from solo_d2.engine import Trainer
 from solo_d2.errors import UserError, is_user_error, one_line
-from solo_d2.evaluation.coco import RESULTS_FILE, write_results
+from solo_d2.evaluation.coco import RESULTS_FILE
 from solo_d2.files import atomic_write
 from solo_d2.modeling.prepare import precision
+from solo_d2.tools.train import train_or_evaluate
 
 from .fairness import flatten
-from .measure import load_model
 from .process import in_process
 
 _RECORD = "run.json"
@@ -249,34 +248,21 @@ def make_runs(
 
 
 def _train(cfg: CfgNode, num_gpus: int) -> None:
-    launch(_train_one, num_gpus, dist_url="auto", args=(cfg.clone(),))
-
-
-def _train_one(cfg: CfgNode) -> None:
-    """One stage, in each process."""
-    with _set_up(cfg):
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=True)
-    trainer.train()
+    args = argparse.Namespace(config_file="", eval_only=False, resume=True, epochs=None)
+    with _one_line_errors():
+        launch(train_or_evaluate, num_gpus, dist_url="auto", args=(cfg.clone(), args))
 
 
 def _evaluate(cfg: CfgNode, dtype: str) -> None:
-    with _set_up(cfg):
-        model = load_model(cfg)
-    with precision(model.device.type, dtype):
-        results = Trainer.test(cfg, model)
-    write_results(results, cfg.OUTPUT_DIR)
+    args = argparse.Namespace(config_file="", eval_only=True, resume=False, epochs=None)
+    with _one_line_errors(), precision(torch.device(cfg.MODEL.DEVICE).type, dtype):
+        train_or_evaluate(cfg.clone(), args)
 
 
 @contextmanager
-def _set_up(cfg: CfgNode) -> Iterator[None]:
-    """As ``solo-d2 train`` does; within it, what the user can mend becomes a UserError, which
-    crosses the process.
-    """
+def _one_line_errors() -> Iterator[None]:
+    """What the user can mend becomes a UserError, which crosses the process."""
     try:
-        setup_datasets(cfg)
-        cfg.freeze()
-        default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
         yield
     except Exception as error:
         if is_user_error(error):
