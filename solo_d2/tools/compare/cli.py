@@ -9,12 +9,12 @@ from pathlib import Path
 from solo_d2.arguments import add_dtype_argument, parse, print_error
 from solo_d2.engine import training_folder
 from solo_d2.errors import UserError
+from solo_d2.tools.train import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE
 
 from .comparison import Comparison
 from .report import terminal_table
 from .runs import read_models
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DATA = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")
 
 
@@ -48,10 +48,10 @@ def run(options: argparse.Namespace, command: str) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:
         print_error(error, options)
-        return EXIT_FAILED if started else EXIT_USAGE
+        return EXIT_ERROR if started else EXIT_USAGE
     page = (output / "report.html").absolute()
     print(f"\n{terminal_table(comparison.report)}\n\nThe report is {page}")
-    return EXIT_OK if all_done else EXIT_FAILED
+    return 0 if all_done else EXIT_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -119,8 +119,7 @@ class Run:
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise UserError(f"{self.folder} was not made by a comparison; use another --output")
             return
-        old, new = json.loads(file.read_bytes()), json.loads(json.dumps(self.record))
-        if changes := _changes(old, new):
+        if changes := _changes(json.loads(file.read_bytes()), self.record):
             raise UserError(
                 f"{self.folder} was made with other settings: {'; '.join(changes)}. Use another "
                 "--output, or remove that folder"
