@@ -20,7 +20,8 @@ from solo_d2.files import atomic_write
 TASKS = {"segm": "mask", "bbox": "box"}  # -> its name in the report
 # In the order of ``COCOeval.stats``.
 METRICS = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
-MAIN_METRICS = {"segm": "AP", "bbox": "AP", "sem_seg": "mIoU"}
+# Title -> task and key; the first that a model has decides.
+MAIN_METRICS = {"mask AP": ("segm", "AP"), "box AP": ("bbox", "AP"), "mIoU": ("sem_seg", "mIoU")}
 # Detections that count as a model's answer, in the gallery and in the confusion matrix.
 SCORE_THRESHOLD = 0.3
 # The gallery draws at most this many detections per image; more would hide each other.
@@ -111,7 +112,7 @@ def evaluate_detections(data: TestSet, detections: Sequence[Mapping[str, Any]]) 
 def main_score(accuracy: Mapping[str, Any]) -> float | None:
     """What decides between learning rates, in percent: AP of masks, else of boxes, else mIoU."""
     metrics = accuracy["metrics"]
-    known = (metrics.get(task, {}).get(key) for task, key in MAIN_METRICS.items())
+    known = (metrics.get(task, {}).get(key) for task, key in MAIN_METRICS.values())
     return next((x for x in known if x is not None), None)
 
 
@@ -286,7 +287,7 @@ def training_curve(folder: Path) -> dict[str, Any] | None:
     lines = read_metrics(folder)
     steps = [x for x in lines if "total_loss" in x]
     # an evaluation has a line of its own, or shares one with the losses
-    keys = [f"{task}/{metric}" for task, metric in MAIN_METRICS.items()]
+    keys = ["/".join(metric) for metric in MAIN_METRICS.values()]
     evaluated = [x for x in lines if any(key in x for key in keys)]
     if not steps:
         return None

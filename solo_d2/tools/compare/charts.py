@@ -10,7 +10,7 @@ import altair as alt
 
 from solo_d2.evaluation.oracle import KINDS
 
-from .accuracy import TASKS
+from .accuracy import MAIN_METRICS, TASKS
 
 Report = Mapping[str, Any]
 Row = dict[str, Any]
@@ -23,8 +23,6 @@ PART_TITLES = {
     "nms": "NMS and assembly",
     "output": "output to masks",
 }
-# Names of the validation curves -> keys of metrics.json.
-_VALIDATION = {"mask AP": "segm/AP", "box AP": "bbox/AP", "mIoU": "sem_seg/mIoU"}
 _LEGEND = alt.Legend(orient="bottom", title=None, columns=3)
 _MOST_POINTS = 300  # of a curve; more cannot be seen
 
@@ -163,7 +161,8 @@ def _curves(report: Report, names: Sequence[str], what: str) -> alt.Chart | None
             iterations = (curve if what == "loss" else validation)["iteration"]
             values = {"total_loss": losses["total_loss"]} | losses  # the total comes first
             if what == "AP":
-                values = {k: validation[x] for k, x in _VALIDATION.items() if x in validation}
+                keys = {title: "/".join(metric) for title, metric in MAIN_METRICS.items()}
+                values = {title: validation[k] for title, k in keys.items() if k in validation}
             row = {"model": model["name"], "training": f"seed {curve['seed']}"}
             for name, of_name in values.items():
                 points = [(x, y) for x, y in zip(iterations, of_name) if y is not None]

@@ -73,8 +73,7 @@ def terminal_table(report: Report) -> str:
 
 def winner_sentence(models: Sequence[Mapping[str, Any]]) -> str:
     """Who is best by the main metric and by how much, in one sentence."""
-    for task, key in MAIN_METRICS.items():
-        metric = f"{TASKS[task]} {key}" if task in TASKS else key
+    for metric, (task, key) in MAIN_METRICS.items():
         scores = ((tables.score_cell(m, task, key).value, m["name"]) for m in models)
         known = sorted(((x, name) for x, name in scores if x is not None), reverse=True)
         if len(known) < 2:
