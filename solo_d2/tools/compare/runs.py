@@ -6,8 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,11 +137,12 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.folder / _RECORD) as file:
             file.write(json.dumps(self.record, indent=1).encode())
-        function, option = (_evaluate, self.dtype) if self.seed is None else (_train, num_gpus)
+        options = self.seed is not None, num_gpus, self.dtype
         for cfg, results in zip(self.cfgs, self.results_files):
             if not results.exists():
                 log = results.with_name("printed.txt")
-                in_process(function, cfg, option, log=log, progress=partial(progress, cfg))
+                show = partial(progress, cfg)
+                in_process(_train_or_evaluate, cfg, *options, log=log, progress=show)
 
 
 def read_models(
@@ -246,23 +246,16 @@ def make_runs(
     return runs
 
 
-def _train(cfg: CfgNode, num_gpus: int) -> None:
-    args = argparse.Namespace(config_file="", eval_only=False, resume=True, epochs=None)
-    with _one_line_errors():
-        launch(train_or_evaluate, num_gpus, dist_url="auto", args=(cfg.clone(), args))
+def _train_or_evaluate(cfg: CfgNode, train: bool, num_gpus: int, dtype: str) -> None:
+    """As ``solo-d2 train`` with --resume or --eval-only does, the latter in a given type.
 
-
-def _evaluate(cfg: CfgNode, dtype: str) -> None:
-    args = argparse.Namespace(config_file="", eval_only=True, resume=False, epochs=None)
-    with _one_line_errors(), precision(torch.device(cfg.MODEL.DEVICE).type, dtype):
-        train_or_evaluate(cfg.clone(), args)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What the user can mend becomes a UserError, which crosses the process."""
+    What the user can mend becomes a UserError, which crosses the process.
+    """
+    args = argparse.Namespace(config_file="", eval_only=not train, resume=train, epochs=None)
+    processes = num_gpus if train else 1
     try:
-        yield
+        with precision(torch.device(cfg.MODEL.DEVICE).type, dtype):  # float32 for a training
+            launch(train_or_evaluate, processes, dist_url="auto", args=(cfg.clone(), args))
     except Exception as error:
         if is_user_error(error):
             raise UserError(one_line(error)) from error
