@@ -170,13 +170,11 @@ def _stages(subject: Subject, repeat: int) -> dict[str, float]:
             as_rgb(subject.file)
         read = time.perf_counter() - start
         clock = StageClock(subject.model, subject.device)
-        with clock.attached():
-            start = time.perf_counter()
-            inputs = subject.read()
-            clock.seconds["preprocess"] += time.perf_counter() - start
-            clock.enter("selection")  # what is in no other stage
-            subject.infer(inputs)
-            clock.leave()
+        start = time.perf_counter()
+        inputs = subject.read()
+        clock.seconds["preprocess"] = time.perf_counter() - start
+        with torch.no_grad(), precision(subject.device.type, subject.dtype):
+            clock.run(inputs)
         runs.append({"read": read, **clock.seconds} if subject.file else clock.seconds)
     return {stage: statistics.median(run[stage] for run in runs) for stage in runs[0]}
 

@@ -12,10 +12,11 @@ from detectron2.structures import BitMasks, Instances
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from solo_d2.modeling import AdaptIS, InstanceSegmentor
+
 _PRODUCTS = ("convolution", "conv2d", "::mm", "::bmm", "::addmm", "::baddbmm", "gemm")
 # Modules that also select, so that their time is not all the network's.
 _SELECTING = ("", "proposal_generator", "roi_heads")
-_METHODS = {"preprocess_image": "preprocess", "postprocess_batch": "output"}
 
 
 class StageClock:
@@ -27,6 +28,22 @@ class StageClock:
         self._stack: list[str] = []
         self._mark = 0.0
 
+    def run(self, inputs: list[dict]) -> None:
+        """Time one inference."""
+        model = self.model
+        one_by_one = isinstance(model, AdaptIS)  # so does its forward
+        with self.attached():
+            for batch in [[x] for x in inputs] if one_by_one else [inputs]:
+                self.enter("preprocess")
+                if isinstance(model, InstanceSegmentor):
+                    images = model.preprocess_image(batch)
+                    results = model.inference(images, model.backbone(images.tensor))
+                    self.proceed("output")
+                    model.postprocess_batch(results, batch, images)
+                else:
+                    model(batch)
+                self.leave()
+
     def enter(self, stage: str) -> None:
         if self._stack[-1:] != [stage]:  # else nothing ends, and waiting would cost time
             self._note()
@@ -37,17 +54,15 @@ class StageClock:
             self._note()
         self._stack.pop()
 
-    @contextlib.contextmanager
-    def _during(self, stage: str) -> Iterator[None]:
-        self.enter(stage)
-        try:
-            yield
-        finally:
-            self.leave()
+    def proceed(self, stage: str) -> None:
+        """``leave`` one and ``enter`` another."""
+        self._note()
+        self._stack[-1:] = [stage]
 
-    def _finish(self) -> None:
-        self.leave()
-        self.enter("output")
+    def _enter_module(self) -> None:
+        if self._stack == ["preprocess"]:  # this is the backbone
+            self.proceed("selection")
+        self.enter("network")
 
     def _note(self) -> None:
         wait(self.device)
@@ -58,22 +73,17 @@ class StageClock:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """Within the block, modules and methods of the model report to the clock."""
+        """Within the block, modules of the model report to the clock."""
         hooks = []
         for name, module in self.model.named_modules():
             if name not in _SELECTING:
-                hooks.append(module.register_forward_pre_hook(lambda *_: self.enter("network")))
+                hooks.append(module.register_forward_pre_hook(lambda *_: self._enter_module()))
                 hooks.append(module.register_forward_hook(lambda *_: self.leave()))
             elif name == "roi_heads":  # Detectron2's R-CNNs have nothing but the output after them
-                hooks.append(module.register_forward_hook(lambda *_: self._finish()))
-        methods = [name for name in _METHODS if hasattr(self.model, name)]
-        for name in methods:
-            setattr(self.model, name, self._during(_METHODS[name])(getattr(self.model, name)))
+                hooks.append(module.register_forward_hook(lambda *_: self.proceed("output")))
         try:
             yield
         finally:
-            for name in methods:
-                delattr(self.model, name)
             for hook in hooks:
                 hook.remove()
 

@@ -195,10 +195,7 @@ def time_inference(
 def time_stages(model: nn.Module, batch: Inputs) -> Seconds:
     """Seconds of each part of one inference, for a model that ``_has_stages``."""
     clock = StageClock(model, _device(model))
-    with clock.attached():
-        clock.enter("selection")  # what is in no other stage
-        model(batch)
-        clock.leave()
+    clock.run(batch)
     return dict(zip(PARTS, clock.seconds.values()))
 
 
