@@ -95,7 +95,7 @@ def _accuracy(report: Report, names: Sequence[str]) -> Any:
         return None
     base = _base(rows, names, "cost", "task")
     base = base.encode(color=_color(names), tooltip=["model:N", "x:Q", "AP:Q"])
-    x = alt.X("x:Q", title="cost (select below)", scale=alt.Scale(zero=False, padding=20))
+    x = alt.X("x:Q", title="cost (select below)", scale=alt.Scale(zero=False, padding=45))
     y = alt.Y("AP:Q", title="AP", scale=alt.Scale(zero=False, padding=20))
     return alt.layer(
         base.mark_rule().encode(x=alt.X("low:Q", title="cost (select below)"), x2="high:Q", y=y),
