@@ -56,7 +56,9 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of json files")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--runs", type=int, nargs="+", default=range(len(RUNS)), help="by number")
+    parser.add_argument(
+        "--runs", type=int, nargs="+", default=range(len(RUNS)), help="numbers of RUNS, from 0"
+    )
     parser.add_argument("--image", default="", help="stands for all images (default: noise)")
     parser.add_argument("--size", type=int, nargs=2, help="of all inputs, for a test")
     parser.add_argument("--repeat", type=int, default=10)

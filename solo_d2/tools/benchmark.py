@@ -86,7 +86,7 @@ class Subject:
             results = self.run()
             wait(self.device)
             self.seconds.append(time.perf_counter() - start)
-        if self.instances is None:
+        if self.instances is None and "instances" in results[0]:  # EPS has none
             self.found = len(results[0]["instances"])
         self.model.zero_grad()
 

@@ -100,6 +100,16 @@ def test_operators_are_listed_and_the_dense_part_is_compiled(command, capsys, mo
     assert len(compiled) == 3  # backbone, head, mask branch
 
 
+def test_a_model_without_instances_is_measured(tmp_path):
+    file = tmp_path / "results.json"
+    words = ["--config-file", "quick/eps_shapes.yaml", "--only", "inference", "--size", "64", "96"]
+    assert (
+        benchmark.main([*words, "--repeat", "1", "--output", str(file), "MODEL.DEVICE", "cpu"]) == 0
+    )
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["found"] is None and row["network"] > 0
+
+
 @pytest.mark.parametrize("settings", [YOLACT, CENTERMASK], ids=["YOLACT", "CenterMask"])
 def test_stages_of_any_architecture_leave_the_model_as_it_was(settings):
     model = tiny_model(settings).eval()

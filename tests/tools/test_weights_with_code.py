@@ -31,7 +31,14 @@ class RunsCode:
         return Path.touch, (self.touched,)
 
 
-@pytest.fixture(params=[".pth", ".pt", ".pyth", ".pkl", ""])
+SUFFIXES = [".pth", ".pt", ".pyth", ".pkl", ""]
+COMMANDS = ["train", "evaluate", "resume", "predict", "benchmark", "convert", "click"]
+CASES = [(command, suffix) for command in COMMANDS for suffix in SUFFIXES]
+# it starts a process, in which it reads the file as evaluate does
+CASES += [("compare", ".pyth"), ("compare", ".pkl")]
+
+
+@pytest.fixture(params=SUFFIXES)
 def hostile(request, tmp_path):
     """(file, what exists if code was run): of torch.save, or a plain pickle under its suffix."""
     file, touched = tmp_path / f"hostile{request.param}", tmp_path / "touched"
@@ -63,14 +70,9 @@ def words_of(command, file, folder):
     }[command]
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["train", "evaluate", "resume", "predict", "benchmark", "convert", "click", "compare"],
-)
+@pytest.mark.parametrize(("command", "hostile"), CASES, indirect=["hostile"])
 def test_it_is_refused_with_the_option_that_the_command_has(command, hostile, tmp_path, capfd):
     file, touched = hostile
-    if command == "compare" and file.suffix not in (".pyth", ".pkl"):
-        pytest.skip("starts a process; reads its file as evaluate does")
     main = {
         "predict": predict.main,
         "benchmark": benchmark.main,
